@@ -1,0 +1,367 @@
+"""What two scripts must agree on: the palette and the painting, the nets, the seeds, the files, and one PGD.
+
+Everything else lives in the script that needs it. Images are uint8 (N,3,H,W) in files and float in [0, 1] in front of a model.
+"""
+
+import argparse
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import pickle
+import sys
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SPLITS = ("train", "val", "test_hard", "test_unbiased")
+DIGIT_PIXEL = 0.1  # a pixel belongs to the digit where gray > 0.1
+INK = {  # one colour per method in every figure, told apart by colour-blind readers (Okabe & Ito, 2008)
+    "baseline": "#D55E00", "jitter": "#0072B2", "grl": "#E69F00", "combined": "#009E73", "oracle": "#000000"}
+
+# ---------------------------------------------------------------- painting
+
+PALETTE = {  # digit d owns row d
+    "red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 80, 255), "yellow": (255, 220, 0), "purple": (200, 0, 200),
+    "teal": (0, 200, 200), "pink": (255, 130, 180), "brown": (140, 100, 50), "white": (255, 255, 255), "black": (0, 0, 0)}
+
+
+def paint_background(gray, colours, gen):
+    """A light-grey digit (0.6 of white) on its background colour plus one brightness noise per pixel, the same for R, G and B."""
+    rgb = torch.tensor(list(PALETTE.values()), dtype=torch.float32)[colours] / 255  # (N,3)
+    noise = torch.randn(gray.shape, generator=gen).mul_(0.15)  # (N,H,W)
+    background = (rgb[:, :, None, None] + noise[:, None]).clamp_(0, 1)
+    return background.lerp_(torch.tensor(0.6), gray[:, None])
+
+
+def paint_gray(gray, colours, gen):
+    """Plain MNIST in three equal channels; the colours are ignored."""
+    return gray[:, None].expand(-1, 3, -1, -1)
+
+
+PAINTERS = {"background": paint_background, "gray": paint_gray}
+
+
+def paint(gray, colours, gen, recipe="background"):
+    """gray uint8 (N,H,W) and colours int64 (N,) to images uint8 (N,3,H,W); the same `gen` state repeats the texture."""
+    images = torch.empty(len(gray), 3, *gray.shape[1:], dtype=torch.uint8)
+    for lo in range(0, len(gray), 2000):  # small chunks stay in the cache
+        part = slice(lo, lo + 2000)
+        images[part] = PAINTERS[recipe](gray[part].float() / 255, colours[part], gen).mul(255).round_()
+    return images
+
+
+# ---------------------------------------------------------------- nets
+
+
+class SimpleCNN(nn.Module):
+    """Three 3x3 convolutions and a linear head; 4,486 parameters at width 4, 28x28 and 10 classes.
+
+    Pooling comes before ReLU: the values are the same and ReLU sees a quarter of the pixels.
+    """
+
+    def __init__(self, width=4, classes=10, size=(28, 28)):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv3 = nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.relu = nn.ReLU()  # the output of its last call is what Grad-CAM looks at
+        self.fc = nn.Linear(2 * width * (size[0] // 4) * (size[1] // 4), classes)
+
+    def features(self, x):
+        """x (B,3,H,W) in [0, 1] to the last feature map (B,2w,H/4,W/4)."""
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        return self.relu(self.conv3(x))
+
+    def forward(self, x):
+        return self.fc(self.features(x).flatten(1))
+
+
+MODELS = ("simplecnn", "resnet18", "resnet50")
+
+
+def build_model(name="simplecnn", width=4, classes=10, size=(28, 28)):
+    """A fresh net in channels-last layout; every net ends in `fc`, whose input is the penultimate feature vector."""
+    if name == "simplecnn":
+        model = SimpleCNN(width, classes, size)
+    else:
+        import torchvision  # a second of start-up that only the ResNets pay
+
+        model = getattr(torchvision.models, name)(weights=None, num_classes=classes)
+    return model.to(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------- seeds and devices
+
+
+def stream(seed, purpose, device="cpu"):
+    """One generator per purpose, so that an extra draw in one place cannot move the draws of another."""
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{purpose}".encode()))  # 32 bits: the CPU drops the rest
+
+
+def common_args(parser, seed_of):
+    """The flags that mean the same thing in all four scripts."""
+    group = parser.add_argument_group("the same in every script")
+    group.add_argument("--dir", type=Path, default=Path("results"), help="the world: folder of splits and results (default: results)")
+    group.add_argument("--seed", type=whole(0), default=42, help=f"seed of {seed_of} (default: 42)")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes CUDA or MPS where there is one")
+    group.add_argument("--threads", type=whole(1), default=1, help="CPU threads; results repeat exactly for the same number (default: 1)")
+    group.add_argument("--report", action="store_true", help="compute nothing: redraw the figures and print the tables from the JSON in --dir")
+    return group
+
+
+def whole(least, most=2**31 - 1):
+    """An argparse type: an integer in [least, most]."""
+    return _number(int, least, most, f"a whole number from {least} to {most}")
+
+
+def real(least, most=math.inf, open_low=False):
+    """An argparse type: a finite number in [least, most], or above `least` where `open_low`."""
+    span = f"{'above' if open_low else 'at least'} {least:g}" + ("" if most == math.inf else f" and at most {most:g}")
+    return _number(float, math.nextafter(least, math.inf) if open_low else least, most, f"a number {span}")
+
+
+def _number(kind, least, most, wanted):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+def setup(args):
+    """Threads, deterministic algorithms and the device; returns a torch.device."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    elif name != "cpu" and not getattr(torch, name).is_available():
+        die(f"--device {name} is not available here", "use --device auto")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA asks for before it is deterministic
+    torch.set_deterministic_debug_mode("warn" if name == "mps" else "error")  # starts 0.8 s faster than use_deterministic_algorithms
+    torch.set_num_threads(args.threads)
+    return torch.device(name)
+
+
+# ---------------------------------------------------------------- files and errors
+
+
+def die(what, mend):
+    """The user's mistake: one line that says what is wrong and how to mend it, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {what}; {mend}".replace("\n", " "), file=sys.stderr)
+    sys.exit(2)
+
+
+def run(main):
+    """Call a script's `main`; Ctrl-C and a folder that cannot be written get one line, everything unforeseen its traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; finished files are whole, run the same command again", file=sys.stderr)
+        sys.exit(130)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+            raise
+        die(f"cannot write {e.filename or 'a file'}: {e.strerror}", "earlier files are intact; free some space or choose another --dir")
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields a name beside `path`; the file takes its place only when it is complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_json(record, path):
+    with whole_file(path) as part:
+        part.write_text(json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def save_pt(record, path):
+    memory = io.BytesIO()  # torch.save reports a full disk as a RuntimeError; a plain write reports it as what it is
+    torch.save(record, memory)
+    with whole_file(path) as part:
+        part.write_bytes(memory.getbuffer())
+
+
+def save_figure(fig, path):
+    import matplotlib.pyplot as plt
+
+    with whole_file(path) as part:
+        fig.savefig(part, format="png", dpi=150, metadata={"Software": None})
+    plt.close(fig)
+
+
+def load_json(path, mend):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        die(f"{path} is missing", mend)
+    except (ValueError, IsADirectoryError):
+        die(f"{path} is not a whole JSON file", mend)
+
+
+def load_pt(path, mend):
+    """A dictionary of tensors and plain values; code inside the file is never run."""
+    if not Path(path).is_file():
+        die(f"{path} is missing", mend)
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        die(f"{path} holds something other than tensors and plain values, so it was not loaded", mend)
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError):
+        die(f"{path} is truncated or not a .pt file", mend)
+    if not isinstance(record, dict):
+        die(f"{path} holds a {type(record).__name__}, not a dictionary", mend)
+    return record
+
+
+class Split(NamedTuple):
+    images: torch.Tensor  # uint8 (N,3,H,W), channels-last
+    labels: torch.Tensor  # int64 (N,)
+    colors: torch.Tensor | None  # int64 (N,): the class that owns the image's colour
+    gray: torch.Tensor | None  # uint8 (N,H,W): the digit before painting
+
+    def x(self, index):
+        """A batch as the models see it: float (B,3,H,W) in [0, 1]."""
+        return self.images[index].float().div_(255)
+
+
+def load_splits(folder, names=SPLITS, device="cpu"):
+    """{name: Split} on the device; a file that is not such a split stops the script."""
+    return {name: _load_split(Path(folder) / f"{name}.pt", device) for name in names}
+
+
+def _load_split(path, device):
+    mend = f"run: python make_data.py --dir {path.parent}"
+    record = load_pt(path, mend)
+    images, labels = record.get("images"), record.get("labels")
+    n = len(images) if torch.is_tensor(images) and images.ndim == 4 else 0
+    wanted = {  # key: (shape, dtypes, must it be there)
+        "images": ((n, 3, *images.shape[2:]) if n else "(N,3,H,W)", (torch.uint8,), True),
+        "labels": ((n,), (torch.int64, torch.int32, torch.uint8), True),
+        "colors": ((n,), (torch.int64, torch.int32, torch.uint8), False),
+        "gray": ((n, *images.shape[2:]) if n else "(N,H,W)", (torch.uint8,), False)}
+    for key, (shape, dtypes, needed) in wanted.items():
+        t = record.get(key)
+        if t is None and not needed:
+            continue
+        if not torch.is_tensor(t) or t.dtype not in dtypes or t.shape != shape:
+            found = f"{str(t.dtype)[6:]} {tuple(t.shape)}" if torch.is_tensor(t) else type(t).__name__
+            die(f"{path}: {key} is {found} but should be {str(dtypes[0])[6:]} {shape}", mend)
+        if key in ("labels", "colors") and not 0 <= int(t.min()) <= int(t.max()) <= 999:
+            die(f"{path}: {key} run from {int(t.min())} to {int(t.max())}, but classes count from 0", mend)
+    if min(images.shape[2:]) < 8:
+        die(f"{path}: images are {tuple(images.shape[2:])} pixels, but the nets need 8x8 or more", mend)
+    move = lambda key, kind: None if record.get(key) is None else record[key].to(device, kind)
+    return Split(images.to(device, memory_format=torch.channels_last), move("labels", torch.int64), move("colors", torch.int64),
+                 move("gray", torch.uint8))
+
+
+def load_model(folder, name, device="cpu"):
+    """(model in eval mode, its record: weights, args, classes, size) as train.py saved it."""
+    path = Path(folder) / f"{name}.pt"
+    mend = f"run: python train.py --dir {folder} (its --name is METHOD_sSEED unless you choose one)"
+    record = load_pt(path, mend)
+    try:
+        args = record["args"]
+        model = build_model(args["model"], args["width"], record["classes"], record["size"])
+        model.load_state_dict(record["weights"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+        die(f"{path} is not a checkpoint of train.py ({str(e).splitlines()[0]})", mend)
+    return model.to(device).eval(), record
+
+
+# ---------------------------------------------------------------- numbers and tables
+
+
+def wilson(k, n, z=1.96):
+    """95 % interval of a rate k/n (Wilson, 1927): (low, high)."""
+    if n == 0:
+        return 0.0, 1.0
+    centre, half = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
+    return max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))
+
+
+def mean_sd(values):
+    """'0.943 ± 0.004 (5)': mean, sample standard deviation, number of seeds; one value stands alone."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return "-"
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    return f"{mean:.3f} ± {math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)):.3f} ({len(values)})"
+
+
+def markdown(header, rows):
+    """A Markdown table as one string."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+# ---------------------------------------------------------------- the attack
+
+
+class Attacked(NamedTuple):
+    x: torch.Tensor  # (B,3,H,W) in [0, 1] and in the ball
+    steps: torch.Tensor  # int64 (B,): gradient steps each image took
+    done: torch.Tensor  # bool (B,): did `stop` say so
+
+
+def pgd(model, x, y, eps, steps, gen, step_size=None, targeted=False, loss=F.cross_entropy, stop=None, decay=False, start=None):
+    """Projected gradient descent in the L-inf ball (Madry et al., 2018) from a random start.
+
+    x (B,3,H,W) in [0, 1]; y (B,) labels to leave, or targets to reach where `targeted`; eps and step_size are floats or (B,), in
+    pixel units (step_size: eps / 10 by default, falling linearly to a tenth of itself with `decay`). loss(logits, y) is a scalar in
+    which every image has the same weight. stop(logits, y) -> bool (B,) takes finished images out of the batch, so they cost
+    nothing more. `start` (B,3,H,W) replaces the random start. Nothing gathers in .grad; train/eval mode stays as it was found.
+    """
+    like = lambda v: torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(len(x)).view(-1, 1, 1, 1)
+    eps = like(eps)
+    rate = (-1 if targeted else 1) * (eps / 10 if step_size is None else like(step_size))
+    if start is None:
+        start = x + eps * (2 * torch.rand(x.shape, generator=gen, device=gen.device).to(x) - 1)
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    z = torch.maximum(torch.minimum(start, high), low).contiguous(memory_format=torch.channels_last)
+    x_adv, taken = torch.empty_like(z), torch.zeros(len(x), dtype=torch.long, device=x.device)
+    done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    alive = torch.arange(len(x), device=x.device)  # which images z, y, low, high and rate still hold
+    training = model.training
+    model.eval()
+    for step in range(steps + 1):
+        logits = model(z.requires_grad_())
+        if stop is not None:
+            hit = stop(logits.detach(), y)
+            done[alive], x_adv[alive] = hit, z.detach()
+            keep = (~hit).nonzero()[:, 0]
+        if step == steps or (stop is not None and len(keep) == 0):
+            break
+        taken[alive] = step + 1 if stop is None else torch.where(hit, step, step + 1)
+        if stop is not None and len(keep) < len(alive):
+            (grad,) = torch.autograd.grad(loss(logits[keep], y[keep]), z)
+            alive, y, z, grad, low, high, rate = (t[keep] for t in (alive, y, z.detach(), grad, low, high, rate))
+        else:
+            (grad,) = torch.autograd.grad(loss(logits, y), z)
+        move = grad.sign_().mul_(rate * (1 - 0.9 * step / steps) if decay else rate)
+        z = torch.maximum(torch.minimum(z.detach() + move, high), low)
+    x_adv[alive] = z.detach()
+    model.train(training)
+    return Attacked(x_adv, taken, done)

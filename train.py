@@ -1,0 +1,530 @@
+"""Train one classifier on a biased world with one method, and score it on every split.
+
+Reads   DIR/train.pt, val.pt, test_hard.pt, test_unbiased.pt                (from make_data.py)
+Writes  DIR/NAME.pt, DIR/NAME.json; with --report DIR/figures/*.png
+
+    python train.py                                    # the lazy model: results/baseline_s42.json
+    python train.py --method jitter --alpha 2          # the cured one
+    python train.py --method grl --gamma 0.1 --seed 43
+    python train.py --eval jitter_s42                  # score a saved model again, without training
+    python train.py --report                           # figures and tables of every run in --dir
+"""
+
+import argparse
+import math
+import re
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import (INK, MODELS, SPLITS, Split, build_model, common_args, die, load_json, load_model, load_splits, markdown, mean_sd,
+                    real, run, save_figure, save_json, save_pt, setup, stream, whole, wilson)
+
+EVAL_SPLITS = SPLITS[1:]
+
+
+class Batch(NamedTuple):
+    x: torch.Tensor  # float (B,3,H,W) in [0, 1]
+    y: torch.Tensor  # int64 (B,)
+    colour: torch.Tensor | None  # int64 (B,): the class that owns the background colour
+    index: torch.Tensor  # int64 (B,): which training images these are
+
+
+# ---------------------------------------------------------------- colour jitter, batched
+
+
+def per_image(x, gen, low, high):
+    """One uniform draw per image, shaped (B,1,1,1)."""
+    return torch.rand(len(x), 1, 1, 1, generator=gen, device=x.device) * (high - low) + low
+
+
+def mix(x, gen):
+    """A random linear mixture of the colour channels per image: 3x3 matrix with rows of unit norm, channels rescaled to a random range.
+
+    Every background colour can become every other and light can become dark, but an edge stays an edge. x (B,3,H,W) in [0, 1],
+    and so is the result.
+    """
+    b, _, h, w = x.shape
+    matrix = F.normalize(torch.randn(b, 3, 3, generator=gen, device=x.device), dim=2)
+    flat = torch.bmm(matrix, x.reshape(b, 3, h * w))  # (B,3,HW)
+    low, high = flat.aminmax(dim=2, keepdim=True)
+    ends = torch.rand(b, 3, 2, generator=gen, device=x.device).sort(dim=2).values  # where darkest and lightest go
+    start, stop = ends[..., :1], ends[..., 1:]
+    flat = torch.addcmul(start - low * (stop - start) / (high - low + 1e-6), flat, (stop - start) / (high - low + 1e-6))
+    return flat.view(b, 3, h, w).clamp_(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def hsv(x, gen):
+    """Random brightness, contrast, saturation (factors 0.5 to 1.5) and hue (any rotation), drawn per image.
+
+    The operations and ranges are those of torchvision's ColorJitter(0.5, 0.5, 0.5, 0.5), which draws once for a whole batch and in
+    random order; here every image has its own draw and the order is fixed. x (B,3,H,W) in [0, 1], and so is the result.
+    """
+    luma = x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    x = (x * per_image(x, gen, 0.5, 1.5)).clamp(0, 1)
+    middle = (x * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    x = torch.lerp(middle, x, per_image(x, gen, 0.5, 1.5)).clamp(0, 1)
+    x = torch.lerp((x * luma).sum(1, keepdim=True), x, per_image(x, gen, 0.5, 1.5)).clamp(0, 1)
+    value, chroma = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
+    r, g, b = x.split(1, dim=1)
+    sixth = torch.where(value == r, (g - b) / (chroma + 1e-8), torch.where(value == g, 2 + (b - r) / (chroma + 1e-8), 4 + (r - g) / (chroma + 1e-8)))
+    k = (x.new_tensor([5, 3, 1]).view(1, 3, 1, 1) + sixth + per_image(x, gen, -3, 3)) % 6  # hue counts in sixths of the circle
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+JITTERS = {"mix": mix, "hsv": hsv}
+
+
+# ---------------------------------------------------------------- methods: what each is told, and its loss
+
+
+def baseline(model, batch, args, gen):
+    """Empirical risk minimisation: the row that every other row is compared with."""
+    return F.cross_entropy(model(batch.x), batch.y)
+
+
+def jitter(model, batch, args, gen):
+    """Cross-entropy, and alpha times the KL divergence between the predictions for two colourings of the same image.
+
+    With --jitter mix both colourings are random and the first one is classified; with hsv the first colouring is the image itself,
+    as The Lazy Artist has it.
+    """
+    recolour = JITTERS[args.jitter]
+    first = recolour(batch.x, gen) if args.jitter == "mix" else batch.x
+    logits, other = model(torch.cat([first, recolour(batch.x, gen)])).chunk(2)
+    return F.cross_entropy(logits, batch.y) + args.alpha * kl(logits, other)
+
+
+def kl(logits, other):
+    """KL(p || q) of the two softmax distributions, mean over the batch."""
+    return F.kl_div(F.log_softmax(other, 1), F.log_softmax(logits, 1), log_target=True, reduction="batchmean")
+
+
+class Reverse(torch.autograd.Function):
+    """The identity on the way forward; the gradient times -scale on the way back (Ganin & Lempitsky, 2015)."""
+
+    @staticmethod
+    def forward(ctx, z, scale):
+        ctx.scale = scale
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -ctx.scale * grad, None
+
+
+class GRL(nn.Module):
+    """Gradient reversal (Ganin & Lempitsky, 2015): a colour head learns to name the colour, the features learn to stop it."""
+
+    classify = staticmethod(baseline)
+
+    def __init__(self, model, splits, args):
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(model.fc.in_features, 64), nn.ReLU(), nn.Linear(64, model.fc.out_features))
+
+    def forward(self, model, batch, args, gen):
+        with Penultimate(model) as features:
+            loss = self.classify(model, batch, args, gen)
+        colour = batch.colour.repeat(len(features.value) // len(batch.colour))  # jitter shows every image twice
+        return loss + F.cross_entropy(self.head(Reverse.apply(features.value, args.gamma)), colour)
+
+
+class Combined(GRL):
+    """Both cures at once: jitter's loss for the digits, gradient reversal for the colours."""
+
+    classify = staticmethod(jitter)
+
+
+class Method(NamedTuple):
+    objective: object  # loss(model, batch, args, gen), or an nn.Module with that forward, built from (model, splits, args)
+    told: str  # what the training is told about the bias
+
+
+METHODS = {
+    "baseline": Method(baseline, "nothing"),
+    "jitter": Method(jitter, "the kind of bias"),
+    "grl": Method(GRL, "colour labels"),
+    "combined": Method(Combined, "colour labels"),
+}
+
+
+class Penultimate:
+    """Inside `with`, .value is what the last call of the model fed its final layer: (B,F)."""
+
+    def __init__(self, model):
+        self.fc = model.fc
+
+    def __enter__(self):
+        self.hook = self.fc.register_forward_pre_hook(lambda _, inputs: setattr(self, "value", inputs[0]))
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+
+# ---------------------------------------------------------------- training
+
+
+def one_step(objective, model, batch, optimiser, args, gen):
+    """The step of every method that does not bring its own."""
+    loss = objective(model, batch, args, gen)
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    optimiser.step()
+    return loss.detach()
+
+
+def make_schedule(optimiser, args, steps):
+    """The learning rate, step by step."""
+    if args.schedule == "onecycle":
+        return torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=args.lr, total_steps=steps)
+    if args.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1)
+
+
+def train(model, splits, args, device):
+    """Fits the model in place; returns one record per epoch."""
+    data, n = splits["train"], len(splits["train"].labels)
+    objective = METHODS[args.method].objective
+    if isinstance(objective, type):
+        objective = objective(model, splits, args).to(device)
+    step = getattr(objective, "step", None) or one_step
+    extra = list(objective.parameters()) if isinstance(objective, nn.Module) else []
+    optimiser = torch.optim.AdamW([*model.parameters(), *extra], lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    schedule = make_schedule(optimiser, args, args.epochs * math.ceil(n / args.batch))
+    epochs = []
+    for epoch in range(1, args.epochs + 1):
+        began, total = time.time(), torch.zeros((), device=device)
+        gen = stream(args.seed, f"epoch {epoch}", device)
+        order = torch.randperm(n, generator=stream(args.seed, f"order {epoch}")).to(device)
+        model.train()
+        for i, index in enumerate(order.split(args.batch)):
+            batch = Batch(data.x(index), data.labels[index], None if data.colors is None else data.colors[index], index)
+            total += step(objective, model, batch, optimiser, args, gen) * len(index)
+            schedule.step()
+            if sys.stdout.isatty() and i % 50 == 49:
+                rate = (i + 1) * args.batch / (time.time() - began)
+                print(f"\repoch {epoch:2d}/{args.epochs}  {rate:,.0f} images/s  {(n - i * args.batch) / rate:4.0f}s left in this epoch ", end="", flush=True)
+        loss = total.item() / n
+        if not math.isfinite(loss):
+            die(f"the loss is {loss} in epoch {epoch}", f"try a smaller --lr than {args.lr:g}")
+        scores = {name: score(predict(model, splits[name]), splits[name]) for name in ("val", "test_hard")}
+        epochs.append({"epoch": epoch, "loss": loss, "val": scores["val"]["acc"], "val_aligned": scores["val"]["aligned"],
+                       "val_conflicting": scores["val"]["conflicting"], "test_hard": scores["test_hard"]["acc"]})
+        print(f"{chr(13) * sys.stdout.isatty()}epoch {epoch:2d}/{args.epochs}  loss {loss:.4f}  val {scores['val']['acc']:.3f}  aligned {fmt(scores['val']['aligned'])}"
+              f"  conflicting {fmt(scores['val']['conflicting'])}  test_hard {scores['test_hard']['acc']:.3f}  {time.time() - began:5.1f}s", flush=True)
+    return epochs
+
+
+def fmt(value):
+    return "  -  " if value is None else f"{value:.3f}"
+
+
+# ---------------------------------------------------------------- scoring
+
+
+@torch.inference_mode()
+def predict(model, split):
+    """Predicted classes int64 (N,), the model in eval mode."""
+    model.eval()
+    return torch.cat([model(split.x(slice(i, i + 1000))).argmax(1) for i in range(0, len(split.labels), 1000)])
+
+
+def score(predicted, split):
+    """Every accuracy of one split as a fraction beside its n; what needs colours is None without them."""
+    y, colour = split.labels.cpu(), None if split.colors is None else split.colors.cpu()
+    predicted = predicted.cpu()
+    classes = int(max(y.max(), predicted.max())) + 1
+    right = (predicted == y).double()
+    confusion = torch.bincount(y * classes + predicted, minlength=classes**2).view(classes, classes)
+    per_digit = [right[y == d].mean().item() if (y == d).any() else None for d in range(classes)]
+    record = {"acc": right.mean().item(), "n": len(y), "per_digit": per_digit, "worst_digit": min(a for a in per_digit if a is not None),
+              "confusion": confusion.tolist(), "worst_group": None, "follows_colour": None, "aligned": None, "conflicting": None,
+              "n_conflicting": None}
+    if colour is None:
+        return record
+    group = y * 1000 + colour
+    ids, inverse = group.unique(return_inverse=True)
+    size = torch.zeros(len(ids), dtype=torch.double).index_add_(0, inverse, torch.ones_like(right))
+    acc = torch.zeros(len(ids), dtype=torch.double).index_add_(0, inverse, right) / size
+    worst = int(acc.argmin())
+    record["worst_group"] = {"acc": acc[worst].item(), "n": int(size[worst]), "digit": int(ids[worst]) // 1000, "colour": int(ids[worst]) % 1000}
+    against = colour != y
+    record["n_conflicting"] = int(against.sum())
+    if against.any():
+        record["follows_colour"] = (predicted == colour)[against].double().mean().item()
+        record["conflicting"] = right[against].mean().item()
+    if (~against).any():
+        record["aligned"] = right[~against].mean().item()
+    return record
+
+
+def evaluate(model, splits):
+    """(final scores per split, linear probes)."""
+    final = {name: score(predict(model, splits[name]), splits[name]) for name in EVAL_SPLITS}
+    return final, probe(model, splits["test_unbiased"])
+
+
+@torch.inference_mode()
+def penultimate(model, split):
+    """What the last layer sees, float (N,F)."""
+    model.eval()
+    values = []
+    with Penultimate(model) as features:
+        for i in range(0, len(split.labels), 1000):
+            model(split.x(slice(i, i + 1000)))
+            values.append(features.value)
+    return torch.cat(values)
+
+
+def probe(model, split):
+    """Accuracy of linear classifiers for colour and for digit on the frozen penultimate features (Alain & Bengio, 2017).
+
+    Logistic regression on standardised features with a fixed, small L2 penalty, fitted by L-BFGS on the even images of the split
+    and scored on the odd ones. Chance is 0.1 where every colour is equally likely.
+    """
+    z = penultimate(model, split).cpu()
+    z = (z - z[::2].mean(0)) / (z[::2].std(0) + 1e-6)
+    result = {"n_fit": len(z[::2]), "n": len(z[1::2])}
+    for name, target in (("colour", split.colors), ("digit", split.labels)):
+        result[name] = None if target is None else fit_linear(z[::2], target.cpu()[::2], z[1::2], target.cpu()[1::2])
+    return result
+
+
+def fit_linear(z, y, z_test, y_test, l2=1e-3):
+    """Test accuracy of a softmax regression. z float (N,F), y int64 (N,)."""
+    weight = torch.zeros(z.shape[1] + 1, int(max(y.max(), y_test.max())) + 1, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        loss = F.cross_entropy(z @ weight[1:] + weight[0], y) + l2 * weight[1:].square().sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    with torch.no_grad():
+        return ((z_test @ weight[1:] + weight[0]).argmax(1) == y_test).double().mean().item()
+
+
+# ---------------------------------------------------------------- the write-up
+
+PUBLISHED = {"baseline": (0.955, 0.224), "jitter": (0.960, 0.613), "grl": (0.941, 0.386), "combined": (0.952, 0.613)}  # The Lazy Artist: val, test_hard; one seed
+NOT_SETTINGS = ("dir", "device", "threads", "report", "eval", "name")  # they do not change what is learned
+
+
+def settings(args):
+    return {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+
+
+def read_runs(folder):
+    """{settings that differ from the defaults, as flags: [records of its seeds]} of every training run in a folder."""
+    defaults, groups = settings(get_args([])), {}
+    for path in sorted(folder.glob("*.json")):
+        record = load_json(path, f"delete it, or run again: python train.py --dir {folder}")
+        if record.get("script") != "train.py":
+            continue
+        changed = {k: v for k, v in record["args"].items() if k not in ("method", "seed") and v != defaults.get(k)}
+        label = " ".join([record["args"]["method"], *(f"--{k.replace('_', '-')} {v}" for k, v in sorted(changed.items()))])
+        groups.setdefault(label, []).append(record)
+    return dict(sorted(groups.items(), key=lambda item: (list(METHODS).index(item[0].split()[0]), item[0])))
+
+
+def over_seeds(runs, *keys):
+    """mean ± sd (n seeds) of one number of the records."""
+    values = []
+    for record in runs:
+        for key in keys:
+            record = None if record is None else record[key]
+        values.append(record)
+    return mean_sd(values)
+
+
+def accuracy_row(label, told, runs):
+    hard = "test_hard"
+    worst = min((r["final"][hard]["worst_group"] for r in runs if r["final"][hard]["worst_group"]), key=lambda g: g["acc"], default=None)
+    return [label, told, over_seeds(runs, "final", "val", "acc"), over_seeds(runs, "final", hard, "acc"),
+            over_seeds(runs, "final", "test_unbiased", "acc"), over_seeds(runs, "final", hard, "worst_digit"),
+            f"{worst['acc']:.3f} of {worst['n']}" if worst else "-", over_seeds(runs, "final", hard, "follows_colour"),
+            over_seeds(runs, "probe", "colour"), over_seeds(runs, "probe", "digit")]
+
+
+HEADER = ["method", "told", "val", "test_hard", "test_unbiased", "worst digit", "worst group", "follows colour", "colour probe", "digit probe"]
+
+
+def report(args):
+    groups = read_runs(args.dir)
+    if not groups:
+        die(f"{args.dir} holds no results of train.py", f"run: python train.py --dir {args.dir}")
+    oracle = read_runs(args.dir / "unbiased").get("baseline", [])
+    plain = {label: runs for label, runs in groups.items() if label in METHODS}
+    rows = [accuracy_row(label, METHODS[label].told, runs) for label, runs in plain.items()]
+    if oracle:
+        rows.append(accuracy_row("oracle", "no bias in training", oracle))
+    n = {name: next(iter(groups.values()))[0]["final"][name]["n"] for name in EVAL_SPLITS}
+    print("Accuracy, mean ± sd over (n) seeds; every method has the same net and budget and its last epoch is scored; no test split chose anything. "
+          + ", ".join(f"{name} n = {k:,}" for name, k in n.items())
+          + ". Worst digit, worst group (the worst of all seeds, with its n), follows colour: on test_hard. The probes' chance level is 0.1.\n")
+    print(markdown(HEADER, rows))
+    if "baseline" in plain and args.dir.name != "quick" and groups["baseline"][0].get("world", {}).get("recipe") == "background":
+        print("Beside the published figures (The Lazy Artist, same protocol, one seed):\n")
+        print(markdown(["method", "val", "published val", "test_hard", "published test_hard", "95 % interval of seed 1"], [
+            [m, over_seeds(plain[m], "final", "val", "acc"), v, over_seeds(plain[m], "final", "test_hard", "acc"), h,
+             "{:.3f} to {:.3f}".format(*wilson(round(plain[m][0]["final"]["test_hard"]["acc"] * n["test_hard"]), n["test_hard"]))]
+            for m, (v, h) in PUBLISHED.items() if m in plain]))
+    varied = [accuracy_row(label, METHODS[runs[0]["args"]["method"]].told, runs) for label, runs in groups.items() if label not in METHODS]
+    if varied:
+        print("One setting changed at a time (the flags name it; everything else as above):\n")
+        print(markdown(HEADER, varied))
+    figures = args.dir / "figures"
+    draw_learning_curves({**plain, **({"oracle": oracle} if oracle else {})}, figures / "learning_curves.png")
+    print("![Learning curves](figures/learning_curves.png)\n")
+    print("*Learning curves: mean over seeds, the band spans the seeds.*\n")
+    draw_confusion(plain, figures / "confusion.png")
+    print("![Confusion matrices](figures/confusion.png)\n")
+    print("*Confusion on test_hard, first seed of each method: each row is a digit and sums to 1.*\n")
+
+
+def start_drawing():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_learning_curves(groups, path):
+    """{method: runs} to two panels, val and test_hard accuracy by epoch."""
+    plt = start_drawing()
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    for ax, key, title in zip(axes, ("val", "test_hard"), ("val: biased like the training data", "test_hard: colour never fits the digit")):
+        for method, runs in groups.items():
+            longest = max(len(r["epochs"]) for r in runs)
+            curves = torch.tensor([[e[key] for e in r["epochs"]] for r in runs if len(r["epochs"]) == longest])
+            x = range(1, longest + 1)
+            ax.plot(x, curves.mean(0), color=INK.get(method, "grey"), marker="o", ms=3, ls="--" if method == "oracle" else "-", label=method)
+            ax.fill_between(x, curves.amin(0), curves.amax(0), color=INK.get(method, "grey"), alpha=0.15, lw=0)
+        ax.set(xlabel="epoch", title=title, ylim=(0, 1))
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy")
+    axes[1].legend(fontsize=8)
+    fig.suptitle("The same training looks fine on biased data, and only the hard split shows who learned shapes")
+    save_figure(fig, path)
+
+
+def draw_confusion(groups, path):
+    """{method: runs} to one confusion matrix each (first seed, test_hard)."""
+    plt = start_drawing()
+    fig, axes = plt.subplots(1, len(groups), figsize=(3.1 * len(groups) + 0.6, 3.6), layout="constrained", squeeze=False, sharey=True)
+    for ax, (method, runs) in zip(axes[0], groups.items()):
+        counts = torch.tensor(runs[0]["final"]["test_hard"]["confusion"], dtype=torch.double)
+        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        picture = ax.imshow(share, vmin=0, vmax=1, cmap="Blues")
+        for i in range(len(share)):
+            for j in range(len(share)):
+                if share[i, j] >= 0.05:
+                    ax.text(j, i, f"{share[i, j]:.2f}"[1:] if share[i, j] < 1 else "1", ha="center", va="center", fontsize=5.5, color="white" if share[i, j] > 0.5 else "black")
+        ax.set(title=f"{method}: {runs[0]['final']['test_hard']['acc']:.3f}", xlabel="predicted", xticks=range(len(share)), yticks=range(len(share)))
+    axes[0][0].set_ylabel("digit")
+    fig.colorbar(picture, ax=axes, shrink=0.8, label="share of the digit's images")
+    fig.suptitle("Confusion on test_hard (never the digit's own colour)")
+    save_figure(fig, path)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("method")
+    g.add_argument("--method", choices=METHODS, default="baseline", help="training objective (default: baseline)")
+    g.add_argument("--alpha", type=real(0), default=2.0, help="jitter, combined: weight of the KL term (default: 2)")
+    g.add_argument("--jitter", choices=JITTERS, default="mix", help="random colour mixture, or hue-saturation-brightness-contrast (default: mix)")
+    g.add_argument("--gamma", type=real(0), default=0.1, help="grl, combined: weight of the reversed colour gradient (default: 0.1)")
+    g = p.add_argument_group("budget")
+    g.add_argument("--epochs", type=whole(1, 10_000), default=10, help="passes over the training split (default: 10)")
+    g.add_argument("--lr", type=real(0, 10, open_low=True), default=1e-3, help="learning rate of AdamW, the peak for onecycle (default: 0.001)")
+    g.add_argument("--schedule", choices=("constant", "onecycle", "cosine"), default="constant", help="of the learning rate (default: constant)")
+    g.add_argument("--weight-decay", type=real(0, 10), default=1e-4, help="of AdamW (default: 0.0001)")
+    g.add_argument("--batch", type=whole(1, 100_000), default=128, help="images per step (default: 128)")
+    g = p.add_argument_group("net")
+    g.add_argument("--model", choices=MODELS, default="simplecnn", help="default: simplecnn")
+    g.add_argument("--width", type=whole(1, 1024), default=4, help="channels of SimpleCNN's first layer (default: 4, which makes 4,486 parameters)")
+    g = p.add_argument_group("files")
+    g.add_argument("--name", help="of the files in --dir (default: METHOD_sSEED)")
+    g.add_argument("--eval", metavar="NAME", help="score DIR/NAME.pt again and update the scores in DIR/NAME.json; no training")
+    common_args(p, seed_of="weights, batches and jitter")
+    args = p.parse_args(argv)
+    args.name = args.name or f"{args.method}_s{args.seed}"
+    for flag, name in (("--name", args.name), ("--eval", args.eval)):
+        if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
+            p.error(f"{flag} {name!r} must be letters, digits and _ . + - only, since files in --dir are named after it")
+    if args.name in ("meta", "gradcam", *SPLITS) or args.name.startswith("attack_"):
+        p.error(f"--name {args.name} would overwrite another file of --dir; choose another name")
+    return args
+
+
+def record_of(args, model, final, probes, epochs, world, run_facts):
+    return {"schema": 1, "script": "train.py", "name": args.name, "args": settings(args), "world": world,
+            "params": sum(p.numel() for p in model.parameters()), "selected_on": "last epoch", "final": final, "probe": probes,
+            "epochs": epochs, "run": run_facts}
+
+
+def print_scores(name, final, probes):
+    for split, s in final.items():
+        print(f"{name}  {split:13s} {s['acc']:.4f} of {s['n']:,}  worst digit {s['worst_digit']:.3f}  follows colour {fmt(s['follows_colour'])}")
+    print(f"{name}  linear probe  colour {fmt(probes['colour'])}  digit {fmt(probes['digit'])}  (half of test_unbiased, n = {probes['n']:,})")
+
+
+def main(argv=None):
+    args = get_args(argv)
+    if args.report:
+        return report(args)
+    device = setup(args)
+    splits = load_splits(args.dir, device=device)
+    if args.eval:
+        model, checkpoint = load_model(args.dir, args.eval, device)
+        path = args.dir / f"{args.eval}.json"
+        record = load_json(path, f"run: python train.py --dir {args.dir} --name {args.eval}")
+        check_fit(splits, checkpoint["classes"], checkpoint["size"], args)
+        record["final"], record["probe"] = evaluate(model, splits)
+        save_json(record, path)
+        print_scores(args.eval, record["final"], record["probe"])
+        return None
+    classes, size = int(splits["train"].labels.max()) + 1, list(splits["train"].images.shape[2:])
+    check_fit(splits, classes, size, args)
+    if METHODS[args.method].told == "colour labels" and splits["train"].colors is None:
+        die(f"--method {args.method} needs colour labels, but {args.dir}/train.pt has no colors", "choose a method that does without, such as jitter")
+    print(" ".join(f"{k}={v}" for k, v in {"dir": args.dir, **settings(args), "device": device}.items()), flush=True)
+    start = time.time()
+    torch.manual_seed(args.seed)
+    model = build_model(args.model, args.width, classes, size).to(device)
+    epochs = train(model, splits, args, device)
+    final, probes = evaluate(model, splits)
+    meta = args.dir / "meta.json"
+    world = {k: v for k, v in load_json(meta, "run make_data.py again").items() if k in ("recipe", "corr", "seed", "limit")} if meta.exists() else {}
+    facts = {"seconds": round(time.time() - start, 1), "torch": torch.__version__, "threads": args.threads, "device": str(device)}
+    save_pt({"weights": {k: v.cpu().contiguous() for k, v in model.state_dict().items()}, "args": settings(args), "classes": classes, "size": size},
+            args.dir / f"{args.name}.pt")
+    save_json(record_of(args, model, final, probes, epochs, world, facts), args.dir / f"{args.name}.json")
+    print_scores(args.name, final, probes)
+    print(f"wrote {args.dir / args.name}.pt and .json in {facts['seconds']:.1f}s")
+
+
+def check_fit(splits, classes, size, args):
+    """Every split must have the training split's picture size and no class beyond its own."""
+    for name, split in splits.items():
+        if list(split.images.shape[2:]) != list(size):
+            die(f"{args.dir}/{name}.pt has images of {tuple(split.images.shape[2:])} pixels but the net is built for {tuple(size)}", "make the splits from one source")
+        if int(split.labels.max()) >= classes:
+            die(f"{args.dir}/{name}.pt has label {int(split.labels.max())} but training ends at class {classes - 1}", "add such images to train.pt or remove them")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -226,7 +226,7 @@ def load_pt(path, mend):
         record = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         die(f"{path} holds something other than tensors and plain values, so it was not loaded", mend)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError):
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError):
         die(f"{path} is truncated or not a .pt file", mend)
     if not isinstance(record, dict):
         die(f"{path} holds a {type(record).__name__}, not a dictionary", mend)

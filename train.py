@@ -382,10 +382,11 @@ def report(args):
         print("One setting changed at a time (the flags name it; everything else as above):\n")
         print(markdown(HEADER, varied))
     figures = args.dir / "figures"
-    draw_learning_curves({**plain, **({"oracle": oracle} if oracle else {})}, figures / "learning_curves.png")
+    shown = plain or groups
+    draw_learning_curves({**shown, **({"oracle": oracle} if oracle else {})}, figures / "learning_curves.png")
     print("![Learning curves](figures/learning_curves.png)\n")
     print("*Learning curves: mean over seeds, the band spans the seeds.*\n")
-    draw_confusion(plain, figures / "confusion.png")
+    draw_confusion(shown, figures / "confusion.png")
     print("![Confusion matrices](figures/confusion.png)\n")
     print("*Confusion on test_hard, first seed of each method: each row is a digit and sums to 1.*\n")
 

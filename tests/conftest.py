@@ -1,5 +1,6 @@
 """A made-up world of 10 classes that needs no download: each class is a blob pattern of its own, painted like the real thing."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -54,5 +55,26 @@ def cli(tmp_path):
         done = subprocess.run([sys.executable, str(ROOT / script), *rest], cwd=tmp_path, text=True, capture_output=True, **kwargs)
         assert not check or done.returncode == 0, done.stderr
         return done
+
+    return call
+
+
+@pytest.fixture
+def mistake(tmp_path, monkeypatch, capfd):
+    """Assert that a command ends with exit code 2 and one line that says `says`, and that no file in its folder has changed."""
+
+    def call(command, says):
+        script, *rest = command.split()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *rest])
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            common.run(importlib.import_module(script.removesuffix(".py")).main)
+        said = capfd.readouterr()
+        lines = [line for line in said.err.splitlines() if not line.startswith(("usage: ", " "))]  # argparse prints its usage first
+        assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(script) and says in lines[0], said.err
+        assert "code inside" not in said.out
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
     return call

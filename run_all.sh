@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# Regenerates every table and figure of results/report.md on real MNIST.
+#
+#   bash run_all.sh                 every stage, in order
+#   bash run_all.sh STAGE...        only these stages: lazy
+#   bash run_all.sh test            set up, then run the tests
+#   QUICK=1 bash run_all.sh         everything in a few minutes on a small subset, into results/quick
+#   FRESH=1 bash run_all.sh         start over instead of continuing
+#   JOBS=4 bash run_all.sh          steps side by side (default: one per core), one thread each
+#
+# A finished step leaves a mark in DIR/.done, named after its command and the code it ran: a second call continues where the
+# first one stopped, and after a script was changed it runs again, with all that read its results.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+STAGES="lazy"
+DIR=results
+JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
+SEEDS="42 43 44 45 46"
+DATA= BUDGET=
+if [ "${QUICK:-0}" = 1 ]; then
+  DIR=results/quick SEEDS="42 43" DATA="--limit 6000" BUDGET="--epochs 2"
+fi
+DONE=$DIR/.done
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # busy threads of side-by-side processes on few cores stall each other
+
+fail() { echo "run_all.sh: $*" >&2; exit 2; }
+
+# ---- setup: the first python here that imports what we need, else a fresh .venv
+setup() {
+  local need="import torch, torchvision, numpy, matplotlib, pytest"
+  for PYTHON in ${PYTHON:-} .venv/bin/python python3 python; do
+    command -v "$PYTHON" > /dev/null && "$PYTHON" -c "$need" 2> /dev/null && return
+  done
+  PYTHON=$(command -v python3 || command -v python) || fail "there is no python3 here; install Python 3.11 or newer"
+  echo "run_all.sh: making .venv from requirements.txt (a few minutes, about 6 GB)"
+  "$PYTHON" -m venv .venv || fail "python -m venv failed; install the venv module (Debian: apt install python3-venv)"
+  PYTHON=.venv/bin/python
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt || fail "pip could not install requirements.txt; its message is above"
+}
+
+# ---- steps: queue them with `step`, run the queue side by side with `go`
+QUEUE=()
+step() { QUEUE+=("$*"); }
+
+mark() {  # the file that says this command was run by this code: every script upstream of it counts
+  local code
+  case $1 in
+    make_data.py*) code="make_data.py" ;;
+    train.py*) code="make_data.py train.py" ;;
+    *) code="make_data.py train.py ${1%% *}" ;;
+  esac
+  echo "$DONE/$( { echo "$1"; cat common.py $code; } | cksum | tr ' ' -)"
+}
+
+one() {  # one step; what it printed is shown if it fails
+  local began=$SECONDS log mark
+  log=$(mktemp "$DONE/log.XXXXXX") mark=$(mark "$1")
+  if "$PYTHON" $1 > "$log" 2>&1; then
+    mv "$log" "$mark"
+    echo "  $2  $(printf '%4ds' $((SECONDS - began)))  python $1"
+  else
+    echo "run_all.sh: FAILED after $((SECONDS - began))s: python $1" >&2
+    tail -n 20 "$log" >&2
+    rm -f "$log"
+    return 1
+  fi
+}
+
+go() {  # runs the queue, JOBS steps at a time; after a failure nothing new is started and finished steps are kept
+  local todo=() command running=0 k=0 failed=0
+  for command in "${QUEUE[@]}"; do [ -e "$(mark "$command")" ] || todo+=("$command"); done
+  echo "$STAGE: $1: ${#todo[@]} steps to do, $((${#QUEUE[@]} - ${#todo[@]})) done before, $((SECONDS / 60)) min $((SECONDS % 60)) s so far"
+  QUEUE=()
+  for command in ${todo[@]+"${todo[@]}"}; do
+    if [ $running -ge "$JOBS" ]; then wait -n || failed=1; running=$((running - 1)); fi
+    [ $failed = 0 ] || break
+    k=$((k + 1)) running=$((running + 1))
+    one "$command" "$(printf '%2d/%d' $k ${#todo[@]})" &
+  done
+  while [ $running -gt 0 ]; do wait -n || failed=1; running=$((running - 1)); done
+  [ $failed = 0 ] || { echo "run_all.sh: stopped at the failed step above; mend it and run the same command again to continue" >&2; exit 1; }
+}
+
+# ---- stages: one line a step, fit to paste behind `python`
+lazy() {
+  step "make_data.py --dir $DIR $DATA"                                  # samples.png
+  step "make_data.py --dir $DIR/unbiased --corr 0.1 $DATA"              # the oracle's world
+  go "paint the worlds"
+  for s in $SEEDS; do
+    for method in combined jitter grl baseline; do
+      step "train.py --dir $DIR --method $method --seed $s $BUDGET"     # headline table, learning curves, confusion
+    done
+    step "train.py --dir $DIR/unbiased --seed $s $BUDGET"               # last row of the table: the oracle
+  done
+  for a in 0.5 1 5; do step "train.py --dir $DIR --method jitter --alpha $a --name jitter_alpha${a}_s42 $BUDGET"; done
+  for g in 0.5 1 2; do step "train.py --dir $DIR --method grl --gamma $g --name grl_gamma${g}_s42 $BUDGET"; done
+  step "train.py --dir $DIR --method jitter --jitter hsv --name jitter_hsv_s42 $BUDGET"
+  go "train"
+  local lazy_and_cured="" s
+  for s in $SEEDS; do lazy_and_cured+=" baseline_s$s jitter_s$s"; done
+  step "gradcam.py --dir $DIR --models$lazy_and_cured grl_s42 combined_s42"
+  step "attack.py --dir $DIR --src 7 --tgt 3 --eps 0.05"
+  go "look and attack"
+  report
+}
+
+report() {  # results/report.md: the tables of the four scripts, one after the other
+  {
+    echo "# The lazy artist: what was measured"
+    echo
+    for part in "make_data.py:The world" "train.py:Does it cheat, and what cures it?" "gradcam.py:Where does it look?" "attack.py:Is the cured model safer?"; do
+      echo "## ${part#*:}"
+      echo
+      "$PYTHON" "${part%%:*}" --dir "$DIR" --report
+    done
+  } > "$DIR/report.md.part"
+  mv "$DIR/report.md.part" "$DIR/report.md"
+  echo "$STAGE: wrote $DIR/report.md, $((SECONDS / 60)) min $((SECONDS % 60)) s so far"
+}
+
+[ "${FRESH:-0}" = 1 ] && rm -rf "$DONE"
+trap 'echo "run_all.sh: interrupted; run the same command again to continue" >&2; exit 130' INT
+for STAGE in ${@:-$STAGES}; do
+  case " $STAGES test " in *" $STAGE "*) ;; *) fail "there is no stage '$STAGE'; choose from: $STAGES test" ;; esac
+done
+setup
+mkdir -p "$DONE"
+for STAGE in ${@:-$STAGES}; do
+  if [ "$STAGE" = test ]; then "$PYTHON" -m pytest -q -m "not slow" tests; else "$STAGE"; fi
+done

@@ -1,0 +1,278 @@
+"""Training: every method learns and repeats, the jitters are what they say, and each score equals a count by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as tv
+
+import common
+import train
+
+KEYS = {"schema", "script", "name", "args", "world", "params", "selected_on", "final", "probe", "epochs", "run"}
+SCORE_KEYS = {"acc", "n", "per_digit", "worst_digit", "confusion", "worst_group", "follows_colour", "aligned", "conflicting", "n_conflicting"}
+
+
+@pytest.fixture
+def splits(tiny, tmp_path):
+    tiny(tmp_path)
+    return common.load_splits(tmp_path)
+
+
+def args_of(**flags):
+    return train.get_args([f"--{k.replace('_', '-')}={v}" for k, v in flags.items()])
+
+
+def batch_of(splits, n=32):
+    data, index = splits["train"], torch.arange(n)
+    return train.Batch(data.x(index), data.labels[index], data.colors[index], index)
+
+
+# ---- nets
+
+
+def test_simplecnn_is_as_small_as_promised():
+    assert sum(p.numel() for p in common.build_model().parameters()) == 4486
+
+
+def test_pooling_before_relu_changes_nothing():
+    torch.manual_seed(0)
+    model, x = common.build_model(), torch.rand(8, 3, 28, 28)
+    z = F.max_pool2d(F.relu(model.conv1(x)), 2)
+    z = F.relu(model.conv3(F.max_pool2d(F.relu(model.conv2(z)), 2)))
+    assert torch.allclose(model.features(x), z, atol=1e-6)
+
+
+# ---- methods
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_every_method_moves_every_weight_and_stays_finite(method, splits):
+    torch.manual_seed(0)
+    model = common.build_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    epochs = train.train(model, splits, args_of(method=method, epochs=1, batch=50), "cpu")
+    assert math.isfinite(epochs[0]["loss"])
+    for p, old in zip(model.parameters(), before):
+        assert torch.isfinite(p).all() and not torch.equal(p, old)
+
+
+def test_a_new_method_is_one_function_and_one_row(splits, monkeypatch):
+    def brier(model, batch, args, gen):
+        return (model(batch.x).softmax(1) - F.one_hot(batch.y, 10)).square().sum(1).mean()
+
+    monkeypatch.setitem(train.METHODS, "brier", train.Method(brier, "nothing"))
+    epochs = train.train(common.build_model(), splits, args_of(method="brier", epochs=2), "cpu")
+    assert epochs[1]["loss"] < epochs[0]["loss"]
+
+
+def test_a_method_may_bring_weights_and_its_own_step(splits, monkeypatch):
+    class Alternating(torch.nn.Module):
+        def __init__(self, model, splits, args):
+            super().__init__()
+            self.scale, self.calls = torch.nn.Parameter(torch.ones(())), []
+            instances.append(self)
+
+        def step(self, objective, model, batch, optimiser, args, gen):
+            self.calls.append(len(batch.y))
+            return train.one_step(lambda *_: F.cross_entropy(self.scale * model(batch.x), batch.y), model, batch, optimiser, args, gen)
+
+    instances = []
+    monkeypatch.setitem(train.METHODS, "alternating", train.Method(Alternating, "nothing"))
+    train.train(common.build_model(), splits, args_of(method="alternating", epochs=1, batch=64), "cpu")
+    assert instances[0].calls == [64, 64, 64, 8] and instances[0].scale.item() != 1
+
+
+def test_reversal_is_the_identity_forward_and_minus_gamma_backward():
+    z = torch.tensor([1.0, -2.0], requires_grad=True)
+    out = train.Reverse.apply(z, 0.3)
+    (out * torch.tensor([5.0, 7.0])).sum().backward()
+    assert out.tolist() == [1, -2]
+    assert z.grad.tolist() == pytest.approx([-1.5, -2.1])
+
+
+def test_kl_of_two_coins_by_hand():
+    p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.9, 0.1]])
+    assert train.kl(p.log(), q.log()).item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), abs=1e-6)
+
+
+# ---- jitter
+
+
+@pytest.mark.parametrize("name", train.JITTERS)
+def test_jitter_stays_in_range_differs_by_image_and_repeats_by_seed(name, splits):
+    x = splits["train"].x(torch.zeros(16, dtype=torch.long))  # sixteen times the same picture
+    out = train.JITTERS[name](x, common.stream(0, "j"))
+    assert out.shape == x.shape and 0 <= out.min() and out.max() <= 1
+    assert torch.equal(out, train.JITTERS[name](x, common.stream(0, "j")))
+    assert (out[0] - out[1]).abs().max() > 0.02
+
+
+def test_mix_keeps_flat_pictures_flat_and_makes_channels_affine_in_the_old_ones():
+    x = torch.rand(4, 3, 8, 8)
+    out = train.mix(x, common.stream(0, "j")).reshape(4, 3, 64)
+    for i in range(4):
+        design = torch.cat([x[i].reshape(3, 64), torch.ones(1, 64)]).T
+        fitted = design @ torch.linalg.lstsq(design, out[i].T).solution
+        assert (fitted - out[i].T).abs().max() < 1e-4
+
+
+def test_hsv_equals_torchvision_with_the_same_factors(monkeypatch):
+    x = torch.rand(5, 3, 16, 16)
+    drawn = []
+
+    def remember(x, gen, low, high):
+        drawn.append(torch.rand(len(x), 1, 1, 1, generator=gen) * (high - low) + low)
+        return drawn[-1]
+
+    monkeypatch.setattr(train, "per_image", remember)
+    out = train.hsv(x, common.stream(0, "j"))
+    brightness, contrast, saturation, turn = (d.flatten().tolist() for d in drawn)
+    for i in range(5):
+        by_hand = tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(x[i], brightness[i]), contrast[i]), saturation[i])
+        by_hand = tv.adjust_hue(by_hand, turn[i] / 6)
+        assert torch.allclose(out[i], by_hand, atol=2e-3)
+
+
+# ---- scores
+
+
+def split_of(labels, colors):
+    n = len(labels)
+    return common.Split(torch.zeros(n, 3, 8, 8, dtype=torch.uint8), torch.tensor(labels), None if colors is None else torch.tensor(colors), None)
+
+
+def test_scores_equal_a_count_by_hand():
+    s = train.score(torch.tensor([0, 1, 1, 2, 2, 0]), split_of([0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 0, 0]))
+    assert s["acc"] == pytest.approx(3 / 6) and s["n"] == 6
+    assert s["per_digit"] == [0.5, 0.5, 0.5]
+    assert s["follows_colour"] == pytest.approx(3 / 4)  # of four conflicting images three are called after their colour
+    assert s["aligned"] == 1 and s["conflicting"] == pytest.approx(1 / 4)
+    assert s["worst_group"] == {"acc": 0.0, "n": 1, "digit": 0, "colour": 1}
+    assert s["confusion"] == [[1, 1, 0], [0, 1, 1], [1, 0, 1]]
+
+
+def test_without_colours_the_rest_is_still_scored():
+    s = train.score(torch.tensor([0, 1, 0]), split_of([0, 1, 1], None))
+    assert s["acc"] == pytest.approx(2 / 3) and s["worst_digit"] == 0.5 and s["follows_colour"] is None and s["worst_group"] is None
+
+
+def test_probe_finds_what_is_linear_and_not_what_is_absent():
+    gen = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 10, (2000,), generator=gen)
+    noise = torch.randn(2000, 20, generator=gen)
+    shown = noise + 8 * F.one_hot(y, 20)
+    assert train.fit_linear(shown[:1000], y[:1000], shown[1000:], y[1000:]) > 0.99
+    assert train.fit_linear(noise[:1000], y[:1000], noise[1000:], y[1000:]) < 0.17  # chance is 0.1
+
+
+# ---- the command
+
+
+def outside_run(path):
+    record = json.loads(path.read_text())
+    record.pop("run")
+    return record
+
+
+def test_a_seed_repeats_a_run_and_another_does_not(tiny, cli, tmp_path):
+    tiny(tmp_path / "results")
+    cli("train.py --method combined --epochs 2 --name a")
+    cli("train.py --method combined --epochs 2 --name b")
+    cli("train.py --method combined --epochs 2 --name c --seed 43")
+    a, b, c = (outside_run(tmp_path / "results" / f"{n}.json") for n in "abc")
+    assert {**a, "name": ""} == {**b, "name": ""}
+    assert a["epochs"] != c["epochs"]
+
+
+def test_the_json_keys_are_the_promised_ones(tiny, cli, tmp_path):
+    tiny(tmp_path / "results")
+    cli("train.py --epochs 2")
+    record = json.loads((tmp_path / "results" / "baseline_s42.json").read_text())
+    assert set(record) == KEYS and record["schema"] == 1 and record["params"] == 4486 and record["selected_on"] == "last epoch"
+    assert set(record["final"]) == {"val", "test_hard", "test_unbiased"}
+    assert all(set(s) == SCORE_KEYS for s in record["final"].values())
+    assert {"colour", "digit"} <= set(record["probe"])
+    assert [e["epoch"] for e in record["epochs"]] == [1, 2] and {"loss", "val"} <= set(record["epochs"][0])
+    assert {"seconds", "torch", "threads", "device"} <= set(record["run"])
+
+
+def test_eval_scores_a_saved_model_to_the_same_numbers(tiny, cli, tmp_path):
+    tiny(tmp_path / "results")
+    cli("train.py --epochs 1")
+    path = tmp_path / "results" / "baseline_s42.json"
+    before = path.read_bytes()
+    path.write_text(json.dumps({**json.loads(before), "final": None, "probe": None}))
+    cli("train.py --eval baseline_s42")
+    assert path.read_bytes() == before
+
+
+def test_a_world_without_colours_trains_and_says_who_cannot(tiny, cli, tmp_path):
+    tiny(tmp_path / "results")
+    for name in common.SPLITS:
+        record = common.load_pt(tmp_path / "results" / f"{name}.pt", "")
+        common.save_pt({"images": record["images"], "labels": record["labels"]}, tmp_path / "results" / f"{name}.pt")
+    cli("train.py --epochs 1")
+    done = cli("train.py --epochs 1 --method grl", check=False)
+    assert done.returncode == 2 and "needs colour labels" in done.stderr
+
+
+def test_other_sizes_and_a_resnet_work(tiny, cli, tmp_path):
+    tiny(tmp_path / "results", n=40, size=32)
+    cli("train.py --epochs 1 --model resnet18")
+    cli("train.py --epochs 1 --method jitter --jitter hsv --width 3 --schedule onecycle")
+    cli("train.py --report")
+    assert (tmp_path / "results" / "figures" / "learning_curves.png").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code inside a pickle was run",)
+
+
+def spoil_truncate(folder):
+    path = folder / "train.pt"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def spoil(key, value):
+    def change(folder):
+        common.save_pt({**common.load_pt(folder / "train.pt", ""), key: value}, folder / "train.pt")
+
+    return change
+
+
+@pytest.mark.parametrize("command, change, says", [
+    ("train.py", lambda f: (f / "val.pt").unlink(), "val.pt is missing"),
+    ("train.py", spoil_truncate, "truncated"),
+    ("train.py", lambda f: (f / "train.pt").write_text("hello"), "not a .pt file"),
+    ("train.py", lambda f: torch.save({"images": Evil()}, f / "train.pt"), "was not loaded"),
+    ("train.py", lambda f: torch.save([1, 2], f / "train.pt"), "not a dictionary"),
+    ("train.py", spoil("images", torch.zeros(200, 3, 28, 28)), "images is float32"),
+    ("train.py", spoil("images", torch.zeros(200, 28, 28, dtype=torch.uint8)), "images is uint8 (200, 28, 28)"),
+    ("train.py", spoil("images", torch.zeros(200, 3, 4, 4, dtype=torch.uint8)), "should be uint8 (200, 4, 4)"),
+    ("train.py", spoil("labels", torch.full((200,), -1)), "classes count from 0"),
+    ("train.py", spoil("labels", torch.zeros(3, dtype=torch.long)), "labels is int64 (3,)"),
+    ("train.py", spoil("labels", torch.zeros(200, dtype=torch.long)), "has label 9 but training ends at class 0"),
+    ("train.py --eval nobody", None, "nobody.pt is missing"),
+    ("train.py --method lazyness", None, "--method"),
+    ("train.py --alpha nan", None, "--alpha"),
+    ("train.py --epochs 0", None, "--epochs"),
+    ("train.py --lr -1", None, "--lr"),
+    ("train.py --name ../../escape", None, "--name"),
+    ("train.py --name val", None, "--name"),
+    ("train.py --threads none", None, "--threads"),
+    ("train.py --method jitter --alpha 1e39", None, "the loss is"),
+    ("train.py --device cuda", None, "not available"),
+    ("train.py --dir nowhere", None, "nowhere/train.pt is missing"),
+    ("train.py --report --dir nowhere", None, "holds no results"),
+])
+def test_mistakes_get_one_line_and_lose_nothing(tiny, mistake, tmp_path, command, change, says):
+    if "cuda" in command and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    tiny(tmp_path / "results", n=200)
+    if change:
+        change(tmp_path / "results")
+    mistake(command, says)

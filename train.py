@@ -21,8 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (INK, MODELS, SPLITS, Split, build_model, common_args, die, load_json, load_model, load_splits, markdown, mean_sd,
-                    real, run, save_figure, save_json, save_pt, setup, stream, whole, wilson)
+from common import (INK, MODELS, SPLITS, build_model, common_args, die, fmt, load_json, load_model, load_splits, markdown, mean_sd, real,
+                    run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
 
 EVAL_SPLITS = SPLITS[1:]
 
@@ -221,10 +221,6 @@ def train(model, splits, args, device):
     return epochs
 
 
-def fmt(value):
-    return "  -  " if value is None else f"{value:.3f}"
-
-
 # ---------------------------------------------------------------- scoring
 
 
@@ -391,15 +387,6 @@ def report(args):
     print("*Confusion on test_hard, first seed of each method: each row is a digit and sums to 1.*\n")
 
 
-def start_drawing():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def draw_learning_curves(groups, path):
     """{method: runs} to two panels, val and test_hard accuracy by epoch."""
     plt = start_drawing()
@@ -466,7 +453,7 @@ def get_args(argv=None):
     for flag, name in (("--name", args.name), ("--eval", args.eval)):
         if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
             p.error(f"{flag} {name!r} must be letters, digits and _ . + - only, since files in --dir are named after it")
-    if args.name in ("meta", "gradcam", *SPLITS) or args.name.startswith("attack_"):
+    if args.name in ("meta", "gradcam", *SPLITS) or args.name.startswith(("attack_", "gradcam_")):
         p.error(f"--name {args.name} would overwrite another file of --dir; choose another name")
     return args
 

@@ -16,7 +16,6 @@ grouped by method (NAME without _sSEED); the first method is the reference and e
 image by image.
 """
 
-import argparse
 import math
 import re
 import sys
@@ -27,8 +26,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (INK, SPLITS, Attacked, common_args, die, load_json, load_model, load_pt, load_splits, markdown, mean_sd, pgd, real, run,
-                    save_figure, save_json, save_pt, setup, stream, whole, wilson)
+from common import (INK, SPLITS, Attacked, Parser, common_args, die, load_json, load_model, load_pt, load_splits, markdown, mean_sd, pgd,
+                    real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
 
 CHUNK = 256  # images attacked at once: what fits in the cache of one core
 CONFIDENT = 0.9  # target probability of the stricter criterion
@@ -595,15 +594,6 @@ LINES = {"argmax": "-", "confidence": "--"}
 SPARE_INK = ("#CC79A7", "#56B4E9", "#8C510A", "#999999")  # for methods without a colour of their own in common.INK
 
 
-def start_drawing():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def inks(groups):
     """{method: colour}."""
     spare = iter(SPARE_INK * len(groups))
@@ -867,8 +857,7 @@ def report(args):
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: die(message, "see python attack.py --help")
+    p = Parser(__doc__)
     g = p.add_argument_group("what to do (default: the targeted attack)").add_mutually_exclusive_group()
     g.add_argument("--pairs", dest="mode", action="store_const", const="pairs", help="every digit to every other, as heat maps")
     g.add_argument("--untargeted", dest="mode", action="store_const", const="untargeted", help="robust accuracy under several attacks, and transfer")

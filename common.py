@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -106,6 +107,16 @@ def stream(seed, purpose, device="cpu"):
     return torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{purpose}".encode()))  # 32 bits: the CPU drops the rest
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line; the script's docstring is its help."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        die(message, f"see python {self.prog} --help")
+
+
 def common_args(parser, seed_of):
     """The flags that mean the same thing in all four scripts."""
     group = parser.add_argument_group("the same in every script")
@@ -170,6 +181,9 @@ def run(main):
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name}: interrupted; finished files are whole, run the same command again", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise
@@ -190,8 +204,10 @@ def whole_file(path):
 
 
 def save_json(record, path):
+    text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False)
+    text = re.sub(r'\[[^][{}"]*\]', lambda numbers: " ".join(numbers[0].split()), text)  # a list of numbers takes one line
     with whole_file(path) as part:
-        part.write_text(json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        part.write_text(text + "\n")
 
 
 def save_pt(record, path):

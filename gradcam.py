@@ -15,7 +15,6 @@ nothing but the background changes, and how often when nothing but the digit doe
 recipe in meta.json; where they are missing the flips are null and one line says so.
 """
 
-import argparse
 import contextlib
 import copy
 import itertools
@@ -27,9 +26,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common import (DIGIT_PIXEL, INK, PAINTERS, PALETTE, SPLITS, SimpleCNN, Split, build_model, common_args, die, fmt, load_json,
-                    load_model, load_pt, load_splits, markdown, mean_sd, paint, run, save_figure, save_json, save_pt, setup, start_drawing,
-                    stream, whole, wilson)
+from common import (DIGIT_PIXEL, INK, PAINTERS, PALETTE, SPLITS, Parser, SimpleCNN, Split, build_model, common_args, die, fmt, load_json,
+                    load_model, load_pt, load_splits, markdown, mean_sd, paint, run, save_figure, save_json, save_pt, setup,
+                    start_drawing, stream, whole, wilson)
 
 BATCH = 500  # images; small enough for a ResNet-50, large enough for the tiny net
 SANITY_IMAGES, SANITY_DRAWS = 1000, 5  # the null rows: images of the split, sets of random weights
@@ -640,7 +639,7 @@ def report(args):
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--models", nargs="+", default=["baseline_s42", "jitter_s42"], metavar="NAME",
                    help="checkpoints in --dir (default: baseline_s42 jitter_s42)")
     p.add_argument("--split", choices=SPLITS[1:], default="test_hard", help="for flips, null rows and figures (default: test_hard)")

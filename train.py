@@ -10,7 +10,6 @@ Writes  DIR/NAME.pt, DIR/NAME.json; with --report DIR/figures/*.png
     python train.py --report                           # figures and tables of every run in --dir
 """
 
-import argparse
 import math
 import re
 import sys
@@ -21,8 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (INK, MODELS, SPLITS, build_model, common_args, die, fmt, load_json, load_model, load_splits, markdown, mean_sd, real,
-                    run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
+from common import (INK, MODELS, SPLITS, Parser, build_model, common_args, die, fmt, load_json, load_model, load_splits,
+                    markdown, mean_sd, real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
 
 EVAL_SPLITS = SPLITS[1:]
 
@@ -429,7 +428,7 @@ def draw_confusion(groups, path):
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     g = p.add_argument_group("method")
     g.add_argument("--method", choices=METHODS, default="baseline", help="training objective (default: baseline)")
     g.add_argument("--alpha", type=real(0), default=2.0, help="jitter, combined: weight of the KL term (default: 2)")

@@ -912,7 +912,7 @@ def load(args, device):
         for flag, digit in (("--src", args.src), ("--tgt", args.tgt)):
             if digit is not None and digit >= classes:
                 die(f"{flag} is {digit}, but the classes of {name} end at {classes - 1}", "choose one of them")
-        method, seed = re.fullmatch(r"(.+?)(?:_s(\d+))?", name).groups()
+        method, seed = re.fullmatch(r"(?:.*/)?(.+?)(?:_s(\d+))?", name).groups()
         models[name] = Loaded(net, {"method": method, "seed": int(seed or record["args"]["seed"])}, classes)
     return models, split
 

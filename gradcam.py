@@ -408,7 +408,7 @@ def families(models):
     """{family: {name: model}}: seeds of one setting share the name in front of _sSEED, a table row and a colour."""
     groups = {}
     for name, model in models.items():
-        groups.setdefault(re.sub(r"_s\d+$", "", name), {})[name] = model
+        groups.setdefault(re.sub(r"_s\d+$", "", name.split("/")[-1]), {})[name] = model
     return groups
 
 

@@ -82,25 +82,26 @@ go() {  # runs the queue, JOBS steps at a time; after a failure nothing new is s
   [ $failed = 0 ] || { echo "run_all.sh: stopped at the failed step above; mend it and run the same command again to continue" >&2; exit 1; }
 }
 
-# ---- stages: one line a step, fit to paste behind `python`
+# ---- stages: one line a step, fit to paste behind `python`; behind it what it feeds
 lazy() {
-  step "make_data.py --dir $DIR $DATA"                                  # samples.png
-  step "make_data.py --dir $DIR/unbiased --corr 0.1 $DATA"              # the oracle's world
+  step "make_data.py --dir $DIR $DATA"                                       # samples.png
+  step "make_data.py --dir $DIR/unbiased --corr 0.1 $DATA"                   # the oracle's world
   go "paint the worlds"
   for s in $SEEDS; do
     for method in combined jitter grl baseline; do
-      step "train.py --dir $DIR --method $method --seed $s $BUDGET"     # headline table, learning curves, confusion
+      step "train.py --dir $DIR --method $method --seed $s $BUDGET"          # headline table, learning curves, confusion
     done
-    step "train.py --dir $DIR/unbiased --seed $s $BUDGET"               # last row of the table: the oracle
+    step "train.py --dir $DIR/unbiased --name oracle_s$s --seed $s $BUDGET"  # the last row of the table: its ceiling
   done
   for a in 0.5 1 5; do step "train.py --dir $DIR --method jitter --alpha $a --name jitter_alpha${a}_s42 $BUDGET"; done
   for g in 0.5 1 2; do step "train.py --dir $DIR --method grl --gamma $g --name grl_gamma${g}_s42 $BUDGET"; done
+  step "train.py --dir $DIR --method grl --no-conditional --name grl_unconditional_s42 $BUDGET"
   step "train.py --dir $DIR --method jitter --jitter hsv --name jitter_hsv_s42 $BUDGET"
   go "train"
-  local lazy_and_cured="" s
-  for s in $SEEDS; do lazy_and_cured+=" baseline_s$s jitter_s$s"; done
-  step "gradcam.py --dir $DIR --models$lazy_and_cured grl_s42 combined_s42"
-  step "attack.py --dir $DIR --src 7 --tgt 3 --eps 0.05"
+  local both="" s
+  for s in $SEEDS; do both+=" baseline_s$s jitter_s$s"; done
+  step "attack.py --dir $DIR --src 7 --tgt 3 --eps 0.05 --models$both"       # min-eps, sweep, examples, the verdict
+  step "gradcam.py --dir $DIR --models$both grl_s42 combined_s42 unbiased/oracle_s42"
   go "look and attack"
   report
 }

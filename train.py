@@ -10,6 +10,7 @@ Writes  DIR/NAME.pt, DIR/NAME.json; with --report DIR/figures/*.png
     python train.py --report                           # figures and tables of every run in --dir
 """
 
+import argparse
 import math
 import re
 import sys
@@ -31,6 +32,7 @@ class Batch(NamedTuple):
     y: torch.Tensor  # int64 (B,)
     colour: torch.Tensor | None  # int64 (B,): the class that owns the background colour
     index: torch.Tensor  # int64 (B,): which training images these are
+    progress: float  # share of the training that is over, 0 to 1
 
 
 # ---------------------------------------------------------------- colour jitter, batched
@@ -42,19 +44,23 @@ def per_image(x, gen, low, high):
 
 
 def mix(x, gen):
-    """A random linear mixture of the colour channels per image: 3x3 matrix with rows of unit norm, channels rescaled to a random range.
+    """A random linear mixture of the colour channels per image, with grain, each channel stretched to a random range.
 
-    Every background colour can become every other and light can become dark, but an edge stays an edge. x (B,3,H,W) in [0, 1],
-    and so is the result.
+    The rows of the 3x3 matrix have unit norm and any sign, so every colour can become every other and light can become dark, but an
+    edge stays an edge. Differences of channels can cancel the brightness noise of a texture, so grain puts some back: one normal draw
+    per pixel, sd up to 0.1 by image. x (B,3,H,W) in [0, 1], and so is the result.
     """
     b, _, h, w = x.shape
+    draw = lambda *shape: torch.rand(shape, generator=gen, device=x.device)
     matrix = F.normalize(torch.randn(b, 3, 3, generator=gen, device=x.device), dim=2)
-    flat = torch.bmm(matrix, x.reshape(b, 3, h * w))  # (B,3,HW)
-    low, high = flat.aminmax(dim=2, keepdim=True)
-    ends = torch.rand(b, 3, 2, generator=gen, device=x.device).sort(dim=2).values  # where darkest and lightest go
-    start, stop = ends[..., :1], ends[..., 1:]
-    flat = torch.addcmul(start - low * (stop - start) / (high - low + 1e-6), flat, (stop - start) / (high - low + 1e-6))
-    return flat.view(b, 3, h, w).clamp_(0, 1).contiguous(memory_format=torch.channels_last)
+    grain = 0.1 * draw(b, 1, 1) * torch.randn(b, 1, h * w, generator=gen, device=x.device)
+    mixed = torch.bmm(matrix, x.reshape(b, 3, h * w)) + grain  # (B,3,HW)
+    darkest, lightest = mixed.aminmax(dim=2, keepdim=True)
+    span = 0.1 + 0.9 * draw(b, 3, 1)
+    low = (1 - span) * draw(b, 3, 1)
+    scale = span / (lightest - darkest + 1e-6)
+    mixed = mixed.mul_(scale).add_(low - darkest * scale).clamp_(0, 1)
+    return mixed.view(b, 3, h, w).contiguous(memory_format=torch.channels_last)
 
 
 def hsv(x, gen):
@@ -89,18 +95,27 @@ def baseline(model, batch, args, gen):
 def jitter(model, batch, args, gen):
     """Cross-entropy, and alpha times the KL divergence between the predictions for two colourings of the same image.
 
-    With --jitter mix both colourings are random and the first one is classified; with hsv the first colouring is the image itself,
-    as The Lazy Artist has it.
+    One colouring is the image itself, the other is random. Ours: the random one is classified and drawn towards the prediction for the
+    image itself, with a weight that falls linearly from alpha to 0, since late in training agreement costs more than it teaches.
+    --jitter hsv is what The Lazy Artist does: the image itself is classified, the weight is constant.
     """
-    recolour = JITTERS[args.jitter]
-    first = recolour(batch.x, gen) if args.jitter == "mix" else batch.x
-    logits, other = model(torch.cat([first, recolour(batch.x, gen)])).chunk(2)
-    return F.cross_entropy(logits, batch.y) + args.alpha * kl(logits, other)
+    return jitter_loss(*two_colourings(model, batch, args, gen), batch, args)
 
 
-def kl(logits, other):
-    """KL(p || q) of the two softmax distributions, mean over the batch."""
-    return F.kl_div(F.log_softmax(other, 1), F.log_softmax(logits, 1), log_target=True, reduction="batchmean")
+def two_colourings(model, batch, args, gen):
+    """Logits of the images themselves and of recoloured copies, (B,classes) each."""
+    return model(torch.cat([batch.x, JITTERS[args.jitter](batch.x, gen)])).chunk(2)
+
+
+def jitter_loss(clean, recoloured, batch, args):
+    if args.jitter == "hsv":
+        return F.cross_entropy(clean, batch.y) + args.alpha * kl(clean, recoloured)
+    return F.cross_entropy(recoloured, batch.y) + args.alpha * (1 - batch.progress) * kl(clean, recoloured)
+
+
+def kl(p, q):
+    """KL(p || q) of the softmax distributions of two sets of logits, mean over the batch."""
+    return F.kl_div(F.log_softmax(q, 1), F.log_softmax(p, 1), log_target=True, reduction="batchmean")
 
 
 class Reverse(torch.autograd.Function):
@@ -117,25 +132,52 @@ class Reverse(torch.autograd.Function):
 
 
 class GRL(nn.Module):
-    """Gradient reversal (Ganin & Lempitsky, 2015): a colour head learns to name the colour, the features learn to stop it."""
+    """Gradient reversal (Ganin & Lempitsky, 2015): a colour head learns to name the colour, the features learn to stop it.
 
-    classify = staticmethod(baseline)
+    The head takes three updates, at three times the learning rate, for one of the net; the reversal starts after a fifth of the
+    training and grows linearly to gamma, since features that know no digit yet are easily silenced for good. One departure: in training the digit nearly gives the colour away, so features that hide the colour
+    would have to hide the digit. Hence both heads are asked for what the other label does not tell already: log p(digit given
+    colour) and log p(colour given digit), counted on the training labels, are added to their logits, as Hong & Yang (2021) do for
+    the digit. --no-conditional leaves that out.
+    """
+
+    updates = lr_scale = 3
 
     def __init__(self, model, splits, args):
         super().__init__()
         self.head = nn.Sequential(nn.Linear(model.fc.in_features, 64), nn.ReLU(), nn.Linear(64, model.fc.out_features))
+        count = count_groups(splits["train"], model.fc.out_features)
+        count = count.clamp(min=1) if args.conditional else torch.ones_like(count)  # equal counts change no cross-entropy
+        self.register_buffer("digit_given_colour", (count / count.sum(0)).log().T.contiguous())
+        self.register_buffer("colour_given_digit", (count / count.sum(1, keepdim=True)).log())
 
-    def forward(self, model, batch, args, gen):
+    def step(self, objective, model, batch, optimiser, args, gen):
         with Penultimate(model) as features:
             loss = self.classify(model, batch, args, gen)
-        colour = batch.colour.repeat(len(features.value) // len(batch.colour))  # jitter shows every image twice
-        return loss + F.cross_entropy(self.head(Reverse.apply(features.value, args.gamma)), colour)
+        seen = features.value[: len(batch.y)]  # jitter also shows recoloured copies, behind the images themselves
+        for _ in range(self.updates - 1):
+            update(optimiser, self.colour_loss(seen.detach(), batch))  # the net has no gradient here, so it stays as it is
+        update(optimiser, loss + self.colour_loss(Reverse.apply(seen, args.gamma * max(0, (batch.progress - 0.2) / 0.8)), batch))
+        return loss.detach()
+
+    def colour_loss(self, features, batch):
+        return F.cross_entropy(self.head(features) + self.colour_given_digit[batch.y], batch.colour)
+
+    def classify(self, model, batch, args, gen):
+        return F.cross_entropy(model(batch.x) + self.digit_given_colour[batch.colour], batch.y)
 
 
 class Combined(GRL):
-    """Both cures at once: jitter's loss for the digits, gradient reversal for the colours."""
+    """Both cures at once: the loss of jitter, and the two of gradient reversal on the images themselves."""
 
-    classify = staticmethod(jitter)
+    def classify(self, model, batch, args, gen):
+        clean, recoloured = two_colourings(model, batch, args, gen)
+        return jitter_loss(clean, recoloured, batch, args) + F.cross_entropy(clean + self.digit_given_colour[batch.colour], batch.y)
+
+
+def count_groups(split, classes):
+    """Images per (digit, colour): float (classes, classes)."""
+    return torch.bincount(split.labels * classes + split.colors, minlength=classes**2).view(classes, classes).float()
 
 
 class Method(NamedTuple):
@@ -170,7 +212,10 @@ class Penultimate:
 
 def one_step(objective, model, batch, optimiser, args, gen):
     """The step of every method that does not bring its own."""
-    loss = objective(model, batch, args, gen)
+    return update(optimiser, objective(model, batch, args, gen))
+
+
+def update(optimiser, loss):
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     optimiser.step()
@@ -180,7 +225,7 @@ def one_step(objective, model, batch, optimiser, args, gen):
 def make_schedule(optimiser, args, steps):
     """The learning rate, step by step."""
     if args.schedule == "onecycle":
-        return torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=args.lr, total_steps=steps)
+        return torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=[group["lr"] for group in optimiser.param_groups], total_steps=steps)
     if args.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1)
@@ -193,9 +238,12 @@ def train(model, splits, args, device):
     if isinstance(objective, type):
         objective = objective(model, splits, args).to(device)
     step = getattr(objective, "step", None) or one_step
-    extra = list(objective.parameters()) if isinstance(objective, nn.Module) else []
-    optimiser = torch.optim.AdamW([*model.parameters(), *extra], lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    schedule = make_schedule(optimiser, args, args.epochs * math.ceil(n / args.batch))
+    groups = [{"params": list(model.parameters()), "lr": args.lr}]
+    if isinstance(objective, nn.Module) and any(True for _ in objective.parameters()):
+        groups.append({"params": list(objective.parameters()), "lr": args.lr * getattr(objective, "lr_scale", 1)})
+    optimiser = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+    steps = args.epochs * math.ceil(n / args.batch)
+    schedule = make_schedule(optimiser, args, steps)
     epochs = []
     for epoch in range(1, args.epochs + 1):
         began, total = time.time(), torch.zeros((), device=device)
@@ -203,7 +251,7 @@ def train(model, splits, args, device):
         order = torch.randperm(n, generator=stream(args.seed, f"order {epoch}")).to(device)
         model.train()
         for i, index in enumerate(order.split(args.batch)):
-            batch = Batch(data.x(index), data.labels[index], None if data.colors is None else data.colors[index], index)
+            batch = Batch(data.x(index), data.labels[index], None if data.colors is None else data.colors[index], index, schedule.last_epoch / steps)
             total += step(objective, model, batch, optimiser, args, gen) * len(index)
             schedule.step()
             if sys.stdout.isatty() and i % 50 == 49:
@@ -433,7 +481,9 @@ def get_args(argv=None):
     g.add_argument("--method", choices=METHODS, default="baseline", help="training objective (default: baseline)")
     g.add_argument("--alpha", type=real(0), default=2.0, help="jitter, combined: weight of the KL term (default: 2)")
     g.add_argument("--jitter", choices=JITTERS, default="mix", help="random colour mixture, or hue-saturation-brightness-contrast (default: mix)")
-    g.add_argument("--gamma", type=real(0), default=0.1, help="grl, combined: weight of the reversed colour gradient (default: 0.1)")
+    g.add_argument("--gamma", type=real(0), default=0.1, help="grl, combined: final weight of the reversed colour gradient (default: 0.1)")
+    g.add_argument("--conditional", action=argparse.BooleanOptionalAction, default=True,
+                   help="grl, combined: ask each head for what the other label does not tell (default: yes)")
     g = p.add_argument_group("budget")
     g.add_argument("--epochs", type=whole(1, 10_000), default=10, help="passes over the training split (default: 10)")
     g.add_argument("--lr", type=real(0, 10, open_low=True), default=1e-3, help="learning rate of AdamW, the peak for onecycle (default: 0.001)")

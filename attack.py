@@ -17,7 +17,6 @@ image by image.
 """
 
 import math
-import re
 import sys
 import time
 from typing import NamedTuple
@@ -26,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (INK, SPLITS, Attacked, Parser, common_args, die, load_json, load_model, load_pt, load_splits, markdown, mean_sd, pgd,
+from common import (INK, SPLITS, Attacked, Parser, common_args, die, family_of, load_json, load_model, load_pt, load_splits, markdown, mean_sd, pgd,
                     real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
 
 CHUNK = 256  # images attacked at once: what fits in the cache of one core
@@ -310,7 +309,7 @@ def verdict(compared, src, tgt):
     evidence = "; ".join(f"{name}: median change of min-ε {c['min_eps']['value']:+.4f}, 95 % {c['min_eps']['low']:+.4f} to {c['min_eps']['high']:+.4f}, "
                          f"less needed on {c['needs_less']['value']:.0%}" for name, c in compared["both_right"].items() if c["n"])
     also = "the same holds on all images" if everything == told else f"on all images, misread ones too, it is {claim(everything)}"
-    return (f"From {src} to {tgt}, on {compared['both_right']['argmax']['n']:,} images that both read correctly, {other} is {claim(told)}"
+    return (f"From {src} to {tgt}, on {compared['both_right']['argmax']['n']:,} images that all models of a seed read correctly, {other} is {claim(told)}"
             + f" ({evidence})" * bool(evidence) + f"; {also}.")
 
 
@@ -636,7 +635,7 @@ def draw_sweep(record, path):
     groups, a = by_method(record["models"]), record["args"]
     ink = inks(groups)
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained", sharey=True)
-    for ax, subset, title in zip(axes, ("all", "both_right"), (f"every {a['src']}", f"{a['src']}s that both read correctly")):
+    for ax, subset, title in zip(axes, ("all", "both_right"), (f"every {a['src']}", f"{a['src']}s that all read correctly")):
         n = 0
         for method, seeds in groups.items():
             for criterion, style in LINES.items():
@@ -654,7 +653,7 @@ def draw_sweep(record, path):
 
 
 def draw_min_eps(record, path):
-    """Histograms of the smallest radius per criterion, and of its paired differences, on images that both read correctly."""
+    """Histograms of the smallest radius per criterion, and of its paired differences, on images that all models of the seed read correctly."""
     plt = start_drawing()
     models, a = record["models"], record["args"]
     groups, both = by_method(models), subsets(models, a["src"])["both_right"]
@@ -686,7 +685,7 @@ def draw_min_eps(record, path):
         ax.locator_params(axis="x", nbins=6)
         if ax.get_legend_handles_labels()[0]:  # one method alone has no difference
             ax.legend(fontsize=8, loc="upper right")
-    fig.suptitle(f"Smallest perturbation that turns a {a['src']} into a {a['tgt']}, images that both read correctly (outermost bins: and beyond)", fontsize=11)
+    fig.suptitle(f"Smallest perturbation that turns a {a['src']} into a {a['tgt']}, images that all read correctly (outermost bins: and beyond)", fontsize=11)
     save_figure(fig, path)
 
 
@@ -850,6 +849,8 @@ def report(args):
     if not records:
         die(f"{args.dir} holds no results of attack.py", f"run: python attack.py --dir {args.dir}")
     for record in sorted(records, key=lambda r: list(MODES).index(r["mode"])):
+        for key in {"models", "summary"} & record.keys():
+            record[key] = {name: record[key][name] for name in record["args"]["models"]}  # the file has them by alphabet
         REPORTS[record["mode"]](record, args)
 
 
@@ -887,9 +888,11 @@ def get_args(argv=None):
             setattr(args, flag, MODES[args.mode].get(flag))
     if args.mode == "targeted" and args.src == args.tgt:
         die(f"--src and --tgt are both {args.src}", "choose two digits")
-    if len(set(args.models)) < len(args.models):
-        die("--models names a model twice", "name each once")
+    if len({family_of(name) for name in args.models}) < len(args.models):
+        die("--models names two that would share one row", "name each once, or save one of them under another --name")
     args.sweep = args.sweep and sorted(set(args.sweep))
+    if args.mode == "targeted" and args.eps > args.sweep[-1]:
+        die(f"--eps {args.eps:g} is beyond the last radius of --sweep, {args.sweep[-1]:g}", f"add {args.eps:g} to --sweep")
     return args
 
 
@@ -912,8 +915,8 @@ def load(args, device):
         for flag, digit in (("--src", args.src), ("--tgt", args.tgt)):
             if digit is not None and digit >= classes:
                 die(f"{flag} is {digit}, but the classes of {name} end at {classes - 1}", "choose one of them")
-        method, seed = re.fullmatch(r"(?:.*/)?(.+?)(?:_s(\d+))?", name).groups()
-        models[name] = Loaded(net, {"method": method, "seed": int(seed or record["args"]["seed"])}, classes)
+        method, seed = family_of(name)
+        models[name] = Loaded(net, {"method": method, "seed": record["args"]["seed"] if seed is None else seed}, classes)
     return models, split
 
 

@@ -24,21 +24,35 @@ import torch.nn.functional as F
 SPLITS = ("train", "val", "test_hard", "test_unbiased")
 DIGIT_PIXEL = 0.1  # a pixel belongs to the digit where gray > 0.1
 INK = {  # one colour per method in every figure, told apart by colour-blind readers (Okabe & Ito, 2008)
-    "baseline": "#D55E00", "jitter": "#0072B2", "grl": "#E69F00", "combined": "#009E73", "oracle": "#000000"}
+    "baseline": "#D55E00", "jitter": "#0072B2", "grl": "#E69F00", "combined": "#009E73", "biasbal": "#CC79A7", "groupdro": "#56B4E9",
+    "lff": "#7A4F00", "jtt": "#8C8C00", "oracle": "#000000"}
 
 # ---------------------------------------------------------------- painting
 
-PALETTE = {  # digit d owns row d
-    "red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 80, 255), "yellow": (255, 220, 0), "purple": (200, 0, 200),
-    "teal": (0, 200, 200), "pink": (255, 130, 180), "brown": (140, 100, 50), "white": (255, 255, 255), "black": (0, 0, 0)}
+PALETTES = {  # recipe: {colour: its mean}; digit d owns row d
+    "background": {
+        "red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 80, 255), "yellow": (255, 220, 0), "purple": (200, 0, 200),
+        "teal": (0, 200, 200), "pink": (255, 130, 180), "brown": (140, 100, 50), "white": (255, 255, 255), "black": (0, 0, 0)},
+    "flat": {  # Biased-MNIST (Bahng et al., 2020)
+        "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (225, 225, 0), "magenta": (225, 0, 225),
+        "cyan": (0, 255, 255), "orange": (255, 128, 0), "rose": (255, 0, 128), "violet": (128, 0, 255), "grey": (128, 128, 128)}}
+
+
+def rgb_of(colours, recipe):
+    """Mean colours float (N,3,1,1) in [0, 1] of colour indices (N,)."""
+    return torch.tensor(list(PALETTES[recipe].values()), dtype=torch.float32)[colours, :, None, None] / 255
 
 
 def paint_background(gray, colours, gen):
     """A light-grey digit (0.6 of white) on its background colour plus one brightness noise per pixel, the same for R, G and B."""
-    rgb = torch.tensor(list(PALETTE.values()), dtype=torch.float32)[colours] / 255  # (N,3)
     noise = torch.randn(gray.shape, generator=gen).mul_(0.15)  # (N,H,W)
-    background = (rgb[:, :, None, None] + noise[:, None]).clamp_(0, 1)
+    background = (rgb_of(colours, "background") + noise[:, None]).clamp_(0, 1)
     return background.lerp_(torch.tensor(0.6), gray[:, None])
+
+
+def paint_flat(gray, colours, gen):
+    """A white digit, every pixel that is not black, on one flat colour (Biased-MNIST; Bahng et al., 2020)."""
+    return torch.where(gray[:, None] > 0, 1.0, rgb_of(colours, "flat"))
 
 
 def paint_gray(gray, colours, gen):
@@ -46,7 +60,7 @@ def paint_gray(gray, colours, gen):
     return gray[:, None].expand(-1, 3, -1, -1)
 
 
-PAINTERS = {"background": paint_background, "gray": paint_gray}
+PAINTERS = {"background": paint_background, "flat": paint_flat, "gray": paint_gray}
 
 
 def paint(gray, colours, gen, recipe="background"):
@@ -153,7 +167,9 @@ def _number(kind, least, most, wanted):
 
 
 def setup(args):
-    """Threads, deterministic algorithms and the device; returns a torch.device."""
+    """Threads, deterministic algorithms and the device; returns a torch.device. A read-only --dir stops here, not after the work."""
+    if args.dir.is_dir() and not os.access(args.dir, os.W_OK):
+        die(f"--dir {args.dir} cannot be written", "make it writable or choose another one")
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -238,11 +254,16 @@ def save_figure(fig, path):
 
 def load_json(path, mend):
     try:
-        return json.loads(Path(path).read_text())
+        record = json.loads(Path(path).read_text())
     except FileNotFoundError:
         die(f"{path} is missing", mend)
-    except (ValueError, IsADirectoryError):
-        die(f"{path} is not a whole JSON file", mend)
+    except OSError as e:
+        die(f"cannot read {path}: {e.strerror}", mend)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        die(f"{path} is not a whole JSON file of ours", mend)
+    return record
 
 
 def load_pt(path, mend):
@@ -253,6 +274,8 @@ def load_pt(path, mend):
         record = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         die(f"{path} holds something other than tensors and plain values, so it was not loaded", mend)
+    except PermissionError as e:
+        die(f"cannot read {path}: {e.strerror}", mend)
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError):
         die(f"{path} is truncated or not a .pt file", mend)
     if not isinstance(record, dict):
@@ -311,9 +334,22 @@ def load_model(folder, name, device="cpu"):
         args = record["args"]
         model = build_model(args["model"], args["width"], record["classes"], record["size"])
         model.load_state_dict(record["weights"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
-        die(f"{path} is not a checkpoint of train.py ({str(e).splitlines()[0]})", mend)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        die(f"{path} is not a checkpoint of train.py ({(str(e) or type(e).__name__).splitlines()[0]})", mend)
     return model.to(device).eval(), record
+
+
+@torch.inference_mode()
+def predict(model, split):
+    """Predicted classes int64 (N,), the model in eval mode."""
+    model.eval()
+    return torch.cat([model(split.x(slice(i, i + 1000))).argmax(1) for i in range(0, len(split.labels), 1000)])
+
+
+def family_of(name):
+    """('jitter_alpha5', 42) of 'jitter_alpha5_s42' or 'unbiased/jitter_alpha5_s42': what the seeds of one setting share, and the seed."""
+    stem, seed = re.fullmatch(r"(?:.*/)?(.+?)(?:_s(\d+))?", name).groups()
+    return stem, None if seed is None else int(seed)
 
 
 # ---------------------------------------------------------------- numbers and tables

@@ -19,15 +19,14 @@ import contextlib
 import copy
 import itertools
 import math
-import re
 import time
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from common import (DIGIT_PIXEL, INK, PAINTERS, PALETTE, SPLITS, Parser, SimpleCNN, Split, build_model, common_args, die, fmt, load_json,
-                    load_model, load_pt, load_splits, markdown, mean_sd, paint, run, save_figure, save_json, save_pt, setup,
+from common import (DIGIT_PIXEL, INK, PALETTES, SPLITS, Parser, SimpleCNN, Split, build_model, common_args, die, family_of, fmt, load_json,
+                    load_model, load_pt, load_splits, markdown, mean_sd, paint, predict, run, save_figure, save_json, save_pt, setup,
                     start_drawing, stream, whole, wilson)
 
 BATCH = 500  # images; small enough for a ResNet-50, large enough for the tiny net
@@ -270,10 +269,11 @@ def recipe_of(folder, split):
     if not (folder / "meta.json").exists():
         return None, f"{folder}/meta.json, which names the recipe, is missing"
     recipe = load_json(folder / "meta.json", "run make_data.py again").get("recipe")
-    if recipe not in PAINTERS:
-        return None, f"meta.json names the recipe {recipe!r}, which is not one of {', '.join(PAINTERS)}"
+    if recipe not in PALETTES:
+        return None, f"meta.json names the recipe {recipe!r}, which is not one of {', '.join(PALETTES)}"
     last = max(int(split.colors.max()), int(split.labels.max()))
-    return (recipe, None) if last < len(PALETTE) else (None, f"classes or colours run to {last}, but the palette ends at {len(PALETTE) - 1}")
+    top = len(PALETTES[recipe]) - 1
+    return (recipe, None) if last <= top else (None, f"classes or colours run to {last}, but the palette ends at {top}")
 
 
 def repaint(split, colours, recipe, seed):
@@ -286,25 +286,19 @@ def take(split, index):
     return Split(*(None if t is None else t[index] for t in split))
 
 
-@torch.inference_mode()
-def predict(model, split):
-    """Predicted classes int64 (N,) on the CPU."""
-    return torch.cat([model(split.x(index)).argmax(1) for index in slices(split)]).cpu()
-
-
 def counterfactuals(models, split, recipe, seed):
     """{name: (predictions (N,10) of every digit on every colour, predictions (N,) with the partner's digit)}, and the partners (N,).
 
     Each painting is made once and shown to all models.
     """
     on_colour = {name: [] for name in models}
-    for c in range(len(PALETTE)):
+    for c in range(len(PALETTES[recipe])):
         painted = repaint(split, torch.full_like(split.labels, c), recipe, seed)
         for name, model in models.items():
-            on_colour[name].append(predict(model, painted))
+            on_colour[name].append(predict(model, painted).cpu())
     partner = torch.randperm(len(split.labels), generator=stream(seed, "partner"))
     swapped = repaint(split._replace(gray=split.gray[partner]), split.colors, recipe, seed)
-    return {name: (torch.stack(columns, dim=1), predict(models[name], swapped)) for name, columns in on_colour.items()}, partner
+    return {name: (torch.stack(columns, dim=1), predict(models[name], swapped).cpu()) for name, columns in on_colour.items()}, partner
 
 
 def flip_rates(on_colour, swapped, partner, labels, colours):
@@ -314,7 +308,7 @@ def flip_rates(on_colour, swapped, partner, labels, colours):
     among colours that are not the label's. Digit: the partner's digit on the same background, where its label differs.
     """
     now = on_colour.gather(1, colours[:, None])  # (N,1)
-    palette = torch.arange(len(PALETTE))
+    palette = torch.arange(on_colour.shape[1])
     other = palette != colours[:, None]  # (N,10)
     foreign = other & (palette != labels[:, None])
     changed = ((on_colour != now) & other).sum(1) / other.sum(1)
@@ -376,10 +370,10 @@ def example_pictures(split, recipe, seed):
     """
     if recipe is None:
         return take(split, slice(10))
-    first = {}
-    for i in (split.colors != split.labels).nonzero()[:, 0].tolist():
-        first.setdefault(int(split.labels[i]), take(split, slice(i, i + 1)))
-    pairs = [repaint(one, colours, recipe, seed) for one in list(first.values())[:5] for colours in (one.labels, one.colors)]
+    foreign = split.colors != split.labels
+    firsts = [int(((split.labels == d) & foreign).nonzero()[0, 0]) for d in split.labels[foreign].unique().tolist()]
+    pairs = [repaint(one, colours, recipe, seed) for one in (take(split, slice(i, i + 1)) for i in sorted(firsts)[:5])
+             for colours in (one.labels, one.colors)]
     return join(pairs) if pairs else take(split, slice(10))
 
 
@@ -387,18 +381,18 @@ def ten_colours(split, digit, recipe, seed):
     """The first picture of one digit on every colour of the palette, same texture."""
     i = int((split.labels == digit).nonzero()[0, 0])
     one = take(split, slice(i, i + 1))
-    return join([repaint(one, torch.full_like(one.labels, c), recipe, seed) for c in range(len(PALETTE))])
+    return join([repaint(one, torch.full_like(one.labels, c), recipe, seed) for c in range(len(PALETTES[recipe]))])
 
 
-def scene(pictures, subjects, args):
-    """Pictures and what every model makes of them, as a dictionary of tensors fit for save_pt."""
+def scene(pictures, subjects, recipe, args):
+    """Pictures and what every model makes of them, as a dictionary of tensors and names fit for save_pt."""
     targets, seen = pictures.labels if args.target == "label" else None, {}
     for name, subject in subjects.items():
         heat = heat_of(subject.model, subject.target_layer, pictures, args.cam, targets)
         seen[name] = {"maps": heat.maps, "predicted": heat.predicted, "confidence": heat.confidence}
     cpu = lambda t: None if t is None else t.cpu().clone(memory_format=torch.contiguous_format)
     return {"images": cpu(pictures.images), "gray": cpu(pictures.gray), "labels": cpu(pictures.labels), "colours": cpu(pictures.colors),
-            "models": seen}
+            "palette": list(PALETTES[recipe]) if recipe else None, "models": seen}
 
 
 # ---------------------------------------------------------------- figures
@@ -408,13 +402,13 @@ def families(models):
     """{family: {name: model}}: seeds of one setting share the name in front of _sSEED, a table row and a colour."""
     groups = {}
     for name, model in models.items():
-        groups.setdefault(re.sub(r"_s\d+$", "", name.split("/")[-1]), {})[name] = model
+        groups.setdefault(family_of(name)[0], {})[name] = model
     return groups
 
 
 def draw_picture(ax, scene, k):
     ax.imshow(scene["images"][k].permute(1, 2, 0).numpy())
-    on = "" if scene["colours"] is None else f" on {list(PALETTE)[scene['colours'][k]]}"
+    on = f" on {scene['palette'][scene['colours'][k]]}" if scene["palette"] else ""
     ax.set(xticks=[], yticks=[], xlabel=f"{scene['labels'][k]}{on}")
 
 
@@ -692,7 +686,7 @@ def measure(subjects, splits, recipe, args):
     models, seconds, split, began = {}, {}, splits[args.split], time.time()
     if recipe:
         predictions, partner = counterfactuals({name: s.model for name, s in subjects.items()}, split, recipe, args.seed)
-        print(f"{args.split} repainted on {len(PALETTE)} colours for {len(subjects)} models in {time.time() - began:.1f}s", flush=True)
+        print(f"{args.split} repainted on {len(PALETTES[recipe])} colours for {len(subjects)} models in {time.time() - began:.1f}s", flush=True)
     for name, subject in subjects.items():
         began = time.time()
         models[name], lift = look_at(subject, splits, args)
@@ -713,6 +707,9 @@ def main(argv=None):
     if args.report:
         return report(args)
     device, start = setup(args), time.time()
+    same_row = [name for name in args.models if [family_of(n) for n in args.models].count(family_of(name)) > 1]
+    if same_row:
+        die(f"--models {' and '.join(same_row)} would share one row", "save one of them under another --name")
     splits = load_world(args, device)
     split, first = splits[args.split], args.models[0]
     subjects = {name: load_subject(args.dir, name, args.layer, split, device) for name in args.models}
@@ -721,9 +718,9 @@ def main(argv=None):
         print(f"no flip rates: {obstacle}", flush=True)
     models, seconds = measure(subjects, splits, recipe, args)
     null = null_rows(first, subjects[first], split, args)
-    scenes = {"examples": scene(example_pictures(split, recipe, args.seed), subjects, args)}
+    scenes = {"examples": scene(example_pictures(split, recipe, args.seed), subjects, recipe, args)}
     if recipe:
-        scenes["ten_colours"] = scene(ten_colours(split, args.digit, recipe, args.seed), subjects, args)
+        scenes["ten_colours"] = scene(ten_colours(split, args.digit, recipe, args.seed), subjects, recipe, args)
     settings = {key: value for key, value in vars(args).items() if key not in ("dir", "device", "threads", "report")}
     facts = {"seconds": round(time.time() - start, 1), "seconds_per_model": seconds, "torch": torch.__version__, "threads": args.threads,
              "device": str(device)}

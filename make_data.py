@@ -5,6 +5,7 @@ Writes  DIR/train.pt, val.pt, test_hard.pt, test_unbiased.pt, DIR/meta.json, DIR
 
     python make_data.py
     python make_data.py --dir results/unbiased --corr 0.1             # the oracle's world: no bias
+    python make_data.py --dir results/flat_999 --recipe flat --corr 0.999
     python make_data.py --dir results/fashion --mnist ~/fashion-mnist  # any four IDX files
 """
 
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import (PALETTE, SPLITS, Parser, common_args, die, load_json, load_pt, markdown, paint, real, run, save_figure,
+from common import (PALETTES, SPLITS, Parser, common_args, die, load_json, load_pt, markdown, paint, real, run, save_figure,
                     save_json, save_pt, setup, start_drawing, stream, whole, whole_file)
 
 RAW = Path(__file__).resolve().parent / "results" / "raw"
@@ -44,6 +45,16 @@ def biased(labels, corr, gen):
     return torch.where(own, labels, conflicting(labels, gen))
 
 
+def biased_exactly(labels, corr, gen):
+    """As `biased`, but exactly int(corr * n) of each digit's n images sit on their own colour (Bahng et al., 2020)."""
+    colours = conflicting(labels, gen)
+    for d in range(10):
+        images = (labels == d).nonzero()[:, 0]
+        own = images[torch.randperm(len(images), generator=gen)[: int(corr * len(images))]]
+        colours[own] = d
+    return colours
+
+
 def conflicting(labels, gen):
     """Never the digit's own colour; the other nine are equally likely."""
     return (labels + torch.randint(1, 10, labels.shape, generator=gen)) % 10
@@ -61,6 +72,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {  # the picture itself is painted by the function of the same name in common.PAINTERS
     "background": Recipe(corr=0.95),
+    "flat": Recipe(corr=0.99, colours=biased_exactly),
     "gray": Recipe(corr=None),
 }
 
@@ -78,7 +90,7 @@ def find_mnist(folder):
         with tempfile.TemporaryDirectory() as temporary:
             try:
                 raw_folder = fetch(Path(temporary))
-            except (OSError, RuntimeError, subprocess.SubprocessError, tarfile.TarError) as e:
+            except (OSError, RuntimeError, LookupError, ValueError, ImportError, subprocess.SubprocessError, tarfile.TarError) as e:
                 reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
                 print(f"make_data.py: {source} could not fetch MNIST ({reason})", flush=True)
                 refused.append(source)
@@ -148,8 +160,9 @@ def parse_idx(name, data, dims):
 
 
 def read_mnist(folder, limit):
-    """Gray uint8 (N,H,W) and labels int64 (N,) of the two halves, and where they came from."""
+    """Gray uint8 (N,H,W) and labels int64 (N,) of the two halves, whether they are MNIST itself, and where they came from."""
     files, source = find_mnist(folder)
+    is_mnist = all(hashlib.sha256(data).hexdigest() == SHA256[name] for name, data in files.items())
     halves = []
     for half, most in (("train", limit), ("t10k", limit and max(limit // 6, 10))):
         gray = parse_idx(f"{half}-images", files[f"{half}-images-idx3-ubyte"], 3)
@@ -158,7 +171,7 @@ def read_mnist(folder, limit):
             die(f"{half}: {len(gray)} images of {tuple(gray.shape[1:])} pixels with {len(labels)} labels up to {int(labels.max())}",
                 "make_data.py paints one label per image, classes 0 to 9, 8x8 pixels or more")
         halves += [gray[:most], labels[:most]]
-    return halves, source
+    return halves, is_mnist, source
 
 
 # ---------------------------------------------------------------- the world
@@ -186,11 +199,11 @@ def make_splits(mnist, args):
     return splits
 
 
-def describe(splits, args, run_facts):
+def describe(splits, args, is_mnist, run_facts):
     own = {name: [float((s["colors"] == d)[s["labels"] == d].float().mean()) if (s["labels"] == d).any() else None for d in range(10)]
            for name, s in splits.items() if "colors" in s}
-    return {"schema": 1, "script": "make_data.py", "recipe": args.recipe, "corr": args.corr, "seed": args.seed, "limit": args.limit,
-            "palette": list(PALETTE.items()), "counts": {name: len(s["labels"]) for name, s in splits.items()},
+    return {"schema": 1, "script": "make_data.py", "recipe": args.recipe, "corr": args.corr, "seed": args.seed, "limit": args.limit, "is_mnist": is_mnist,
+            "palette": list(PALETTES.get(args.recipe, {}).items()), "counts": {name: len(s["labels"]) for name, s in splits.items()},
             "size": list(splits["train"]["images"].shape[2:]), "own_colour_share": own, "run": run_facts}
 
 
@@ -228,7 +241,7 @@ def report(args):
 def get_args(argv=None):
     p = Parser(__doc__)
     p.add_argument("--recipe", choices=RECIPES, default="background", help="how a digit is painted (default: background)")
-    p.add_argument("--corr", type=real(0, 1), help="share of training digits on their own colour (default: 0.95)")
+    p.add_argument("--corr", type=real(0, 1), help="share of training digits on their own colour (default: 0.95; flat: 0.99)")
     p.add_argument("--mnist", type=Path, help="folder with your own four IDX files, gzipped or not")
     p.add_argument("--limit", type=whole(100), help="paint only that many training images, and a sixth as many test images")
     common_args(p, seed_of="the split and the colours")
@@ -248,15 +261,16 @@ def main(argv=None):
         return report(args)
     setup(args)
     start = time.time()
-    mnist, source = read_mnist(args.mnist, args.limit)
+    mnist, is_mnist, source = read_mnist(args.mnist, args.limit)
     found = time.time()
     splits = make_splits(mnist, args)
     painted = time.time()
-    meta = describe(splits, args, {"mnist_from": source, "seconds_mnist": found - start, "seconds_painting": painted - found})
+    meta = describe(splits, args, is_mnist, {"mnist_from": source, "seconds_mnist": found - start, "seconds_painting": painted - found})
+    (args.dir / "meta.json").unlink(missing_ok=True)  # a world with a meta.json is complete, so it goes first and comes back last
     for name, split in splits.items():
         save_pt(split, args.dir / f"{name}.pt")
     draw_samples(splits, meta, args.dir / "figures" / "samples.png")
-    save_json(meta, args.dir / "meta.json")  # last: a world with a meta.json is complete
+    save_json(meta, args.dir / "meta.json")
     print(f"{args.dir}: " + ", ".join(f"{name} {n:,}" for name, n in meta["counts"].items())
           + f"; MNIST from {source}; painted in {painted - found:.1f}s, {time.time() - start:.1f}s in all")
 

@@ -2,18 +2,19 @@
 # Regenerates every table and figure of results/report.md on real MNIST.
 #
 #   bash run_all.sh                 every stage, in order
-#   bash run_all.sh STAGE...        only these stages: lazy
+#   bash run_all.sh STAGE...        only these stages: lazy evidence
 #   bash run_all.sh test            set up, then run the tests
 #   QUICK=1 bash run_all.sh         everything in a few minutes on a small subset, into results/quick
 #   FRESH=1 bash run_all.sh         start over instead of continuing
 #   JOBS=4 bash run_all.sh          steps side by side (default: one per core), one thread each
+#   PYTHON=... bash run_all.sh      use this python (default: one that has torch, else a new .venv)
 #
 # A finished step leaves a mark in DIR/.done, named after its command and the code it ran: a second call continues where the
 # first one stopped, and after a script was changed it runs again, with all that read its results.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-STAGES="lazy"
+STAGES="lazy evidence"
 DIR=results
 JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
 SEEDS="42 43 44 45 46"
@@ -25,12 +26,14 @@ DONE=$DIR/.done
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # busy threads of side-by-side processes on few cores stall each other
 
 fail() { echo "run_all.sh: $*" >&2; exit 2; }
+case $JOBS in '' | *[!0-9]* | 0) fail "JOBS is '$JOBS'; give a number from 1" ;; esac
 
-# ---- setup: the first python here that imports what we need, else a fresh .venv
+# ---- setup: $PYTHON if you name one, else the first python here that can import what we need, else a fresh .venv
 setup() {
-  local need="import torch, torchvision, numpy, matplotlib, pytest"
-  for PYTHON in ${PYTHON:-} .venv/bin/python python3 python; do
-    command -v "$PYTHON" > /dev/null && "$PYTHON" -c "$need" 2> /dev/null && return
+  [ -z "${PYTHON:-}" ] || return 0
+  local probe="import sys, torch, torchvision, numpy, matplotlib, pytest; assert sys.version_info >= (3, 10)"
+  for PYTHON in .venv/bin/python python3 python; do
+    command -v "$PYTHON" > /dev/null && "$PYTHON" -c "$probe" 2> /dev/null && return
   done
   PYTHON=$(command -v python3 || command -v python) || fail "there is no python3 here; install Python 3.11 or newer"
   echo "run_all.sh: making .venv from requirements.txt (a few minutes, about 6 GB)"
@@ -54,9 +57,12 @@ mark() {  # the file that says this command was run by this code: every script u
 }
 
 one() {  # one step; what it printed is shown if it fails
-  local began=$SECONDS log mark
-  log=$(mktemp "$DONE/log.XXXXXX") mark=$(mark "$1")
-  if "$PYTHON" $1 > "$log" 2>&1; then
+  local began=$SECONDS log mark child
+  log=$(mktemp "$DONE/log.XXXXXX") && mark=$(mark "$1") || return 1
+  "$PYTHON" $1 > "$log" 2>&1 &
+  child=$!
+  trap 'kill $child 2> /dev/null; rm -f "$log"; exit 143' TERM
+  if wait $child; then
     mv "$log" "$mark"
     echo "  $2  $(printf '%4ds' $((SECONDS - began)))  python $1"
   else
@@ -68,18 +74,19 @@ one() {  # one step; what it printed is shown if it fails
 }
 
 go() {  # runs the queue, JOBS steps at a time; after a failure nothing new is started and finished steps are kept
-  local todo=() command running=0 k=0 failed=0
+  local todo=() command k=0
   for command in "${QUEUE[@]}"; do [ -e "$(mark "$command")" ] || todo+=("$command"); done
   echo "$STAGE: $1: ${#todo[@]} steps to do, $((${#QUEUE[@]} - ${#todo[@]})) done before, $((SECONDS / 60)) min $((SECONDS % 60)) s so far"
   QUEUE=()
+  rm -f "$DONE/failed"
   for command in ${todo[@]+"${todo[@]}"}; do
-    if [ $running -ge "$JOBS" ]; then wait -n || failed=1; running=$((running - 1)); fi
-    [ $failed = 0 ] || break
-    k=$((k + 1)) running=$((running + 1))
-    one "$command" "$(printf '%2d/%d' $k ${#todo[@]})" &
+    while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 0.2; done
+    [ ! -e "$DONE/failed" ] || break
+    k=$((k + 1))
+    { one "$command" "$(printf '%2d/%d' $k ${#todo[@]})" || : > "$DONE/failed"; } &
   done
-  while [ $running -gt 0 ]; do wait -n || failed=1; running=$((running - 1)); done
-  [ $failed = 0 ] || { echo "run_all.sh: stopped at the failed step above; mend it and run the same command again to continue" >&2; exit 1; }
+  wait
+  [ ! -e "$DONE/failed" ] || { echo "run_all.sh: stopped at the failed step above; mend it and run the same command again to continue" >&2; exit 1; }
 }
 
 # ---- stages: one line a step, fit to paste behind `python`; behind it what it feeds
@@ -98,33 +105,57 @@ lazy() {
   step "train.py --dir $DIR --method grl --no-conditional --name grl_unconditional_s42 $BUDGET"
   step "train.py --dir $DIR --method jitter --jitter hsv --name jitter_hsv_s42 $BUDGET"
   go "train"
-  local both="" s
-  for s in $SEEDS; do both+=" baseline_s$s jitter_s$s"; done
-  step "attack.py --dir $DIR --src 7 --tgt 3 --eps 0.05 --models$both"       # min-eps, sweep, examples, the verdict
-  step "gradcam.py --dir $DIR --models$both grl_s42 combined_s42 unbiased/oracle_s42"
+  step "attack.py --dir $DIR --src 7 --tgt 3 --eps 0.05"                     # a first look at seed 42; `evidence` takes all seeds
+  step "gradcam.py --dir $DIR --models $(over_seeds baseline jitter grl combined unbiased/oracle)"  # heat maps, flip rates, null rows
   go "look and attack"
   report
 }
 
-report() {  # results/report.md: the tables of the four scripts, one after the other
+evidence() {  # what a sceptic asks for: nulls, ceilings, all seeds, other attacks
+  step "train.py --dir $DIR --width 32 --name baseline_width32_s42 $BUDGET"  # is laziness a matter of a small net,
+  for m in baseline jitter; do                                               # or of a short training?
+    step "train.py --dir $DIR --method $m --schedule onecycle --lr 1e-2 --name ${m}_onecycle_s42 $BUDGET"
+  done
+  step "train.py --dir $DIR/unbiased --schedule onecycle --lr 1e-2 --name oracle_onecycle_s42 $BUDGET"
+  step "train.py --dir $DIR --shuffle-labels --name shuffled_s42 $BUDGET"    # a null model for the heat maps
+  go "train the null rows"
+  step "attack.py --dir $DIR --models $(over_seeds baseline jitter)"         # min-eps, sweep, the verdict
+  step "attack.py --dir $DIR --untargeted --models $(over_seeds baseline jitter) grl_s42 combined_s42 unbiased/oracle_s42"
+  step "gradcam.py --dir $DIR --models $(over_seeds baseline jitter grl combined unbiased/oracle) shuffled_s42"
+  step "gradcam.py --dir $DIR --cam hirescam --models $(over_seeds baseline jitter)"
+  step "attack.py --dir $DIR --pairs"
+  go "look and attack"
+  report
+  step "attack.py --dir $DIR --check"                                        # fails the stage if an attack cannot be trusted
+  go "check the attacks"
+  report
+}
+
+over_seeds() {  # NAME... to the names of all their seeds
+  local name s
+  for name in "$@"; do for s in $SEEDS; do printf '%s_s%s ' "$name" "$s"; done; done
+}
+
+report() {  # results/report.md: what the scripts say of their own results, one after the other
+  local part
   {
     echo "# The lazy artist: what was measured"
-    echo
-    for part in "make_data.py:The world" "train.py:Does it cheat, and what cures it?" "gradcam.py:Where does it look?" "attack.py:Is the cured model safer?"; do
-      echo "## ${part#*:}"
-      echo
-      "$PYTHON" "${part%%:*}" --dir "$DIR" --report
+    for part in "The world:make_data.py" "Does it cheat, and what cures it?:train.py" "Where does it look?:gradcam.py" \
+      "Where does it look? The same by HiResCAM:gradcam.py --cam hirescam" "Is the cured model safer?:attack.py"; do
+      case $part in *hirescam) [ -e "$DIR/gradcam_hirescam.json" ] || continue ;; esac
+      printf '\n## %s\n\n' "${part%%:*}"
+      "$PYTHON" ${part#*:} --dir "$DIR" --report
     done
   } > "$DIR/report.md.part"
   mv "$DIR/report.md.part" "$DIR/report.md"
   echo "$STAGE: wrote $DIR/report.md, $((SECONDS / 60)) min $((SECONDS % 60)) s so far"
 }
 
-[ "${FRESH:-0}" = 1 ] && rm -rf "$DONE"
-trap 'echo "run_all.sh: interrupted; run the same command again to continue" >&2; exit 130' INT
 for STAGE in ${@:-$STAGES}; do
   case " $STAGES test " in *" $STAGE "*) ;; *) fail "there is no stage '$STAGE'; choose from: $STAGES test" ;; esac
 done
+[ "${FRESH:-0}" = 1 ] && rm -rf "$DONE"
+trap 'kill $(jobs -p) 2> /dev/null; wait; echo "run_all.sh: interrupted; run the same command again to continue" >&2; exit 130' INT TERM
 setup
 mkdir -p "$DONE"
 for STAGE in ${@:-$STAGES}; do

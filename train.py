@@ -21,8 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (INK, MODELS, SPLITS, Parser, build_model, common_args, die, fmt, load_json, load_model, load_splits,
-                    markdown, mean_sd, real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
+from common import (INK, MODELS, SPLITS, Parser, build_model, common_args, die, family_of, fmt, load_json, load_model, load_splits,
+                    markdown, mean_sd, predict, real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
 
 EVAL_SPLITS = SPLITS[1:]
 
@@ -118,6 +118,11 @@ def kl(p, q):
     return F.kl_div(F.log_softmax(q, 1), F.log_softmax(p, 1), log_target=True, reduction="batchmean")
 
 
+def count_groups(split, classes):
+    """Images per (digit, colour): float (classes, classes)."""
+    return torch.bincount(split.labels * classes + split.colors, minlength=classes**2).view(classes, classes).float()
+
+
 class Reverse(torch.autograd.Function):
     """The identity on the way forward; the gradient times -scale on the way back (Ganin & Lempitsky, 2015)."""
 
@@ -135,10 +140,10 @@ class GRL(nn.Module):
     """Gradient reversal (Ganin & Lempitsky, 2015): a colour head learns to name the colour, the features learn to stop it.
 
     The head takes three updates, at three times the learning rate, for one of the net; the reversal starts after a fifth of the
-    training and grows linearly to gamma, since features that know no digit yet are easily silenced for good. One departure: in training the digit nearly gives the colour away, so features that hide the colour
-    would have to hide the digit. Hence both heads are asked for what the other label does not tell already: log p(digit given
-    colour) and log p(colour given digit), counted on the training labels, are added to their logits, as Hong & Yang (2021) do for
-    the digit. --no-conditional leaves that out.
+    training and grows linearly to gamma, since features that know no digit yet are easily silenced for good. The larger departure:
+    in training the digit nearly gives the colour away, so features that hide the colour would have to hide the digit. Hence both
+    heads are asked for what the other label does not tell already: log p(digit given colour) and log p(colour given digit), counted
+    on the training labels, are added to their logits. For the digit that is `biasbal`; --no-conditional leaves both out.
     """
 
     updates = lr_scale = 3
@@ -175,9 +180,104 @@ class Combined(GRL):
         return jitter_loss(clean, recoloured, batch, args) + F.cross_entropy(clean + self.digit_given_colour[batch.colour], batch.y)
 
 
-def count_groups(split, classes):
-    """Images per (digit, colour): float (classes, classes)."""
-    return torch.bincount(split.labels * classes + split.colors, minlength=classes**2).view(classes, classes).float()
+class BiasBal(nn.Module):
+    """Bias balance (Hong & Yang, 2021): cross-entropy on logits + log p(digit given colour), which is known from the training labels.
+
+    The net then has no reason to learn what the colour says about the digit; scoring uses the plain logits. A pair that training
+    never shows counts as one image.
+    """
+
+    def __init__(self, model, splits, args):
+        super().__init__()
+        count = count_groups(splits["train"], model.fc.out_features).clamp(min=1)
+        self.register_buffer("log_prior", (count / count.sum(0)).log().T.contiguous())  # (colour, digit)
+
+    def forward(self, model, batch, args, gen):
+        return F.cross_entropy(model(batch.x) + self.log_prior[batch.colour], batch.y)
+
+
+class GroupDRO(nn.Module):
+    """Group distributionally robust optimisation (Sagawa et al., 2020): the groups (digit, colour) with the highest loss weigh most.
+
+    As in the paper, batches are drawn with every group equally likely, and the weights of the groups follow their losses by
+    exponentiated gradient ascent with step --group-step. Departure: images are drawn with replacement.
+    """
+
+    def __init__(self, model, splits, args):
+        super().__init__()
+        self.data, classes = splits["train"], model.fc.out_features
+        self.group = self.data.labels * classes + self.data.colors  # (N,)
+        count = torch.bincount(self.group, minlength=classes**2)
+        self.order, self.first, self.count = self.group.argsort(stable=True), count.cumsum(0) - count, count
+        self.present = count.nonzero()[:, 0]
+        self.register_buffer("weight", torch.ones(classes**2) / len(self.present))
+
+    def step(self, objective, model, batch, optimiser, args, gen):
+        group = self.present[torch.randint(len(self.present), batch.y.shape, generator=gen, device=batch.y.device)]
+        within = (torch.rand(batch.y.shape, generator=gen, device=batch.y.device) * self.count[group]).long()
+        index = self.order[self.first[group] + within]
+        balanced = batch._replace(x=self.data.x(index), y=self.data.labels[index], colour=self.data.colors[index], index=index)
+        return one_step(objective, model, balanced, optimiser, args, gen)
+
+    def forward(self, model, batch, args, gen):
+        group = self.group[batch.index]
+        loss = F.cross_entropy(model(batch.x), batch.y, reduction="none")
+        size = torch.zeros_like(self.weight).index_add_(0, group, torch.ones_like(loss))
+        mean = torch.zeros_like(self.weight).index_add(0, group, loss) / size.clamp(min=1)
+        with torch.no_grad():
+            self.weight *= (args.group_step * mean).exp()
+            self.weight /= self.weight.sum()
+        return (self.weight * mean).sum()
+
+
+class LfF(nn.Module):
+    """Learning from Failure (Nam et al., 2020): a second net is taught to be biased, and what it finds hard counts more for the first.
+
+    The biased net minimises generalised cross-entropy, (1 - p**q) / q with q = 0.7, which amplifies what is easy; each image then
+    weighs loss_biased / (loss_biased + loss), with losses as running means per image, scaled by the largest of the class.
+    """
+
+    def __init__(self, model, splits, args):
+        super().__init__()
+        data = splits["train"]
+        self.biased = build_model(args.model, args.width, model.fc.out_features, data.images.shape[2:])
+        self.register_buffer("running", torch.zeros(2, len(data.labels)))  # losses of the biased and of the cured net
+        self.labels, self.classes = data.labels, model.fc.out_features
+
+    def forward(self, model, batch, args, gen):
+        biased, logits = self.biased(batch.x), model(batch.x)
+        losses = torch.stack([F.cross_entropy(biased, batch.y, reduction="none"), F.cross_entropy(logits, batch.y, reduction="none")])
+        with torch.no_grad():
+            old = self.running[:, batch.index]
+            now = torch.where(old == 0, losses, 0.7 * old + 0.3 * losses)
+            self.running[:, batch.index] = now
+            largest = torch.zeros(2, self.classes, device=now.device).scatter_reduce_(1, self.labels.expand(2, -1), self.running, "amax")
+            scaled = now / largest[:, batch.y].clamp(min=1e-8)
+            weight = scaled[0] / (scaled[0] + scaled[1] + 1e-8)
+        p = biased.softmax(1).gather(1, batch.y[:, None])[:, 0]
+        generalised = (1 - p.clamp(min=1e-8) ** 0.7) / 0.7
+        return (weight * losses[1]).mean() + generalised.mean()
+
+
+class JTT(nn.Module):
+    """Just Train Twice (Liu et al., 2021): a first net trains briefly, and the images it gets wrong count --upweight times for the second.
+
+    The first net takes --first-epochs of plain training before the budget of the second begins. Departure: the images are weighted
+    in the loss, normalised within each batch, where the paper repeats them in the data set.
+    """
+
+    def __init__(self, model, splits, args):
+        super().__init__()
+        first = build_model(args.model, args.width, model.fc.out_features, splits["train"].images.shape[2:]).to(splits["train"].images.device)
+        plain = argparse.Namespace(**{**vars(args), "method": "baseline", "epochs": args.first_epochs, "seed": args.seed + 1})
+        print(f"the first net, {args.first_epochs} epochs of plain training:")
+        train(first, splits, plain, splits["train"].images.device)
+        wrong = predict(first, splits["train"]) != splits["train"].labels
+        self.register_buffer("weight", torch.where(wrong, args.upweight, 1.0))
+
+    def forward(self, model, batch, args, gen):
+        weight = self.weight[batch.index]
+        return (weight * F.cross_entropy(model(batch.x), batch.y, reduction="none")).sum() / weight.sum()
 
 
 class Method(NamedTuple):
@@ -190,6 +290,10 @@ METHODS = {
     "jitter": Method(jitter, "the kind of bias"),
     "grl": Method(GRL, "colour labels"),
     "combined": Method(Combined, "colour labels"),
+    "biasbal": Method(BiasBal, "colour labels"),
+    "groupdro": Method(GroupDRO, "colour labels"),
+    "lff": Method(LfF, "nothing"),
+    "jtt": Method(JTT, "nothing"),
 }
 
 
@@ -256,7 +360,7 @@ def train(model, splits, args, device):
             schedule.step()
             if sys.stdout.isatty() and i % 50 == 49:
                 rate = (i + 1) * args.batch / (time.time() - began)
-                print(f"\repoch {epoch:2d}/{args.epochs}  {rate:,.0f} images/s  {(n - i * args.batch) / rate:4.0f}s left in this epoch ", end="", flush=True)
+                print(f"\repoch {epoch:2d}/{args.epochs}  {rate:,.0f} images/s  {(n - (i + 1) * args.batch) / rate:4.0f}s left in this epoch ", end="", flush=True)
         loss = total.item() / n
         if not math.isfinite(loss):
             die(f"the loss is {loss} in epoch {epoch}", f"try a smaller --lr than {args.lr:g}")
@@ -269,13 +373,6 @@ def train(model, splits, args, device):
 
 
 # ---------------------------------------------------------------- scoring
-
-
-@torch.inference_mode()
-def predict(model, split):
-    """Predicted classes int64 (N,), the model in eval mode."""
-    model.eval()
-    return torch.cat([model(split.x(slice(i, i + 1000))).argmax(1) for i in range(0, len(split.labels), 1000)])
 
 
 def score(predicted, split):
@@ -358,6 +455,8 @@ def fit_linear(z, y, z_test, y_test, l2=1e-3):
 # ---------------------------------------------------------------- the write-up
 
 PUBLISHED = {"baseline": (0.955, 0.224), "jitter": (0.960, 0.613), "grl": (0.941, 0.386), "combined": (0.952, 0.613)}  # The Lazy Artist: val, test_hard; one seed
+PUBLISHED_WORLD = {"recipe": "background", "corr": 0.95, "limit": None, "is_mnist": True}
+WORLD_KEYS = ("recipe", "corr", "seed", "limit", "is_mnist")
 NOT_SETTINGS = ("dir", "device", "threads", "report", "eval", "name")  # they do not change what is learned
 
 
@@ -366,16 +465,38 @@ def settings(args):
 
 
 def read_runs(folder):
-    """{settings that differ from the defaults, as flags: [records of its seeds]} of every training run in a folder."""
-    defaults, groups = settings(get_args([])), {}
+    """{settings that differ from the usual, as flags: [records of its seeds]} of every training run of this world.
+
+    The usual number of epochs is the one that most of the runs have. A run on another painting of the world, or one that repeats a seed, is left out.
+    """
+    world, records = world_of(folder), []
     for path in sorted(folder.glob("*.json")):
         record = load_json(path, f"delete it, or run again: python train.py --dir {folder}")
-        if record.get("script") != "train.py":
+        if record.get("script") != "train.py" or record["args"]["method"] not in METHODS:
             continue
-        changed = {k: v for k, v in record["args"].items() if k not in ("method", "seed") and v != defaults.get(k)}
-        label = " ".join([record["args"]["method"], *(f"--{k.replace('_', '-')} {v}" for k, v in sorted(changed.items()))])
-        groups.setdefault(label, []).append(record)
+        if record["world"] != world:
+            print(f"train.py: {path} was trained on another painting of {folder}, so it is left out", file=sys.stderr)
+            continue
+        records.append(record)
+    epochs = [record["args"]["epochs"] for record in records]
+    usual, groups = {**settings(get_args([])), "epochs": max(epochs, key=epochs.count, default=None)}, {}
+    for record in records:
+        changed = {k: v for k, v in record["args"].items() if k not in ("method", "seed") and v != usual.get(k)}
+        group = groups.setdefault(" ".join([record["args"]["method"], *(as_flag(k, v) for k, v in sorted(changed.items()))]), [])
+        if record["args"]["seed"] not in {other["args"]["seed"] for other in group}:
+            group.append(record)
     return dict(sorted(groups.items(), key=lambda item: (list(METHODS).index(item[0].split()[0]), item[0])))
+
+
+def as_flag(key, value):
+    flag = key.replace("_", "-")
+    return f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag} {value}"
+
+
+def world_of(folder):
+    """What meta.json says of the painting; nothing where there is none, as in a user's own folder."""
+    path = folder / "meta.json"
+    return {k: v for k, v in load_json(path, "run make_data.py again").items() if k in WORLD_KEYS} if path.exists() else {}
 
 
 def over_seeds(runs, *keys):
@@ -397,6 +518,45 @@ def accuracy_row(label, told, runs):
             over_seeds(runs, "probe", "colour"), over_seeds(runs, "probe", "digit")]
 
 
+def found_by(folder, file, value):
+    """{family: [value(record of one model)]} from a JSON of gradcam.py or attack.py; empty where it has not been run."""
+    path, found = folder / file, {}
+    if path.exists():
+        for name, model in (record := load_json(path, "delete it and run its script again"))["models"].items():
+            found.setdefault(family_of(name)[0], []).append(value(record, name, model))
+    return found
+
+
+def everything(folder, methods):
+    """One row per method with the figures of all scripts: what it scores, where it looks, what it uses, how easily it is fooled."""
+    look = lambda value: found_by(folder, "gradcam.json", lambda record, name, m: value(record, m))
+    columns = {
+        "heat lift": look(lambda record, m: m["maps"][record["split"]]["lift"]),
+        "background flip": look(lambda record, m: m["flips"] and m["flips"]["background"]["changed"]["rate"]),
+        "digit flip": look(lambda record, m: m["flips"] and m["flips"]["digit"]["changed"]["rate"]),
+        "median min-ε, 7 to 3": found_by(folder, "attack_7to3.json", lambda record, name, m: record["summary"][name]["all"]["argmax"]["min_eps"]["median"]),
+        "accuracy under PGD": found_by(folder, "attack_untargeted.json", lambda record, name, m: record["models"][name]["attacks"]["PGD"]["own"]["rate"])}
+    columns = {title: values for title, values in columns.items() if values}
+    rows = [[label, *(over_seeds(runs, "final", split, "acc") for split in EVAL_SPLITS), over_seeds(runs, "final", "test_hard", "worst_digit"),
+             over_seeds(runs, "final", "test_hard", "follows_colour"), over_seeds(runs, "probe", "colour"),
+             *(mean_sd(values.get(label, [])) for values in columns.values())] for label, runs in methods.items()]
+    return markdown(["method", *EVAL_SPLITS, "worst digit", "follows colour", "colour probe", *columns], rows)
+
+
+def findings(methods, varied):
+    """Sentences whose numbers come from the records."""
+    mean = lambda runs, split, key="acc": sum(r["final"][split][key] for r in runs) / len(runs)
+    lazy, top = (mean(methods[m], "test_hard") if m in methods else None for m in ("baseline", "oracle"))
+    if None not in (lazy, top) and lazy < top:
+        print(f"The lazy model is right on {mean(methods['baseline'], 'val'):.1%} of val and on {lazy:.1%} of test_hard, where it follows the colour "
+              f"{mean(methods['baseline'], 'test_hard', 'follows_colour'):.1%} of the time; the oracle reaches {top:.1%}. Share of that gap closed: "
+              + ", ".join(f"{m} {(mean(runs, 'test_hard') - lazy) / (top - lazy):.0%}" for m, runs in methods.items() if m not in ("baseline", "oracle")) + ".\n")
+    cures = {label: runs for label, runs in {**methods, **varied}.items() if runs[0]["args"]["method"] != "baseline"}
+    worse = [f"`{label}` ({mean(runs, 'test_hard'):.3f})" for label, runs in cures.items() if lazy is not None and mean(runs, "test_hard") < lazy]
+    if worse:
+        print(f"Cures that made things worse than no cure (test_hard; {1 / 9:.2f} would be guessing): {', '.join(worse)}.\n")
+
+
 HEADER = ["method", "told", "val", "test_hard", "test_unbiased", "worst digit", "worst group", "follows colour", "colour probe", "digit probe"]
 
 
@@ -404,29 +564,40 @@ def report(args):
     groups = read_runs(args.dir)
     if not groups:
         die(f"{args.dir} holds no results of train.py", f"run: python train.py --dir {args.dir}")
-    oracle = read_runs(args.dir / "unbiased").get("baseline", [])
+    oracles = read_runs(args.dir / "unbiased")
+    oracle = oracles.pop("baseline", [])
     plain = {label: runs for label, runs in groups.items() if label in METHODS}
     rows = [accuracy_row(label, METHODS[label].told, runs) for label, runs in plain.items()]
     if oracle:
         rows.append(accuracy_row("oracle", "no bias in training", oracle))
     n = {name: next(iter(groups.values()))[0]["final"][name]["n"] for name in EVAL_SPLITS}
-    print("Accuracy, mean ± sd over (n) seeds; every method has the same net and budget and its last epoch is scored; no test split chose anything. "
+    print(f"Accuracy, mean ± sd over (n) seeds. Every method has the same net, {next(iter(groups.values()))[0]['args']['epochs']} epochs, rate and batch (what it computes "
+          "beside that is in its docstring); the last epoch is scored, and no test split chose anything. The oracle's val is the unbiased world's. "
           + ", ".join(f"{name} n = {k:,}" for name, k in n.items())
           + ". Worst digit, worst group (the worst of all seeds, with its n), follows colour: on test_hard. The probes' chance level is 0.1.\n")
     print(markdown(HEADER, rows))
-    if "baseline" in plain and args.dir.name != "quick" and groups["baseline"][0].get("world", {}).get("recipe") == "background":
-        print("Beside the published figures (The Lazy Artist, same protocol, one seed):\n")
-        print(markdown(["method", "val", "published val", "test_hard", "published test_hard", "95 % interval of seed 1"], [
+    if "baseline" in plain and PUBLISHED_WORLD.items() <= world_of(args.dir).items():
+        print("Beside the published figures (The Lazy Artist: same world, net, rate and batch, one seed, 15 epochs for combined; its jitter is our --jitter hsv, "
+              "its grl our --no-conditional):\n")
+        print(markdown(["method", "val", "published val", "test_hard", "published test_hard", f"95 % interval of seed {plain['baseline'][0]['args']['seed']}"], [
             [m, over_seeds(plain[m], "final", "val", "acc"), v, over_seeds(plain[m], "final", "test_hard", "acc"), h,
              "{:.3f} to {:.3f}".format(*wilson(round(plain[m][0]["final"]["test_hard"]["acc"] * n["test_hard"]), n["test_hard"]))]
             for m, (v, h) in PUBLISHED.items() if m in plain]))
-    varied = [accuracy_row(label, METHODS[runs[0]["args"]["method"]].told, runs) for label, runs in groups.items() if label not in METHODS]
+    varied = {label: runs for label, runs in groups.items() if label not in METHODS}
+    varied |= {label.replace("baseline", "oracle", 1): runs for label, runs in oracles.items()}
+    methods = {**plain, **({"oracle": oracle} if oracle else {})}
+    findings(methods, varied)
     if varied:
-        print("One setting changed at a time (the flags name it; everything else as above):\n")
-        print(markdown(HEADER, varied))
+        print("Other settings (the flags name what differs; everything else as above):\n")
+        print(markdown(HEADER, [accuracy_row(label, "no bias in training" if label.startswith("oracle") else METHODS[runs[0]["args"]["method"]].told, runs)
+                                for label, runs in varied.items()]))
+    if (args.dir / "gradcam.json").exists():
+        print("Everything at once: what a method scores (worst digit and follows colour on test_hard), where it looks, what changes its answer, and how "
+              "easily it is fooled (the sections below explain these columns):\n")
+        print(everything(args.dir, methods))
     figures = args.dir / "figures"
     shown = plain or groups
-    draw_learning_curves({**shown, **({"oracle": oracle} if oracle else {})}, figures / "learning_curves.png")
+    draw_learning_curves(methods if plain else groups, figures / "learning_curves.png")
     print("![Learning curves](figures/learning_curves.png)\n")
     print("*Learning curves: mean over seeds, the band spans the seeds.*\n")
     draw_confusion(shown, figures / "confusion.png")
@@ -464,7 +635,7 @@ def draw_confusion(groups, path):
         for i in range(len(share)):
             for j in range(len(share)):
                 if share[i, j] >= 0.05:
-                    ax.text(j, i, f"{share[i, j]:.2f}"[1:] if share[i, j] < 1 else "1", ha="center", va="center", fontsize=5.5, color="white" if share[i, j] > 0.5 else "black")
+                    ax.text(j, i, f"{share[i, j]:.2f}".lstrip("0") if share[i, j] < 0.995 else "1", ha="center", va="center", fontsize=5.5, color="white" if share[i, j] > 0.5 else "black")
         ax.set(title=f"{method}: {runs[0]['final']['test_hard']['acc']:.3f}", xlabel="predicted", xticks=range(len(share)), yticks=range(len(share)))
     axes[0][0].set_ylabel("digit")
     fig.colorbar(picture, ax=axes, shrink=0.8, label="share of the digit's images")
@@ -484,6 +655,10 @@ def get_args(argv=None):
     g.add_argument("--gamma", type=real(0), default=0.1, help="grl, combined: final weight of the reversed colour gradient (default: 0.1)")
     g.add_argument("--conditional", action=argparse.BooleanOptionalAction, default=True,
                    help="grl, combined: ask each head for what the other label does not tell (default: yes)")
+    g.add_argument("--shuffle-labels", action="store_true", help="train on permuted labels: a null model, which can know nothing of digits")
+    g.add_argument("--group-step", type=real(0, 10), default=0.01, help="groupdro: step of the group weights (default: 0.01)")
+    g.add_argument("--first-epochs", type=whole(1, 1000), default=1, help="jtt: epochs of the first net (default: 1)")
+    g.add_argument("--upweight", type=real(1, 10_000), default=20.0, help="jtt: how often an image counts that the first net got wrong (default: 20)")
     g = p.add_argument_group("budget")
     g.add_argument("--epochs", type=whole(1, 10_000), default=10, help="passes over the training split (default: 10)")
     g.add_argument("--lr", type=real(0, 10, open_low=True), default=1e-3, help="learning rate of AdamW, the peak for onecycle (default: 0.001)")
@@ -502,7 +677,7 @@ def get_args(argv=None):
     for flag, name in (("--name", args.name), ("--eval", args.eval)):
         if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
             p.error(f"{flag} {name!r} must be letters, digits and _ . + - only, since files in --dir are named after it")
-    if args.name in ("meta", "gradcam", *SPLITS) or args.name.startswith(("attack_", "gradcam_")):
+    if args.name.lower() in ("meta", "gradcam", *SPLITS) or args.name.lower().startswith(("attack_", "gradcam_")):
         p.error(f"--name {args.name} would overwrite another file of --dir; choose another name")
     return args
 
@@ -528,7 +703,7 @@ def main(argv=None):
     if args.eval:
         model, checkpoint = load_model(args.dir, args.eval, device)
         path = args.dir / f"{args.eval}.json"
-        record = load_json(path, f"run: python train.py --dir {args.dir} --name {args.eval}")
+        record = load_json(path, "the model itself is there; restore its JSON, or train it again under another --name")
         check_fit(splits, checkpoint["classes"], checkpoint["size"], args)
         record["final"], record["probe"] = evaluate(model, splits)
         save_json(record, path)
@@ -538,18 +713,21 @@ def main(argv=None):
     check_fit(splits, classes, size, args)
     if METHODS[args.method].told == "colour labels" and splits["train"].colors is None:
         die(f"--method {args.method} needs colour labels, but {args.dir}/train.pt has no colors", "choose a method that does without, such as jitter")
+    if METHODS[args.method].told == "colour labels" and int(splits["train"].colors.max()) >= classes:
+        die(f"{args.dir}/train.pt has colours beyond its {classes} classes", "choose a method that does without colour labels, such as jitter")
+    if args.shuffle_labels:
+        order = torch.randperm(len(splits["train"].labels), generator=stream(args.seed, "shuffled labels"))
+        splits["train"] = splits["train"]._replace(labels=splits["train"].labels[order.to(device)])
     print(" ".join(f"{k}={v}" for k, v in {"dir": args.dir, **settings(args), "device": device}.items()), flush=True)
     start = time.time()
     torch.manual_seed(args.seed)
     model = build_model(args.model, args.width, classes, size).to(device)
     epochs = train(model, splits, args, device)
     final, probes = evaluate(model, splits)
-    meta = args.dir / "meta.json"
-    world = {k: v for k, v in load_json(meta, "run make_data.py again").items() if k in ("recipe", "corr", "seed", "limit")} if meta.exists() else {}
     facts = {"seconds": round(time.time() - start, 1), "torch": torch.__version__, "threads": args.threads, "device": str(device)}
     save_pt({"weights": {k: v.cpu().contiguous() for k, v in model.state_dict().items()}, "args": settings(args), "classes": classes, "size": size},
             args.dir / f"{args.name}.pt")
-    save_json(record_of(args, model, final, probes, epochs, world, facts), args.dir / f"{args.name}.json")
+    save_json(record_of(args, model, final, probes, epochs, world_of(args.dir), facts), args.dir / f"{args.name}.json")
     print_scores(args.name, final, probes)
     print(f"wrote {args.dir / args.name}.pt and .json in {facts['seconds']:.1f}s")
 

@@ -60,10 +60,25 @@ def cli(tmp_path):
 
 
 @pytest.fixture
+def call(tmp_path, monkeypatch, capfd):
+    """The same within this process, which need not import torch anew; returns what the script printed."""
+
+    def call(command):
+        script, *rest = command.split()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *rest])
+        capfd.readouterr()
+        common.run(importlib.import_module(script.removesuffix(".py")).main)
+        return capfd.readouterr().out
+
+    return call
+
+
+@pytest.fixture
 def mistake(tmp_path, monkeypatch, capfd):
     """Assert that a command ends with exit code 2 and one line that says `says`, and that no file in its folder has changed."""
 
-    def call(command, says):
+    def fails(command, says):
         script, *rest = command.split()
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [script, *rest])
@@ -77,4 +92,4 @@ def mistake(tmp_path, monkeypatch, capfd):
         assert "code inside" not in said.out
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
-    return call
+    return fails

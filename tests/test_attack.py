@@ -254,7 +254,7 @@ def test_the_lists_are_parallel_and_the_worst_case_is_the_worst(trained, call):
     ("--src 7 --tgt 7", "both 7"), ("--src 10", "end at 9"), ("--tgt 12", "end at 9"), ("--src -1", "--src"), ("--eps nan", "--eps"), ("--eps 2", "--eps"),
     ("--eps -0.1", "--eps"), ("--steps 0", "--steps"), ("--sweep 0", "--sweep"), ("--models nobody_s1", "nobody_s1.pt is missing"), ("--models odd_s1", "built for"),
     ("--split nowhere", "--split"), ("--pairs --check", "not allowed"), ("--pairs --src 3", "--src has no meaning"), ("--check --decay", "--decay has no meaning"),
-    ("--report --pairs", "--report"), (f"--models {TWO} jitter_s42", "twice"), ("--dir nowhere", "missing"), ("--dir nowhere --report", "no results"), ("--nonsense", "--nonsense"),
+    ("--report --pairs", "--report"), (f"--models {TWO} jitter_s42", "share one row"), ("--dir nowhere", "missing"), ("--dir nowhere --report", "no results"), ("--nonsense", "--nonsense"),
     ("--split val --src 9", "no image of digit 9"),
 ])
 def test_bad_input_gets_one_line_and_exit_code_2(trained, call, monkeypatch, tmp_path, command, wrong):

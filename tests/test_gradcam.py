@@ -146,7 +146,7 @@ class SeesColour(nn.Module):
     """Names the palette colour of the top row, which no digit of the tiny world touches."""
 
     def forward(self, x):
-        return -torch.cdist(x[:, :, 0].mean(2), torch.tensor(list(common.PALETTE.values())) / 255)
+        return -torch.cdist(x[:, :, 0].mean(2), torch.tensor(list(common.PALETTES["background"].values())) / 255)
 
 
 class SeesShape(nn.Module):

@@ -49,6 +49,19 @@ def test_hard_never_and_unbiased_one_time_in_ten(world):
     assert torch.equal(world["test_hard"]["gray"], world["test_unbiased"]["gray"]), "both test splits show the same digits"
 
 
+def test_flat_counts_its_aligned_images_exactly():
+    labels = torch.arange(10).repeat_interleave(997)
+    colours = make_data.biased_exactly(labels, 0.99, common.stream(0, "x"))
+    assert [(colours == d)[labels == d].sum().item() for d in range(10)] == [int(0.99 * 997)] * 10
+
+
+def test_flat_is_a_white_digit_on_one_colour():
+    gray, labels = made_up_digits(10)
+    images = common.paint(gray, labels, common.stream(0, "x"), "flat")
+    assert (images.movedim(1, -1)[gray > 0] == 255).all()
+    assert images[6].movedim(0, -1)[gray[6] == 0].unique(dim=0).tolist() == [[255, 128, 0]]
+
+
 def test_the_other_nine_colours_are_equally_likely(world):
     shift = (world["test_hard"]["colors"] - world["test_hard"]["labels"]) % 10
     assert torch.bincount(shift, minlength=10)[1:].float().div(5000).sub(1 / 9).abs().max() < 0.02
@@ -71,7 +84,7 @@ def test_no_training_digit_is_in_val(world, tmp_path):
 
 def test_a_blank_picture_shows_the_palette_colour_with_grey_noise():
     gray = torch.zeros(4000, 8, 8, dtype=torch.uint8)
-    brown = list(common.PALETTE).index("brown")
+    brown = list(common.PALETTES["background"]).index("brown")
     images = common.paint(gray, torch.full((4000,), brown), common.stream(0, "x")).double()
     assert images.mean((0, 2, 3)).tolist() == pytest.approx([140, 100, 50], abs=2.5)  # 50 - 2 sd is below 0: clipping lifts it a little
     assert images[:, 0].std().item() == pytest.approx(0.15 * 255, rel=0.02)
@@ -85,29 +98,29 @@ def test_ink_is_light_grey_on_every_colour():
     assert images.unique().tolist() == [153]  # 0.6 of white
 
 
-def test_a_white_idx_folder_becomes_a_world(cli, tmp_path):
+def test_a_white_idx_folder_becomes_a_world(call, tmp_path):
     write_idx(tmp_path / "idx", compress=True)
-    cli("make_data.py --mnist idx --dir w")
+    call("make_data.py --mnist idx --dir w")
     meta = json.loads((tmp_path / "w" / "meta.json").read_text())
     assert meta["counts"] == {"train": 270, "val": 30, "test_hard": 60, "test_unbiased": 60}
-    assert set(meta) == {"schema", "script", "recipe", "corr", "seed", "limit", "palette", "counts", "size", "own_colour_share", "run"}
+    assert set(meta) == {"schema", "script", "recipe", "corr", "seed", "limit", "is_mnist", "palette", "counts", "size", "own_colour_share", "run"}
     splits = common.load_splits(tmp_path / "w")
     assert meta["own_colour_share"]["train"][3] == pytest.approx((splits["train"].colors == 3)[splits["train"].labels == 3].float().mean().item())
     assert (tmp_path / "w" / "figures" / "samples.png").stat().st_size > 5000
 
 
-def test_the_same_command_paints_the_same_bytes(cli, tmp_path):
+def test_the_same_command_paints_the_same_bytes(call, tmp_path):
     write_idx(tmp_path / "idx")
     for folder in ("a", "b"):
-        cli(f"make_data.py --mnist idx --dir {folder}")
-    cli("make_data.py --mnist idx --dir c --seed 43")
+        call(f"make_data.py --mnist idx --dir {folder}")
+    call("make_data.py --mnist idx --dir c --seed 43")
     a, b, c = (common.load_pt(tmp_path / f / "train.pt", "")["images"] for f in "abc")
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-def test_gray_has_no_colours(cli, tmp_path):
+def test_gray_has_no_colours(call, tmp_path):
     write_idx(tmp_path / "idx")
-    cli("make_data.py --mnist idx --dir g --recipe gray")
+    call("make_data.py --mnist idx --dir g --recipe gray")
     record = common.load_pt(tmp_path / "g" / "val.pt", "")
     assert "colors" not in record
     assert torch.equal(record["images"], record["gray"][:, None].expand(-1, 3, -1, -1))
@@ -118,7 +131,7 @@ def test_painting_matches_one_picture_at_a_time():
     colours = torch.arange(20) % 10
     noise = torch.randn(gray.shape, generator=common.stream(3, "p")).numpy()  # the same draws, by hand in numpy
     for i, image in enumerate(common.paint(gray, colours, common.stream(3, "p")).numpy()):
-        rgb = np.array(list(common.PALETTE.values())[colours[i]], np.float32) / 255
+        rgb = np.array(list(common.PALETTES["background"].values())[colours[i]], np.float32) / 255
         background = np.clip(rgb[:, None, None] + 0.15 * noise[i], 0, 1)
         ink = gray[i].numpy() / np.float32(255)
         by_hand = background * (1 - ink) + 0.6 * ink

@@ -1,0 +1,48 @@
+"""The README tells the truth: its headline table equals results/*.json, its commands parse, its files exist."""
+
+import importlib
+import re
+
+import pytest
+
+import train
+from common import markdown
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def headline():
+    """The table as the committed results have it."""
+    runs = train.read_runs(ROOT / "results")
+    runs["oracle"] = train.read_runs(ROOT / "results" / "unbiased").get("baseline", [])
+    rows = []
+    for method in (*train.METHODS, "oracle"):
+        if runs.get(method):
+            told = train.METHODS[method].told if method in train.METHODS else "no bias in training"
+            published = train.PUBLISHED.get(method)
+            rows.append([method, told, *(train.over_seeds(runs[method], "final", split, "acc") for split in ("val", "test_hard")),
+                         f"{published[1]:.3f}" if published else "-", train.over_seeds(runs[method], "final", "test_hard", "follows_colour")])
+    return markdown(["method", "told", "val", "test_hard", "published", "follows colour"], rows)
+
+
+def test_the_headline_table_is_the_measured_one():
+    shown = re.search(r"<!-- headline.*?-->\n(.*?)<!-- end -->", README, re.S)[1]
+    assert shown.strip() == headline().strip(), f"paste this between the marks in README.md:\n\n{headline()}"
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"python (\w+\.py(?: [^`&#\n|]*)?)", README))))
+def test_commands_of_the_readme_parse(command):
+    script, *flags = command.split()
+    if "brier" not in command and "DIR" not in command:
+        importlib.import_module(script.removesuffix(".py")).get_args(flags)
+
+
+def test_files_that_the_readme_shows_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_readme_and_ci_use_the_same_test_command():
+    assert "bash run_all.sh test" in README and "bash run_all.sh test" in (ROOT / ".ci" / "run").read_text()

@@ -239,12 +239,17 @@ def column(entry, criterion, key, missing):
 
 
 def subsets(models, src):
-    """{"all" or "both_right": {name: bool (N,)}}: every image, or those that all models of this one's seed read correctly.
+    """{"all" or "both_right": {name: bool (N,)}}: every image, or those that this model and its counterpart read correctly.
 
-    The second makes models comparable: one that misreads a 7 anyway is not fooled by being attacked.
+    The counterpart is the reference method's model of the same seed, for the reference itself the second method's. The second subset
+    makes models comparable: one that misreads a 7 anyway is not fooled by being attacked.
     """
     right = {name: torch.tensor(m["clean"]) == src for name, m in models.items()}
-    both = {name: torch.stack([right[other] for other, o in models.items() if o["seed"] == m["seed"]]).all(0) for name, m in models.items()}
+    reference, second = [*by_method(models).values(), {}][:2]
+    both = {}
+    for name, m in models.items():
+        counterpart = (second if reference.get(m["seed"]) == name else reference).get(m["seed"], name)
+        both[name] = right[name] & right[counterpart]
     return {"all": {name: torch.ones_like(r) for name, r in right.items()}, "both_right": both}
 
 
@@ -278,7 +283,7 @@ def compare(models, args):
             continue
         compared.append({"reference": reference, "other": other, "seeds": len(names)})
         for subset, counts in subsets(models, args.src).items():
-            excluded = torch.stack([~counts[a] for a, _ in names])  # (seeds, images)
+            excluded = torch.stack([~counts[b] for _, b in names])  # (seeds, images)
             compared[-1][subset] = {}
             for criterion in CRITERIA:
                 gap = lambda of: torch.stack([of(models[b]) - of(models[a]) for a, b in names]).masked_fill(excluded, math.nan)
@@ -309,7 +314,7 @@ def verdict(compared, src, tgt):
     evidence = "; ".join(f"{name}: median change of min-ε {c['min_eps']['value']:+.4f}, 95 % {c['min_eps']['low']:+.4f} to {c['min_eps']['high']:+.4f}, "
                          f"less needed on {c['needs_less']['value']:.0%}" for name, c in compared["both_right"].items() if c["n"])
     also = "the same holds on all images" if everything == told else f"on all images, misread ones too, it is {claim(everything)}"
-    return (f"From {src} to {tgt}, on {compared['both_right']['argmax']['n']:,} images that all models of a seed read correctly, {other} is {claim(told)}"
+    return (f"From {src} to {tgt}, on {compared['both_right']['argmax']['n']:,} images that both read correctly, {other} is {claim(told)}"
             + f" ({evidence})" * bool(evidence) + f"; {also}.")
 
 
@@ -635,7 +640,7 @@ def draw_sweep(record, path):
     groups, a = by_method(record["models"]), record["args"]
     ink = inks(groups)
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained", sharey=True)
-    for ax, subset, title in zip(axes, ("all", "both_right"), (f"every {a['src']}", f"{a['src']}s that all read correctly")):
+    for ax, subset, title in zip(axes, ("all", "both_right"), (f"every {a['src']}", f"{a['src']}s that both read correctly")):
         n = 0
         for method, seeds in groups.items():
             for criterion, style in LINES.items():
@@ -653,7 +658,7 @@ def draw_sweep(record, path):
 
 
 def draw_min_eps(record, path):
-    """Histograms of the smallest radius per criterion, and of its paired differences, on images that all models of the seed read correctly."""
+    """Histograms of the smallest radius per criterion, and of its paired differences, on images that both read correctly."""
     plt = start_drawing()
     models, a = record["models"], record["args"]
     groups, both = by_method(models), subsets(models, a["src"])["both_right"]
@@ -685,7 +690,7 @@ def draw_min_eps(record, path):
         ax.locator_params(axis="x", nbins=6)
         if ax.get_legend_handles_labels()[0]:  # one method alone has no difference
             ax.legend(fontsize=8, loc="upper right")
-    fig.suptitle(f"Smallest perturbation that turns a {a['src']} into a {a['tgt']}, images that all read correctly (outermost bins: and beyond)", fontsize=11)
+    fig.suptitle(f"Smallest perturbation that turns a {a['src']} into a {a['tgt']}, images that both read correctly (outermost bins: and beyond)", fontsize=11)
     save_figure(fig, path)
 
 
@@ -782,8 +787,8 @@ def report_targeted(record, args):
     print(f"### From {a['src']} to {a['tgt']}\n\n{record['verdict']}\n")
     print(f"Every attack starts from a {a['src']} of {a['split']}: eps {a['eps']:g}, step eps / 10{', decaying' if a['decay'] else ''}, at most {a['steps']} steps, "
           f"{a['restarts']} random start{'s' * (a['restarts'] > 1)}. Rates with 95 % Wilson intervals, medians with quartiles. min-ε: the smallest radius found, to "
-          f"{RESOLUTION:g}; censored: nothing up to {a['sweep'][-1]:g} worked. By the search (decaying steps, margin loss too): min-ε is at most eps. Both right: images that every model of the seed "
-          "reads correctly; the others are fooled without an attack.\n")
+          f"{RESOLUTION:g}; censored: nothing up to {a['sweep'][-1]:g} worked. By the search (decaying steps, margin loss too): min-ε is at most eps. Both right: images that this model and the reference of its seed "
+          "(for the reference: the second method) read correctly; the others are fooled without an attack.\n")
     print(markdown(["images", "criterion", "model", "n", "reads correctly", "fooled at eps", "by the search", "steps to success", "min-ε", "censored"], [
         [subset.replace("_", " "), c, name, s[subset][c]["success"]["n"], f"{s['clean']['rate']:.3f}", between(s[subset][c]["success"]),
          f"{s[subset][c]['success_of_search']['rate']:.3f}", median(s[subset][c]["steps"]), median(s[subset][c]["min_eps"]), s[subset][c]["min_eps"]["censored"]]

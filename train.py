@@ -563,7 +563,7 @@ def findings(methods, varied):
     cures = {label: runs for label, runs in {**methods, **varied}.items() if runs[0]["args"]["method"] != "baseline"}
     worse = [f"`{label}` ({mean(runs, 'test_hard'):.3f})" for label, runs in cures.items() if lazy is not None and mean(runs, "test_hard") < lazy]
     if worse:
-        print(f"Cures that made things worse than no cure (test_hard; {1 / 9:.2f} would be guessing): {', '.join(worse)}.\n")
+        print(f"Cures that made things worse than no cure (test_hard; 0.10 would be guessing): {', '.join(worse)}.\n")
 
 
 HEADER = ["method", "told", "val", "test_hard", "test_unbiased", "worst digit", "worst group", "follows colour", "colour probe", "digit probe"]

@@ -222,6 +222,22 @@ def test_other_sizes_and_a_resnet_work(tiny, call, tmp_path):
     assert (tmp_path / "results" / "figures" / "learning_curves.png").exists()
 
 
+def test_the_report_sets_methods_beside_oracle_and_published_figures(tiny, call, tmp_path):
+    for folder, corr in (("results", 0.95), ("results/unbiased", 0.1)):
+        tiny(tmp_path / folder)
+        common.save_json({"schema": 1, "recipe": "background", "corr": corr, "seed": 42, "limit": None, "is_mnist": True}, tmp_path / folder / "meta.json")
+    for flags in ("", "--seed 43", "--method grl", "--method jitter --jitter hsv", "--name again_s42", "--dir results/unbiased"):
+        call(f"train.py --epochs 2 {flags}")
+    said = call("train.py --report")
+    rows = {line.split("|")[1].strip(): line for line in said.splitlines() if line.startswith("|")}
+    assert "(2)" in rows["baseline"] and "0.224" in rows["baseline"], "two seeds; the same run under another name is not a third"
+    assert {"grl", "jitter --jitter hsv", "oracle"} <= rows.keys()
+    assert "2 epochs" in said and "no test split chose anything" in said
+    record = json.loads((tmp_path / "results" / "grl_s42.json").read_text())
+    common.save_json({**record, "world": {**record["world"], "corr": 0.5}}, tmp_path / "results" / "grl_s42.json")
+    assert "| grl " not in call("train.py --report"), "a run on another painting of the world is left out"
+
+
 class Evil:
     def __reduce__(self):
         return print, ("code inside a pickle was run",)

@@ -635,9 +635,9 @@ def draw_curve(ax, eps, curves, colour, label, style="-"):
 
 
 def draw_sweep(record, path):
-    """Success against eps, per method and criterion: all images, and those that both methods read correctly."""
+    """Success against eps, first two methods and both criteria: all images, and those that both methods read correctly."""
     plt = start_drawing()
-    groups, a = by_method(record["models"]), record["args"]
+    groups, a = dict(list(by_method(record["models"]).items())[:2]), record["args"]
     ink = inks(groups)
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained", sharey=True)
     for ax, subset, title in zip(axes, ("all", "both_right"), (f"every {a['src']}", f"{a['src']}s that both read correctly")):
@@ -658,10 +658,10 @@ def draw_sweep(record, path):
 
 
 def draw_min_eps(record, path):
-    """Histograms of the smallest radius per criterion, and of its paired differences, on images that both read correctly."""
+    """Histograms of the smallest radius per criterion, and of its paired differences, on images that both read correctly: first two methods."""
     plt = start_drawing()
     models, a = record["models"], record["args"]
-    groups, both = by_method(models), subsets(models, a["src"])["both_right"]
+    groups, both = dict(list(by_method(models).items())[:2]), subsets(models, a["src"])["both_right"]
     ink, cap = inks(groups), a["sweep"][-1]
     radii = {c: {name: column(m, c, "min_eps", cap).masked_fill(~both[name], math.nan) for name, m in models.items()} for c in CRITERIA}
     everything = torch.cat([v for named in radii.values() for v in named.values()])
@@ -809,8 +809,8 @@ def report_targeted(record, args):
     draw_min_eps(record, path("min_eps"))
     if path("examples").exists():
         show(path("examples"), f"Some {a['src']}s (first those that both models read correctly and fell for), what was added (ten times enlarged), and what they then say")
-    show(path("sweep"), "Success by eps; band: 95 % Wilson interval of the pooled images")
-    show(path("min_eps"), "Smallest radius per image, and its difference on the same image")
+    show(path("sweep"), "Success by eps, first two methods; band: 95 % Wilson interval of the pooled images")
+    show(path("min_eps"), "Smallest radius per image, and its difference on the same image, first two methods")
 
 
 def report_pairs(record, args):

@@ -3,6 +3,7 @@
 #
 #   bash run_all.sh                 every stage, in order
 #   bash run_all.sh STAGE...        only these stages: lazy evidence cures
+#   bash run_all.sh report          write report.md again from the results that are there
 #   bash run_all.sh test            set up, then run the tests
 #   QUICK=1 bash run_all.sh         everything in a few minutes on a small subset, into results/quick
 #   FRESH=1 bash run_all.sh         start over instead of continuing
@@ -161,7 +162,7 @@ report() {  # results/report.md: what the scripts say of their own results, one 
 }
 
 for STAGE in ${@:-$STAGES}; do
-  case " $STAGES test " in *" $STAGE "*) ;; *) fail "there is no stage '$STAGE'; choose from: $STAGES test" ;; esac
+  case " $STAGES report test " in *" $STAGE "*) ;; *) fail "there is no stage '$STAGE'; choose from: $STAGES report test" ;; esac
 done
 [ "${FRESH:-0}" = 1 ] && rm -rf "$DONE"
 trap 'kill $(jobs -p) 2> /dev/null; wait; echo "run_all.sh: interrupted; run the same command again to continue" >&2; exit 130' INT TERM

@@ -9,14 +9,14 @@ import pytest
 from conftest import ROOT
 
 
-def test_the_four_scripts_in_a_row(tiny, cli, tmp_path):
+def test_the_four_scripts_in_a_row(tiny, cli, call, tmp_path):
     tiny(tmp_path / "results")
     cli("train.py --epochs 1")
-    cli("train.py --epochs 1 --method jitter")
+    call("train.py --epochs 1 --method jitter")
     cli("gradcam.py")
     cli("attack.py --src 7 --tgt 3 --eps 0.05 --steps 5")
     for script in ("train.py", "gradcam.py", "attack.py"):
-        pictures = [line for line in cli(f"{script} --report").stdout.splitlines() if line.startswith("![")]
+        pictures = [line for line in call(f"{script} --report").splitlines() if line.startswith("![")]
         assert pictures
         for line in pictures:
             assert (tmp_path / "results" / line.split("](")[1].rstrip(")")).exists(), line

@@ -208,22 +208,22 @@ def describe(splits, args, is_mnist, run_facts):
 
 
 def draw_samples(splits, meta, path):
-    """Digits by rows, splits by columns: eight pictures each."""
+    """Digits by rows, splits by columns: five pictures each."""
     plt = start_drawing()
     h, w = meta["size"]
-    fig, axes = plt.subplots(1, len(SPLITS), figsize=(11, 4.2), layout="constrained")
+    fig, axes = plt.subplots(1, len(SPLITS), figsize=(7.6, 4.3), layout="constrained")
     for ax, name in zip(axes, SPLITS):
-        s, sheet = splits[name], np.full((10 * h, 8 * w, 3), 255, np.uint8)
+        s, sheet = splits[name], np.full((10 * h, 5 * w, 3), 255, np.uint8)
         for d in range(10):
-            for i, k in enumerate((s["labels"] == d).nonzero()[:8, 0].tolist()):
+            for i, k in enumerate((s["labels"] == d).nonzero()[:5, 0].tolist()):
                 sheet[d * h : (d + 1) * h, i * w : (i + 1) * w] = s["images"][k].permute(1, 2, 0).numpy()
-        ax.imshow(sheet, aspect="equal")
+        ax.imshow(sheet, interpolation="nearest")
         ax.set_xticks([])
         ax.set_yticks(np.arange(10) * h + h / 2, range(10))
         shares = [v for v in meta["own_colour_share"].get(name, []) if v is not None]
         ax.set_title(name + (f"\nown colour: {sum(shares) / len(shares):.1%}" if shares else ""), fontsize=10)
     axes[0].set_ylabel("digit")
-    fig.suptitle(f"World '{meta['recipe']}': eight pictures of each digit and split", fontsize=11)
+    fig.suptitle(f"World '{meta['recipe']}': five pictures of each digit and split", fontsize=11)
     save_figure(fig, path)
 
 

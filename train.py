@@ -620,7 +620,7 @@ def report(args):
 def draw_learning_curves(groups, path):
     """{method: runs} to two panels, val and test_hard accuracy by epoch."""
     plt = start_drawing()
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     for ax, key, title in zip(axes, ("val", "test_hard"), ("val: biased like the training data", "test_hard: colour never fits the digit")):
         for method, runs in groups.items():
             longest = max(len(r["epochs"]) for r in runs)
@@ -631,7 +631,7 @@ def draw_learning_curves(groups, path):
         ax.set(xlabel="epoch", title=title, ylim=(0, 1))
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy")
-    axes[1].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     fig.suptitle("The same training looks fine on biased data, and only the hard split shows who learned shapes")
     save_figure(fig, path)
 
@@ -639,8 +639,12 @@ def draw_learning_curves(groups, path):
 def draw_confusion(groups, path):
     """{method: runs} to one confusion matrix each (first seed, test_hard)."""
     plt = start_drawing()
-    fig, axes = plt.subplots(1, len(groups), figsize=(3.1 * len(groups) + 0.6, 3.6), layout="constrained", squeeze=False, sharey=True)
-    for ax, (method, runs) in zip(axes[0], groups.items()):
+    columns = min(len(groups), 5)
+    rows = math.ceil(len(groups) / columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(3.1 * columns + 0.8, 3.4 * rows + 0.5), layout="constrained", squeeze=False)
+    for ax in axes.flat[len(groups) :]:
+        ax.axis("off")
+    for ax, (method, runs) in zip(axes.flat, groups.items()):
         counts = torch.tensor(runs[0]["final"]["test_hard"]["confusion"], dtype=torch.double)
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)
         picture = ax.imshow(share.tolist(), vmin=0, vmax=1, cmap="Blues")
@@ -648,9 +652,10 @@ def draw_confusion(groups, path):
             for j in range(len(share)):
                 if share[i, j] >= 0.05:
                     ax.text(j, i, f"{share[i, j]:.2f}".lstrip("0") if share[i, j] < 0.995 else "1", ha="center", va="center", fontsize=5.5, color="white" if share[i, j] > 0.5 else "black")
-        ax.set(title=f"{method}: {runs[0]['final']['test_hard']['acc']:.3f}", xlabel="predicted", xticks=range(len(share)), yticks=range(len(share)))
-    axes[0][0].set_ylabel("digit")
-    fig.colorbar(picture, ax=axes, shrink=0.8, label="share of the digit's images")
+        ax.set(title=f"{method}: {runs[0]['final']['test_hard']['acc']:.3f}", xlabel="predicted", aspect="equal", xticks=range(len(share)), yticks=range(len(share)))
+    for ax in axes[:, 0]:
+        ax.set_ylabel("digit")
+    fig.colorbar(picture, ax=axes.ravel().tolist(), shrink=0.6, label="share of the digit's images")
     fig.suptitle("Confusion on test_hard (never the digit's own colour)")
     save_figure(fig, path)
 

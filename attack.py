@@ -664,12 +664,13 @@ def draw_min_eps(record, path):
     groups, both = dict(list(by_method(models).items())[:2]), subsets(models, a["src"])["both_right"]
     ink, cap = inks(groups), a["sweep"][-1]
     radii = {c: {name: column(m, c, "min_eps", cap).masked_fill(~both[name], math.nan) for name, m in models.items()} for c in CRITERIA}
+    known = lambda values: values[~values.isnan()]
     everything = torch.cat([v for named in radii.values() for v in named.values()])
     far = cap if everything.isnan().all() else max(float(everything.nanquantile(0.99)), RESOLUTION)
     fig, axes = plt.subplots(1, 3, figsize=(12.5, 3.7), layout="constrained")
     for ax, (criterion, named) in zip(axes, radii.items()):
         for method, seeds in groups.items():
-            values = torch.cat([named[name] for name in seeds.values()])
+            values = known(torch.cat([named[name] for name in seeds.values()]))
             middle, bins = float(values.nanmedian()), torch.linspace(0, far, 26).numpy()
             ax.hist(values.clamp(max=far).numpy(), bins, color=ink[method], alpha=0.45, label=f"{method}: median {middle:.4f}")
             ax.axvline(middle, color=ink[method], lw=1.5)
@@ -680,7 +681,7 @@ def draw_min_eps(record, path):
         for criterion, style in LINES.items():
             gaps = [radii[criterion][second[seed]] - radii[criterion][first[seed]] for seed in first if seed in second]
             if gaps:
-                values = torch.cat(gaps)
+                values = known(torch.cat(gaps))
                 axes[2].hist(values.clamp(-far, far).numpy(), torch.linspace(-far, far, 32).numpy(), histtype="step", color=colour, ls=style,
                              label=f"{criterion}: {other} needs less on {share_below_zero(values):.0%}")
     axes[2].axvline(0, color="grey", lw=0.8)

@@ -134,7 +134,7 @@ class Parser(argparse.ArgumentParser):
 def common_args(parser, seed_of):
     """The flags that mean the same thing in all four scripts."""
     group = parser.add_argument_group("the same in every script")
-    group.add_argument("--dir", type=Path, default=Path("results"), help="the world: folder of splits and results (default: results)")
+    group.add_argument("--dir", type=_folder, default=Path("results"), help="the world: folder of splits and results (default: results)")
     group.add_argument("--seed", type=whole(0), default=42, help=f"seed of {seed_of} (default: 42)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes CUDA or MPS where there is one")
     group.add_argument("--threads", type=whole(1), default=1, help="CPU threads; results repeat exactly for the same number (default: 1)")
@@ -151,6 +151,12 @@ def real(least, most=math.inf, open_low=False):
     """An argparse type: a finite number in [least, most], or above `least` where `open_low`."""
     span = f"{'above' if open_low else 'at least'} {least:g}" + ("" if most == math.inf else f" and at most {most:g}")
     return _number(float, math.nextafter(least, math.inf) if open_low else least, most, f"a number {span}")
+
+
+def _folder(text):
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the folder has no name")
+    return Path(text)
 
 
 def _number(kind, least, most, wanted):

@@ -155,7 +155,7 @@ def test_broken_idx_files_get_one_line(mistake, tmp_path, spoil, says):
 @pytest.mark.parametrize("command, says", [
     ("make_data.py --corr 1.5", "--corr"), ("make_data.py --corr nan", "--corr"), ("make_data.py --recipe gray --corr 0.9", "--corr"),
     ("make_data.py --recipe sepia", "--recipe"), ("make_data.py --mnist nowhere", "--mnist"), ("make_data.py --limit 3", "--limit"),
-    ("make_data.py --seed -1", "--seed"), ("make_data.py --device tpu", "--device"), ("make_data.py --report --dir nowhere", "meta.json is missing"),
+    ("make_data.py --seed -1", "--seed"), ("make_data.py --dir=", "--dir"), ("make_data.py --device tpu", "--device"), ("make_data.py --report --dir nowhere", "meta.json is missing"),
 ])
 def test_mistakes_get_one_line(mistake, command, says):
     mistake(command, says)

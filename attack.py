@@ -25,8 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (INK, SPLITS, Attacked, Parser, common_args, die, family_of, load_json, load_model, load_pt, load_splits, markdown, mean_sd, pgd,
-                    real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
+from common import (INK, SPLITS, Attacked, Parser, common_args, die, family_of, load_json, load_model, load_pt, load_splits, markdown, mean_sd,
+                    pgd, random_start, real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
 
 CHUNK = 256  # images attacked at once: what fits in the cache of one core
 CONFIDENT = 0.9  # target probability of the stricter criterion
@@ -174,11 +174,6 @@ def search_min_eps(model, x, y, radii, gen, steps=SEARCH_STEPS):
             low[i] = (low[i] + high[i]) / 2
         found[name], floor = high, high
     return found
-
-
-def random_start(x, eps, gen):
-    """Anywhere in the ball; pgd brings it back into [0, 1]."""
-    return x + eps * (2 * torch.rand(x.shape, generator=gen).to(x) - 1)
 
 
 def in_no_steps(x_adv):

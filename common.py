@@ -400,6 +400,11 @@ class Attacked(NamedTuple):
     done: torch.Tensor  # bool (B,): did `stop` say so
 
 
+def random_start(x, eps, gen):
+    """Anywhere in the ball; pgd brings it back into [0, 1]. eps a float or (B,1,1,1)."""
+    return x + eps * (2 * torch.rand(x.shape, generator=gen, device=gen.device).to(x) - 1)
+
+
 def pgd(model, x, y, eps, steps, gen, step_size=None, targeted=False, loss=F.cross_entropy, stop=None, decay=False, start=None):
     """Projected gradient descent in the L-inf ball (Madry et al., 2018) from a random start.
 
@@ -412,7 +417,7 @@ def pgd(model, x, y, eps, steps, gen, step_size=None, targeted=False, loss=F.cro
     eps = like(eps)
     rate = (-1 if targeted else 1) * (eps / 10 if step_size is None else like(step_size))
     if start is None:
-        start = x + eps * (2 * torch.rand(x.shape, generator=gen, device=gen.device).to(x) - 1)
+        start = random_start(x, eps, gen)
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     z = torch.maximum(torch.minimum(start, high), low).contiguous(memory_format=torch.channels_last)
     x_adv, taken = torch.empty_like(z), torch.zeros(len(x), dtype=torch.long, device=x.device)

@@ -93,21 +93,61 @@ def test_kl_of_two_coins_by_hand():
     assert train.kl(p.log(), q.log()).item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), abs=1e-6)
 
 
+def test_divergences_compare_the_image_with_its_recolouring():
+    image, recoloured = torch.randn(6, 10), torch.randn(6, 10)
+    p, q = image.softmax(1), recoloured.softmax(1)
+    forward, reverse = ((a * (a / b).log()).sum(1).mean().item() for a, b in ((p, q), (q, p)))
+    assert train.DIVERGENCES["forward"](image, recoloured).item() == pytest.approx(forward, abs=1e-5)
+    assert train.DIVERGENCES["reverse"](image, recoloured).item() == pytest.approx(reverse, abs=1e-5)
+    assert train.DIVERGENCES["symmetric"](image, recoloured).item() == pytest.approx((forward + reverse) / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize("flags, progress, by_hand", [
+    ({}, 0.25, lambda ce, kl, alpha: ce("recoloured") + 0.75 * alpha * kl),
+    ({"classify": "image"}, 0.25, lambda ce, kl, alpha: ce("image") + 0.75 * alpha * kl),
+    ({"fade": None}, 0.25, lambda ce, kl, alpha: ce("recoloured") + alpha * kl),
+    ({}, 1.0, lambda ce, kl, alpha: ce("recoloured")),
+])
+def test_the_loss_of_jitter_by_hand(flags, progress, by_hand):
+    args = train.get_args([f"--{'no-' * (v is None)}{k}" + ("" if v is None else f"={v}") for k, v in {**flags, "alpha": 3}.items()])
+    logits = {"image": torch.randn(4, 10), "recoloured": torch.randn(4, 10)}
+    batch = train.Batch(None, torch.tensor([1, 2, 3, 4]), None, None, progress)
+    t = args.temperature
+    kl = t**2 * train.kl(logits["image"] / t, logits["recoloured"] / t)
+    loss = train.jitter_loss(logits["image"], logits["recoloured"], batch, args)
+    assert loss.item() == pytest.approx(by_hand(lambda which: F.cross_entropy(logits[which], batch.y), kl, 3).item(), rel=1e-5)
+
+
+def test_a_hot_temperature_compares_logits():
+    """As T grows, T^2 KL tends to the squared difference of centred logits over twice the number of classes (Hinton et al., 2015)."""
+    image, recoloured = torch.randn(5, 10, dtype=torch.double), torch.randn(5, 10, dtype=torch.double)
+    batch = train.Batch(None, torch.zeros(5, dtype=torch.long), None, None, 0.0)
+    loss = lambda alpha: train.jitter_loss(image, recoloured, batch, args_of(alpha=alpha, temperature=99)).item()
+    difference = (image - image.mean(1, keepdim=True)) - (recoloured - recoloured.mean(1, keepdim=True))
+    assert loss(1) - loss(0) == pytest.approx(difference.square().sum(1).mean().item() / 20, rel=0.03)
+
+
+def test_without_the_kl_term_jitter_is_plain_augmentation(splits):
+    model, batch = common.build_model(), train.Batch(splits["train"].x(slice(0, 32)), splits["train"].labels[:32], None, None, 0.0)
+    loss = train.jitter(model, batch, args_of(alpha=0), common.stream(0, "j"))
+    assert loss.item() == pytest.approx(F.cross_entropy(model(train.mix(batch.x, args_of(), common.stream(0, "j"))), batch.y).item(), rel=1e-6)
+
+
 # ---- jitter
 
 
 @pytest.mark.parametrize("name", train.JITTERS)
 def test_jitter_stays_in_range_differs_by_image_and_repeats_by_seed(name, splits):
     x = splits["train"].x(torch.zeros(16, dtype=torch.long))  # sixteen times the same picture
-    out = train.JITTERS[name](x, common.stream(0, "j"))
+    out = train.JITTERS[name](x, args_of(), common.stream(0, "j"))
     assert out.shape == x.shape and 0 <= out.min() and out.max() <= 1
-    assert torch.equal(out, train.JITTERS[name](x, common.stream(0, "j")))
+    assert torch.equal(out, train.JITTERS[name](x, args_of(), common.stream(0, "j")))
     assert (out[0] - out[1]).abs().max() > 0.02
 
 
 def test_mix_makes_channels_affine_in_the_old_ones_but_for_one_common_grain():
     x = torch.rand(4, 3, 8, 8)
-    out = train.mix(x, common.stream(0, "j")).reshape(4, 3, 64)
+    out = train.mix(x, args_of(), common.stream(0, "j")).reshape(4, 3, 64)
     for i in range(4):
         design = torch.cat([x[i].reshape(3, 64), torch.ones(1, 64)]).T
         left = out[i].T - design @ torch.linalg.lstsq(design, out[i].T).solution  # (64,3): what no affine map explains
@@ -124,7 +164,7 @@ def test_hsv_equals_torchvision_with_the_same_factors(monkeypatch):
         return drawn[-1]
 
     monkeypatch.setattr(train, "per_image", remember)
-    out = train.hsv(x, common.stream(0, "j"))
+    out = train.hsv(x, args_of(), common.stream(0, "j"))
     brightness, contrast, saturation, turn = (d.flatten().tolist() for d in drawn)
     for i in range(5):
         by_hand = tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(x[i], brightness[i]), contrast[i]), saturation[i])
@@ -238,6 +278,33 @@ def test_the_report_sets_methods_beside_oracle_and_published_figures(tiny, call,
     assert "| grl " not in call("train.py --report"), "a run on another painting of the world is left out"
 
 
+def test_the_report_sets_a_sweep_of_worlds_beside_the_published_table(tiny, call, tmp_path):
+    tiny(tmp_path / "results")
+    call("train.py --epochs 1")
+    for corr in (0.999, 0.99):
+        folder = f"results/flat_{str(corr)[2:]}"
+        tiny(tmp_path / folder)
+        common.save_json({"schema": 1, "recipe": "flat", "corr": corr, "seed": 42, "limit": None, "is_mnist": True}, tmp_path / folder / "meta.json")
+        for seed in (42, 43):
+            call(f"train.py --epochs 1 --dir {folder} --width 3 --seed {seed}")
+    said = call("train.py --report").split("### Biased-MNIST")[1]
+    header, ours, *_, fair = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|") and "---" not in line]
+    assert header[3:] == ["0.999", "0.997", "0.995", "0.99"]
+    accs = [json.loads((tmp_path / f"results/flat_999/baseline_s{seed}.json").read_text())["final"]["test_unbiased"]["acc"] for seed in (42, 43)]
+    assert ours[0] == "`baseline`" and ours[3] == common.mean_sd(accs) and ours[4] == "-", "the usual budget of these worlds is their own"
+    assert fair[3:] == ["0.905", "0.962", "0.970", "0.979"]
+    assert "width 3" in said and (tmp_path / "results" / "figures" / "flat.png").exists()
+
+
+def test_the_report_draws_budgets_when_there_are_some(tiny, call, tmp_path):
+    tiny(tmp_path / "results")
+    for flags in ("--seed 42", "--seed 43", "--name wide --width 8", "--name long --epochs 2"):
+        call(f"train.py --epochs 1 {flags}")
+    said = call("train.py --report")
+    assert "baseline --width 8" in said and "baseline --epochs 2" in said
+    assert (tmp_path / "results" / "figures" / "budget.png").exists()
+
+
 class Evil:
     def __reduce__(self):
         return print, ("code inside a pickle was run",)
@@ -272,6 +339,8 @@ def spoil(key, value):
     ("train.py --alpha nan", None, "--alpha"),
     ("train.py --epochs 0", None, "--epochs"),
     ("train.py --lr -1", None, "--lr"),
+    ("train.py --temperature 0", None, "--temperature"),
+    ("train.py --divergence sideways", None, "--divergence"),
     ("train.py --name ../../escape", None, "--name"),
     ("train.py --name val", None, "--name"),
     ("train.py --threads none", None, "--threads"),

@@ -25,7 +25,7 @@ SPLITS = ("train", "val", "test_hard", "test_unbiased")
 DIGIT_PIXEL = 0.1  # a pixel belongs to the digit where gray > 0.1
 INK = {  # one colour per method in every figure, told apart by colour-blind readers (Okabe & Ito, 2008)
     "baseline": "#D55E00", "jitter": "#0072B2", "grl": "#E69F00", "combined": "#009E73", "biasbal": "#CC79A7", "groupdro": "#56B4E9",
-    "lff": "#7A4F00", "jtt": "#8C8C00", "oracle": "#000000"}
+    "lff": "#7A4F00", "jtt": "#8C8C00", "lntl": "#6A3D9A", "oracle": "#000000"}
 
 # ---------------------------------------------------------------- painting
 
@@ -35,7 +35,10 @@ PALETTES = {  # recipe: {colour: its mean}; digit d owns row d
         "teal": (0, 200, 200), "pink": (255, 130, 180), "brown": (140, 100, 50), "white": (255, 255, 255), "black": (0, 0, 0)},
     "flat": {  # Biased-MNIST (Bahng et al., 2020)
         "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (225, 225, 0), "magenta": (225, 0, 225),
-        "cyan": (0, 255, 255), "orange": (255, 128, 0), "rose": (255, 0, 128), "violet": (128, 0, 255), "grey": (128, 128, 128)}}
+        "cyan": (0, 255, 255), "orange": (255, 128, 0), "rose": (255, 0, 128), "violet": (128, 0, 255), "grey": (128, 128, 128)},
+    "digit": {  # Learning Not to Learn (Kim et al., 2019)
+        "crimson": (220, 20, 60), "teal": (0, 128, 128), "yellow": (253, 233, 16), "cerulean": (0, 149, 182), "orange": (237, 145, 33),
+        "purple": (145, 30, 188), "cyan": (70, 240, 240), "pink": (250, 197, 187), "lime": (210, 245, 60), "maroon": (128, 0, 0)}}
 
 
 def rgb_of(colours, recipe):
@@ -43,32 +46,38 @@ def rgb_of(colours, recipe):
     return torch.tensor(list(PALETTES[recipe].values()), dtype=torch.float32)[colours, :, None, None] / 255
 
 
-def paint_background(gray, colours, gen):
+def paint_background(gray, colours, gen, sigma2):
     """A light-grey digit (0.6 of white) on its background colour plus one brightness noise per pixel, the same for R, G and B."""
     noise = torch.randn(gray.shape, generator=gen).mul_(0.15)  # (N,H,W)
     background = (rgb_of(colours, "background") + noise[:, None]).clamp_(0, 1)
     return background.lerp_(torch.tensor(0.6), gray[:, None])
 
 
-def paint_flat(gray, colours, gen):
+def paint_flat(gray, colours, gen, sigma2):
     """A white digit, every pixel that is not black, on one flat colour (Biased-MNIST; Bahng et al., 2020)."""
     return torch.where(gray[:, None] > 0, 1.0, rgb_of(colours, "flat"))
 
 
-def paint_gray(gray, colours, gen):
+def paint_digit(gray, colours, gen, sigma2):
+    """A stroke on black whose colour is drawn once per image around the mean, variance sigma2 per channel (Kim et al., 2019)."""
+    stroke = rgb_of(colours, "digit") + math.sqrt(sigma2) * torch.randn(len(gray), 3, 1, 1, generator=gen)
+    return gray[:, None] * stroke.clamp_(0, 1)
+
+
+def paint_gray(gray, colours, gen, sigma2):
     """Plain MNIST in three equal channels; the colours are ignored."""
     return gray[:, None].expand(-1, 3, -1, -1)
 
 
-PAINTERS = {"background": paint_background, "flat": paint_flat, "gray": paint_gray}
+PAINTERS = {"background": paint_background, "flat": paint_flat, "digit": paint_digit, "gray": paint_gray}
 
 
-def paint(gray, colours, gen, recipe="background"):
-    """gray uint8 (N,H,W) and colours int64 (N,) to images uint8 (N,3,H,W); the same `gen` state repeats the texture."""
+def paint(gray, colours, gen, recipe="background", sigma2=None):
+    """gray uint8 (N,H,W) and colours int64 (N,) to images uint8 (N,3,H,W); the same `gen` state repeats the texture or the colours."""
     images = torch.empty(len(gray), 3, *gray.shape[1:], dtype=torch.uint8)
     for lo in range(0, len(gray), 2000):  # small chunks stay in the cache
         part = slice(lo, lo + 2000)
-        images[part] = PAINTERS[recipe](gray[part].float() / 255, colours[part], gen).mul(255).round_()
+        images[part] = PAINTERS[recipe](gray[part].float() / 255, colours[part], gen, sigma2).mul(255).round_()
     return images
 
 
@@ -80,6 +89,8 @@ class SimpleCNN(nn.Module):
 
     Pooling comes before ReLU: the values are the same and ReLU sees a quarter of the pixels.
     """
+
+    early = "conv2"  # what this layer is fed, (B,w,H/2,W/2), are the early features of `lntl`
 
     def __init__(self, width=4, classes=10, size=(28, 28)):
         super().__init__()
@@ -99,17 +110,24 @@ class SimpleCNN(nn.Module):
         return self.fc(self.features(x).flatten(1))
 
 
+def luma(x):
+    """Brightness (B,1,H,W) of colour (B,3,H,W), by the weights of ITU-R BT.601."""
+    return (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
 MODELS = ("simplecnn", "resnet18", "resnet50")
 
 
-def build_model(name="simplecnn", width=4, classes=10, size=(28, 28)):
-    """A fresh net in channels-last layout; every net ends in `fc`, whose input is the penultimate feature vector."""
+def build_model(name="simplecnn", width=4, classes=10, size=(28, 28), grayscale=False):
+    """A fresh net in channels-last layout; every net ends in `fc`, whose input is the penultimate feature vector. With `grayscale` it sees brightness only."""
     if name == "simplecnn":
         model = SimpleCNN(width, classes, size)
     else:
         import torchvision  # a second of start-up that only the ResNets pay
 
         model = getattr(torchvision.models, name)(weights=None, num_classes=classes)
+    if grayscale:
+        model.register_forward_pre_hook(lambda _, inputs: (luma(inputs[0]).expand_as(inputs[0]),))
     return model.to(memory_format=torch.channels_last)
 
 
@@ -338,7 +356,7 @@ def load_model(folder, name, device="cpu"):
     record = load_pt(path, mend)
     try:
         args = record["args"]
-        model = build_model(args["model"], args["width"], record["classes"], record["size"])
+        model = build_model(args["model"], args["width"], record["classes"], record["size"], args.get("grayscale", False))
         model.load_state_dict(record["weights"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         die(f"{path} is not a checkpoint of train.py ({(str(e) or type(e).__name__).splitlines()[0]})", mend)

@@ -263,22 +263,28 @@ def spearman(a, b):
 
 
 def recipe_of(folder, split):
-    """(recipe, None), or (None, why this split cannot be repainted)."""
+    """(the recipe as keywords of `paint`, None), or (None, why this split cannot be repainted)."""
     if split.colors is None:
         return None, "the split has no colors"
     if not (folder / "meta.json").exists():
         return None, f"{folder}/meta.json, which names the recipe, is missing"
-    recipe = load_json(folder / "meta.json", "run make_data.py again").get("recipe")
-    if recipe not in PALETTES:
-        return None, f"meta.json names the recipe {recipe!r}, which is not one of {', '.join(PALETTES)}"
+    meta = load_json(folder / "meta.json", "run make_data.py again")
+    recipe = {key: meta.get(key) for key in ("recipe", "sigma2")}
+    if recipe["recipe"] not in PALETTES:
+        return None, f"meta.json names the recipe {recipe['recipe']!r}, which is not one of {', '.join(PALETTES)}"
     last = max(int(split.colors.max()), int(split.labels.max()))
-    top = len(PALETTES[recipe]) - 1
+    top = len(palette_of(recipe)) - 1
     return (recipe, None) if last <= top else (None, f"classes or colours run to {last}, but the palette ends at {top}")
+
+
+def palette_of(recipe):
+    """The names of the colours, in the order of the digits that own them."""
+    return list(PALETTES[recipe["recipe"]])
 
 
 def repaint(split, colours, recipe, seed):
     """The same digits on other colours; one texture per place in the split, whatever the colours."""
-    images = paint(split.gray.cpu(), colours.cpu(), stream(seed, "texture"), recipe)
+    images = paint(split.gray.cpu(), colours.cpu(), stream(seed, "texture"), **recipe)
     return split._replace(images=images.to(split.images.device, memory_format=torch.channels_last), colors=colours)
 
 
@@ -292,7 +298,7 @@ def counterfactuals(models, split, recipe, seed):
     Each painting is made once and shown to all models.
     """
     on_colour = {name: [] for name in models}
-    for c in range(len(PALETTES[recipe])):
+    for c in range(len(palette_of(recipe))):
         painted = repaint(split, torch.full_like(split.labels, c), recipe, seed)
         for name, model in models.items():
             on_colour[name].append(predict(model, painted).cpu())
@@ -381,7 +387,7 @@ def ten_colours(split, digit, recipe, seed):
     """The first picture of one digit on every colour of the palette, same texture."""
     i = int((split.labels == digit).nonzero()[0, 0])
     one = take(split, slice(i, i + 1))
-    return join([repaint(one, torch.full_like(one.labels, c), recipe, seed) for c in range(len(PALETTES[recipe]))])
+    return join([repaint(one, torch.full_like(one.labels, c), recipe, seed) for c in range(len(palette_of(recipe)))])
 
 
 def scene(pictures, subjects, recipe, args):
@@ -392,7 +398,7 @@ def scene(pictures, subjects, recipe, args):
         seen[name] = {"maps": heat.maps, "predicted": heat.predicted, "confidence": heat.confidence}
     cpu = lambda t: None if t is None else t.cpu().clone(memory_format=torch.contiguous_format)
     return {"images": cpu(pictures.images), "gray": cpu(pictures.gray), "labels": cpu(pictures.labels), "colours": cpu(pictures.colors),
-            "palette": list(PALETTES[recipe]) if recipe else None, "models": seen}
+            "palette": palette_of(recipe) if recipe else None, "models": seen}
 
 
 # ---------------------------------------------------------------- figures
@@ -686,7 +692,7 @@ def measure(subjects, splits, recipe, args):
     models, seconds, split, began = {}, {}, splits[args.split], time.time()
     if recipe:
         predictions, partner = counterfactuals({name: s.model for name, s in subjects.items()}, split, recipe, args.seed)
-        print(f"{args.split} repainted on {len(PALETTES[recipe])} colours for {len(subjects)} models in {time.time() - began:.1f}s", flush=True)
+        print(f"{args.split} repainted on {len(palette_of(recipe))} colours for {len(subjects)} models in {time.time() - began:.1f}s", flush=True)
     for name, subject in subjects.items():
         began = time.time()
         models[name], lift = look_at(subject, splits, args)

@@ -6,6 +6,7 @@ Writes  DIR/train.pt, val.pt, test_hard.pt, test_unbiased.pt, DIR/meta.json, DIR
     python make_data.py
     python make_data.py --dir results/unbiased --corr 0.1             # the oracle's world: no bias
     python make_data.py --dir results/flat_999 --recipe flat --corr 0.999
+    python make_data.py --dir results/lntl_020 --recipe digit --sigma2 0.02
     python make_data.py --dir results/fashion --mnist ~/fashion-mnist  # any four IDX files
 """
 
@@ -67,12 +68,14 @@ def uniform(labels, gen):
 
 class Recipe(NamedTuple):
     corr: float | None  # default share of training digits on their own colour; None: the picture has no colour
+    sigma2: float | None = None  # default variance of a colour around its mean; None: colours do not vary
     colours: object = biased  # (labels, corr, gen) -> colours of the training splits
 
 
 RECIPES = {  # the picture itself is painted by the function of the same name in common.PAINTERS
     "background": Recipe(corr=0.95),
     "flat": Recipe(corr=0.99, colours=biased_exactly),
+    "digit": Recipe(corr=1.0, sigma2=0.02),
     "gray": Recipe(corr=None),
 }
 
@@ -192,7 +195,7 @@ def make_splits(mnist, args):
         ("test_unbiased", test_gray, test_labels, uniform),
     ):
         colours = colours_of(labels, stream(args.seed, f"{name} colours")) if recipe.corr is not None else labels
-        images = paint(gray, colours, stream(args.seed, f"{name} paint"), args.recipe)
+        images = paint(gray, colours, stream(args.seed, f"{name} paint"), args.recipe, args.sigma2)
         splits[name] = {"images": images, "labels": labels, "gray": gray.contiguous()}
         if recipe.corr is not None:
             splits[name]["colors"] = colours
@@ -202,7 +205,7 @@ def make_splits(mnist, args):
 def describe(splits, args, is_mnist, run_facts):
     own = {name: [float((s["colors"] == d)[s["labels"] == d].float().mean()) if (s["labels"] == d).any() else None for d in range(10)]
            for name, s in splits.items() if "colors" in s}
-    return {"schema": 1, "script": "make_data.py", "recipe": args.recipe, "corr": args.corr, "seed": args.seed, "limit": args.limit, "is_mnist": is_mnist,
+    return {"schema": 1, "script": "make_data.py", "recipe": args.recipe, "corr": args.corr, "sigma2": args.sigma2, "seed": args.seed, "limit": args.limit, "is_mnist": is_mnist,
             "palette": list(PALETTES.get(args.recipe, {}).items()), "counts": {name: len(s["labels"]) for name, s in splits.items()},
             "size": list(splits["train"]["images"].shape[2:]), "own_colour_share": own, "run": run_facts}
 
@@ -241,15 +244,18 @@ def report(args):
 def get_args(argv=None):
     p = Parser(__doc__)
     p.add_argument("--recipe", choices=RECIPES, default="background", help="how a digit is painted (default: background)")
-    p.add_argument("--corr", type=real(0, 1), help="share of training digits on their own colour (default: 0.95; flat: 0.99)")
+    p.add_argument("--corr", type=real(0, 1), help="share of training digits on their own colour (default: 0.95; flat: 0.99; digit: 1)")
+    p.add_argument("--sigma2", type=real(0, 1), help="digit: variance of the stroke's colour around its mean, pixels in [0, 1] (default: 0.02)")
     p.add_argument("--mnist", type=Path, help="folder with your own four IDX files, gzipped or not")
     p.add_argument("--limit", type=whole(100), help="paint only that many training images, and a sixth as many test images")
     common_args(p, seed_of="the split and the colours")
     args = p.parse_args(argv)
-    if args.corr is not None and RECIPES[args.recipe].corr is None:
-        p.error(f"--corr has no meaning for --recipe {args.recipe}, which has no colour; leave it out")
-    if args.corr is None:
-        args.corr = RECIPES[args.recipe].corr
+    for key, what in (("corr", "has no colour"), ("sigma2", "does not vary its colours")):
+        usual = getattr(RECIPES[args.recipe], key)
+        if getattr(args, key) is None:
+            setattr(args, key, usual)
+        elif usual is None:
+            p.error(f"--{key} has no meaning for --recipe {args.recipe}, which {what}; leave it out")
     if args.mnist is not None and not args.mnist.is_dir():
         p.error(f"--mnist {args.mnist} is not a folder; give the folder that holds the four IDX files")
     return args

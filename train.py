@@ -22,8 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (INK, MODELS, SPLITS, Parser, build_model, common_args, die, family_of, fmt, load_json, load_model, load_splits,
-                    markdown, mean_sd, predict, real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
+from common import (INK, MODELS, SPLITS, Parser, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits,
+                    luma, markdown, mean_sd, predict, real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
 
 EVAL_SPLITS = SPLITS[1:]
 
@@ -70,11 +70,10 @@ def hsv(x, args, gen):
     The operations and ranges are those of torchvision's ColorJitter(0.5, 0.5, 0.5, 0.5), which draws once for a whole batch and in
     random order; here every image has its own draw and the order is fixed. x (B,3,H,W) in [0, 1], and so is the result.
     """
-    luma = x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     x = (x * per_image(x, gen, 0.5, 1.5)).clamp(0, 1)
-    middle = (x * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    middle = luma(x).mean((2, 3), keepdim=True)
     x = torch.lerp(middle, x, per_image(x, gen, 0.5, 1.5)).clamp(0, 1)
-    x = torch.lerp((x * luma).sum(1, keepdim=True), x, per_image(x, gen, 0.5, 1.5)).clamp(0, 1)
+    x = torch.lerp(luma(x), x, per_image(x, gen, 0.5, 1.5)).clamp(0, 1)
     value, chroma = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
     r, g, b = x.split(1, dim=1)
     sixth = torch.where(value == r, (g - b) / (chroma + 1e-8), torch.where(value == g, 2 + (b - r) / (chroma + 1e-8), 4 + (r - g) / (chroma + 1e-8)))
@@ -191,7 +190,7 @@ class GRL(BiasBal):
         return count if args.conditional else torch.ones_like(count)  # equal counts change no cross-entropy
 
     def step(self, objective, model, batch, optimiser, args, gen):
-        with Penultimate(model) as features:
+        with InputOf(model.fc) as features:
             loss = self(model, batch, args, gen)
         seen = features.value[: len(batch.y)]  # jitter also shows recoloured copies, behind the images themselves
         for _ in range(self.updates - 1):
@@ -201,6 +200,67 @@ class GRL(BiasBal):
 
     def colour_loss(self, features, batch):
         return F.cross_entropy(self.head(features) + self.colour_given_digit[batch.y], batch.colour)
+
+
+class LNTL(nn.Module):
+    """Learning Not to Learn (Kim et al., 2019): heads guess each pixel's red, green and blue from early features, which learn to hide them.
+
+    (i) Digit cross-entropy and --entropy times the negative entropy of the guesses, with the heads frozen; (ii) the heads' cross-entropy,
+    whose gradient enters the features times -gamma. A pixel's colour is cut into 8 bins a channel; black pixels are ignored. Departures:
+    (i) and (ii) are one update unless --two-updates; AdamW at the rate of every row, three times that for the heads, instead of SGD; the
+    reversal grows linearly from 0 to gamma; and the heads normalise the features first, so that these cannot hide by shrinking. The
+    defaults are the paper's weights; in our nets it is the entropy that unlearns colour, from --entropy 10 on.
+    """
+
+    bins, lr_scale = 8, 3
+
+    def __init__(self, model, splits, args):
+        super().__init__()
+        with InputOf(early_layer(model)) as early, torch.no_grad():
+            model(splits["train"].x(slice(1)))
+        self.size = early.value.shape[2:]
+        self.register_buffer("tally", torch.zeros(2), persistent=False)
+        channels = early.value.shape[1]
+        self.head = nn.Sequential(nn.BatchNorm2d(channels, affine=False, track_running_stats=False), nn.Conv2d(channels, 64, 1), nn.ReLU(),
+                                  nn.Conv2d(64, 3 * self.bins, 1))
+
+    def step(self, objective, model, batch, optimiser, args, gen):
+        with InputOf(early_layer(model)) as early:
+            loss = F.cross_entropy(model(batch.x), batch.y)
+        colour, seen = self.colour(batch.x)
+        frozen = {name: p.detach() for name, p in self.head.named_parameters()}
+        guesses = self.spread(torch.func.functional_call(self.head, frozen, early.value))
+        confident = (guesses.softmax(1) * guesses.log_softmax(1)).sum(1)  # minus the entropy, (B,3,h,w)
+        hiding = loss + args.entropy * over_pixels(confident, seen)
+        if args.two_updates:
+            update(optimiser, hiding)
+            with InputOf(early_layer(model)) as early:
+                model(batch.x)
+            hiding = 0
+        guesses = self.spread(self.head(Reverse.apply(early.value, args.gamma * batch.progress)))
+        update(optimiser, hiding + over_pixels(F.cross_entropy(guesses, colour, reduction="none"), seen))
+        self.tally += torch.stack([((guesses.argmax(1) == colour) * seen).sum(), 3 * seen.sum()]).detach()
+        return loss.detach()
+
+    def facts(self):
+        """How often the heads named a pixel's red, green or blue bin in this epoch."""
+        right, seen = self.tally.tolist()
+        self.tally.zero_()
+        return {"head_colour": right / max(seen, 1)}
+
+    def spread(self, guesses):
+        """Logits (B,bins,3,h,w) from the channels of the head."""
+        return guesses.unflatten(1, (self.bins, 3))
+
+    def colour(self, x):
+        """Bins int64 (B,3,h,w) of the image at the size of the features, and which pixels are not black, float (B,1,h,w)."""
+        small = F.adaptive_avg_pool2d(x, self.size)
+        return (small * self.bins).long().clamp(max=self.bins - 1), (small.amax(1, keepdim=True) > 0).to(x.dtype)
+
+
+def over_pixels(values, seen):
+    """Mean of values (B,3,h,w) where seen (B,1,h,w) is 1."""
+    return (values * seen).sum() / (3 * seen.sum()).clamp(min=1)
 
 
 class Combined(GRL):
@@ -255,7 +315,7 @@ class LfF(nn.Module):
     def __init__(self, model, splits, args):
         super().__init__()
         data = splits["train"]
-        self.biased = build_model(args.model, args.width, model.fc.out_features, data.images.shape[2:])
+        self.biased = fresh_net(args, model.fc.out_features, data.images.shape[2:])
         self.register_buffer("running", torch.zeros(2, len(data.labels)))  # losses of the biased and of the cured net
         self.labels, self.classes = data.labels, model.fc.out_features
 
@@ -283,7 +343,7 @@ class JTT(nn.Module):
 
     def __init__(self, model, splits, args):
         super().__init__()
-        first = build_model(args.model, args.width, model.fc.out_features, splits["train"].images.shape[2:]).to(splits["train"].images.device)
+        first = fresh_net(args, model.fc.out_features, splits["train"].images.shape[2:]).to(splits["train"].images.device)
         plain = argparse.Namespace(**{**vars(args), "method": "baseline", "epochs": args.first_epochs, "seed": args.seed + 1})
         print(f"the first net, {args.first_epochs} epochs of plain training:")
         train(first, splits, plain, splits["train"].images.device)
@@ -298,32 +358,43 @@ class JTT(nn.Module):
 class Method(NamedTuple):
     objective: object  # loss(model, batch, args, gen), or an nn.Module with that forward, built from (model, splits, args)
     told: str  # what the training is told about the bias
+    flags: tuple = ()  # flags of its own; other methods' flags change nothing for it
 
 
+JITTER_FLAGS = ("alpha", "jitter", "grain", "classify", "fade", "divergence", "temperature")
 METHODS = {  # in three tiers: told nothing, told the kind of bias, told every image's colour
     "baseline": Method(baseline, "nothing"),
     "lff": Method(LfF, "nothing"),
-    "jtt": Method(JTT, "nothing"),
-    "jitter": Method(jitter, "the kind of bias"),
-    "grl": Method(GRL, "colour labels"),
-    "combined": Method(Combined, "colour labels"),
+    "jtt": Method(JTT, "nothing", ("first_epochs", "upweight")),
+    "jitter": Method(jitter, "the kind of bias", JITTER_FLAGS),
+    "lntl": Method(LNTL, "the kind of bias", ("entropy", "gamma", "two_updates")),
+    "grl": Method(GRL, "colour labels", ("gamma", "conditional")),
+    "combined": Method(Combined, "colour labels", (*JITTER_FLAGS, "gamma", "conditional")),
     "biasbal": Method(BiasBal, "colour labels"),
-    "groupdro": Method(GroupDRO, "colour labels"),
+    "groupdro": Method(GroupDRO, "colour labels", ("group_step",)),
 }
 
 
-class Penultimate:
-    """Inside `with`, .value is what the last call of the model fed its final layer: (B,F)."""
+class InputOf:
+    """Inside `with`, .value is what this layer of a model was fed in its last call."""
 
-    def __init__(self, model):
-        self.fc = model.fc
+    def __init__(self, layer):
+        self.layer = layer
 
     def __enter__(self):
-        self.hook = self.fc.register_forward_pre_hook(lambda _, inputs: setattr(self, "value", inputs[0]))
+        self.hook = self.layer.register_forward_pre_hook(lambda _, inputs: setattr(self, "value", inputs[0]))
         return self
 
     def __exit__(self, *_):
         self.hook.remove()
+
+
+def fresh_net(args, classes, size):
+    return build_model(args.model, args.width, classes, size, args.grayscale)
+
+
+def early_layer(model):
+    return model.get_submodule(getattr(model, "early", "layer1"))  # layer1: the ResNets' first block
 
 
 # ---------------------------------------------------------------- training
@@ -350,8 +421,8 @@ def make_schedule(optimiser, args, steps):
     return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1)
 
 
-def train(model, splits, args, device):
-    """Fits the model in place; returns one record per epoch."""
+def train(model, splits, args, device, part=None):
+    """Fits the model in place; returns one record per epoch. The file `part` holds, after every epoch, what --resume needs."""
     data, n = splits["train"], len(splits["train"].labels)
     objective = METHODS[args.method].objective
     if isinstance(objective, type):
@@ -363,8 +434,9 @@ def train(model, splits, args, device):
     optimiser = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
     steps = args.epochs * math.ceil(n / args.batch)
     schedule = make_schedule(optimiser, args, steps)
-    epochs = []
-    for epoch in range(1, args.epochs + 1):
+    parts = {"model": model, "optimiser": optimiser, "schedule": schedule} | ({"objective": objective} if isinstance(objective, nn.Module) else {})
+    epochs = restore(part, parts, args) if part is not None and args.resume else []
+    for epoch in range(len(epochs) + 1, args.epochs + 1):
         began, total = time.time(), torch.zeros((), device=device)
         gen = stream(args.seed, f"epoch {epoch}", device)
         order = torch.randperm(n, generator=stream(args.seed, f"order {epoch}")).to(device)
@@ -381,10 +453,37 @@ def train(model, splits, args, device):
             die(f"the loss is {loss} in epoch {epoch}", f"try a smaller --lr than {args.lr:g}")
         scores = {name: score(predict(model, splits[name]), splits[name]) for name in ("val", "test_hard")}
         epochs.append({"epoch": epoch, "loss": loss, "val": scores["val"]["acc"], "val_aligned": scores["val"]["aligned"],
-                       "val_conflicting": scores["val"]["conflicting"], "test_hard": scores["test_hard"]["acc"]})
+                       "val_conflicting": scores["val"]["conflicting"], "test_hard": scores["test_hard"]["acc"],
+                       **(objective.facts() if hasattr(objective, "facts") else {})})
         print(f"{chr(13) * sys.stdout.isatty()}epoch {epoch:2d}/{args.epochs}  loss {loss:.4f}  val {scores['val']['acc']:.3f}  aligned {fmt(scores['val']['aligned'])}"
               f"  conflicting {fmt(scores['val']['conflicting'])}  test_hard {scores['test_hard']['acc']:.3f}  {time.time() - began:5.1f}s", flush=True)
+        if part is not None:
+            save_pt({"args": settings(args), "world": world_of(args.dir), "epochs": epochs, **{name: thing.state_dict() for name, thing in parts.items()}}, part)
     return epochs
+
+
+def restore(part, parts, args):
+    """Bring model, optimiser, schedule and method to where a killed run left them; returns its epochs, [] where there is nothing to continue.
+
+    No generator is kept: every epoch draws from streams of its own.
+    """
+    if not part.exists():
+        print(f"--resume: {part} is not there, so the run starts with its first epoch", flush=True)
+        return []
+    saved = load_pt(part, "delete it to start over")
+    before = saved.get("args") or {}
+    changed = [f"--{k.replace('_', '-')} was {before.get(k)}" for k, v in settings(args).items() if before.get(k) != v]
+    if changed:
+        die(f"{part} was left by a run with other settings ({', '.join(changed)})", "give the same flags to continue it, or leave --resume out to start over")
+    if saved.get("world") != world_of(args.dir):
+        die(f"{part} was left by a run on another painting of {args.dir}", "leave --resume out to start over")
+    try:
+        for name, thing in parts.items():
+            thing.load_state_dict(saved[name])
+    except (LookupError, TypeError, ValueError, RuntimeError) as e:
+        die(f"{part} does not fit this run ({(str(e) or type(e).__name__).splitlines()[0]})", "leave --resume out to start over")
+    print(f"--resume: continuing after epoch {len(saved['epochs'])}", flush=True)
+    return saved["epochs"]
 
 
 # ---------------------------------------------------------------- scoring
@@ -420,9 +519,11 @@ def score(predicted, split):
 
 
 def evaluate(model, splits):
-    """(final scores per split, linear probes)."""
+    """What a training run's JSON says of the model: scores of every split, linear probes, a picture of its features."""
     final = {name: score(predict(model, splits[name]), splits[name]) for name in EVAL_SPLITS}
-    return final, probe(model, splits["test_unbiased"])
+    shown = splits["test_unbiased"]
+    z = penultimate(model, shown).cpu()
+    return {"final": final, "probe": probe(z, shown), "pca": pca(z, shown)}
 
 
 @torch.inference_mode()
@@ -430,25 +531,34 @@ def penultimate(model, split):
     """What the last layer sees, float (N,F)."""
     model.eval()
     values = []
-    with Penultimate(model) as features:
+    with InputOf(model.fc) as features:
         for i in range(0, len(split.labels), 1000):
             model(split.x(slice(i, i + 1000)))
             values.append(features.value)
     return torch.cat(values)
 
 
-def probe(model, split):
+def probe(z, split):
     """Accuracy of linear classifiers for colour and for digit on the frozen penultimate features (Alain & Bengio, 2017).
 
     Logistic regression on standardised features with a fixed, small L2 penalty, fitted by L-BFGS on the even images of the split
-    and scored on the odd ones. Chance is 0.1 where every colour is equally likely.
+    and scored on the odd ones. Chance is 0.1 where every colour is equally likely. z float (N,F) of the images of `split`.
     """
-    z = penultimate(model, split).cpu()
     z = (z - z[::2].mean(0)) / (z[::2].std(0) + 1e-6)
     result = {"n_fit": len(z[::2]), "n": len(z[1::2])}
     for name, target in (("colour", split.colors), ("digit", split.labels)):
         result[name] = None if target is None else fit_linear(z[::2], target.cpu()[::2], z[1::2], target.cpu()[1::2])
     return result
+
+
+def pca(z, split, n=300):
+    """The first two principal components of the features of n images, beside their labels and colours. z float (N,F)."""
+    z = z[:n].double() - z[:n].double().mean(0)
+    u, s, _ = torch.linalg.svd(z, full_matrices=False)
+    xy = u[:, :2] * s[:2]
+    xy = xy * xy.gather(0, xy.abs().argmax(0, keepdim=True)).sign()  # the sign is free: the farthest point counts as positive
+    return {"x": [round(v, 3) for v in xy[:, 0].tolist()], "y": [round(v, 3) for v in xy[:, 1].tolist()], "labels": split.labels[:n].tolist(),
+            "colors": None if split.colors is None else split.colors[:n].tolist(), "explained": (s[:2].square() / s.square().sum()).tolist()}
 
 
 def fit_linear(z, y, z_test, y_test, l2=1e-3):
@@ -481,13 +591,14 @@ class Sweep(NamedTuple):
     key: str  # of meta.json: what the worlds differ in
     axis: str
     theirs: str  # the net and budget of the published figures
+    hardest: object  # max or min of `key`
     published: dict  # row: {value of key: accuracy on test_unbiased}; "as reported" where we recall a paper's own table
 
 
 SWEEPS = {  # by recipe
     "flat": Sweep(
         "Biased-MNIST (Bahng et al., 2020)", "corr", "share of training digits on their own colour",
-        "a net of 7x7 convolutions with 531,000 parameters, 80 epochs of 60,000 images", {
+        "a net of 7x7 convolutions with 531,000 parameters, 80 epochs of 60,000 images", max, {
             "vanilla (Bahng et al., 2020)": {0.999: 0.104, 0.997: 0.334, 0.995: 0.721, 0.99: 0.891},
             "LearnedMixin (Clark et al., 2019)": {0.999: 0.121, 0.997: 0.502, 0.995: 0.782, 0.99: 0.883},
             "RUBi (Cadene et al., 2019)": {0.999: 0.137, 0.997: 0.430, 0.995: 0.904, 0.99: 0.936},
@@ -496,12 +607,20 @@ SWEEPS = {  # by recipe
             "EnD (Tartaglione et al., 2021)": {0.999: 0.523, 0.997: 0.837, 0.995: 0.939, 0.99: 0.960},
             "BiasBal (Hong & Yang, 2021), as reported": {0.999: 0.768, 0.997: 0.912, 0.995: 0.939, 0.99: 0.963},
             "BiasCon + BiasBal (Hong & Yang, 2021), as reported": {0.999: 0.940, 0.997: 0.973, 0.995: 0.977, 0.99: 0.981},
-            "the same, rerun by others": {0.999: 0.303, 0.997: 0.828, 0.995: 0.882, 0.99: 0.950},
+            "the same, rerun by another group, as reported": {0.999: 0.303, 0.997: 0.828, 0.995: 0.882, 0.99: 0.950},
             "FairKL (Barbano et al., 2023), as reported": {0.999: 0.905, 0.997: 0.962, 0.995: 0.970, 0.99: 0.979}}),
+    "digit": Sweep(
+        "Learning Not to Learn (Kim et al., 2019)", "sigma2", "variance of the stroke's colour around its mean",
+        "a net of four convolutions with batch norm and 67,760 parameters, 100 epochs of 60,000 images", min, {
+            name: dict(zip((0.02, 0.025, 0.03, 0.035, 0.04, 0.045, 0.05), accuracies)) for name, accuracies in (
+                ("baseline (Kim et al., 2019)", (0.4055, 0.4813, 0.5996, 0.6626, 0.7333, 0.7973, 0.8450)),
+                ("BlindEye (Alvi et al., 2018)", (0.6741, 0.7123, 0.7883, 0.8203, 0.8638, 0.8927, 0.9159)),
+                ("gray input (Kim et al., 2019)", (0.8374, 0.8751, 0.8996, 0.9166, 0.9325, 0.9472, 0.9596)),
+                ("LNTL (Kim et al., 2019)", (0.8185, 0.8854, 0.9137, 0.9306, 0.9406, 0.9555, 0.9618)))}),
 }
 WORLD_KEYS = ("recipe", "corr", "seed", "limit", "is_mnist")
 BUDGET = ("epochs", "lr", "schedule", "weight_decay", "batch", "model", "width")
-NOT_SETTINGS = ("dir", "device", "threads", "report", "eval", "name")  # they do not change what is learned
+NOT_SETTINGS = ("dir", "device", "threads", "report", "eval", "name", "resume")  # they do not change what is learned
 
 
 def settings(args):
@@ -526,8 +645,10 @@ def read_runs(folder):
     for key in BUDGET:
         values = [record["args"][key] for record in records]
         usual[key] = max(values, key=values.count, default=None)
+    own_flags = {flag for method in METHODS.values() for flag in method.flags}
     for record in records:
-        changed = {k: v for k, v in record["args"].items() if k not in ("method", "seed") and v != usual.get(k)}
+        idle = own_flags - {*METHODS[record["args"]["method"]].flags} | {"method", "seed"}
+        changed = {k: v for k, v in record["args"].items() if k not in idle and v != usual.get(k)}
         group = groups.setdefault(" ".join([record["args"]["method"], *(as_flag(k, v) for k, v in sorted(changed.items()))]), [])
         if record["args"]["seed"] not in {other["args"]["seed"] for other in group}:
             group.append(record)
@@ -573,13 +694,13 @@ def budget(record):
 
 
 def sweep_runs(folder, recipe):
-    """{value of the sweep's key: {label: runs}} of the worlds of one recipe inside `folder`, values falling."""
+    """{value of the sweep's key: {label: runs}} of the worlds of one recipe inside `folder`, the hardest first."""
     worlds = {}
     for path in sorted(folder.glob("*/meta.json")):
         world = load_json(path, "run make_data.py again")
         if world.get("recipe") == recipe and (runs := read_runs(path.parent)):
             worlds[world[SWEEPS[recipe].key]] = runs
-    return dict(sorted(worlds.items(), reverse=True))
+    return dict(sorted(worlds.items(), reverse=SWEEPS[recipe].hardest is max))
 
 
 def report_sweep(folder, recipe):
@@ -595,7 +716,7 @@ def report_sweep(folder, recipe):
     print(f"### {sweep.title}\n")
     print(f"Accuracy on test_unbiased (n = {first['final']['test_unbiased']['n']:,}), mean ± sd over (n) seeds, by {sweep.axis}. Ours: {budget(first)}, the last "
           f"epoch scored; flags name what differs. Published: {sweep.theirs}.\n")
-    values = sorted({*worlds, *(value for row in sweep.published.values() for value in row)}, reverse=True)
+    values = sorted({*worlds, *(value for row in sweep.published.values() for value in row)}, reverse=sweep.hardest is max)
     print(markdown(["method", "told", "parameters", *(f"{value:g}" for value in values)], [
         *([f"`{label}`", METHODS[label.split()[0]].told, f"{next(iter(runs.values()))[0]['params']:,}",
            *(over_seeds(runs.get(value, []), "final", "test_unbiased", "acc") for value in values)] for label, runs in ours.items()),
@@ -604,8 +725,15 @@ def report_sweep(folder, recipe):
     draw_sweep(sweep, ours, values, path)
     print(f"![{sweep.title}: accuracy by {sweep.axis}](figures/{recipe}.png)\n")
     print("*Solid: ours, the band spans the seeds; dashed grey: published.*\n")
-
-
+    hardest, groups = next(iter(worlds.items()))
+    for name, draw, caption in (
+            ("curves", draw_learning_curves, "Learning curves; mean over seeds, the band spans the seeds."),
+            ("confusion", draw_confusion, "Confusion on test_hard, first seed: each row is a digit and sums to 1."),
+            ("features", draw_features, "Principal components of the penultimate features on test_unbiased, first seed: above by digit, below by colour.")):
+        if name == "features" and not any(runs[0].get("pca") for runs in groups.values()):
+            continue  # runs of an older train.py; --eval adds them
+        draw(groups, folder / "figures" / f"{recipe}_{name}.png")
+        print(f"![{sweep.title}: {name}](figures/{recipe}_{name}.png)\n\n*{caption} World with {sweep.key} {hardest:g}.*\n")
 
 
 def found_by(folder, file, value):
@@ -646,6 +774,20 @@ def findings(methods, varied):
     if lazy is not None and stronger:
         print("How much of the laziness is a small net or a short training? Without any cure, " + " and ".join(
             f"{what} lifts test_hard from {lazy:.3f} to {acc:.3f}" for what, acc in stronger.items()) + ".\n")
+    for flags in sorted({label.partition(" ")[2] for label in varied if label.startswith("oracle ")} | {""}):
+        same = {label: runs for label, runs in {**methods, **varied}.items() if label.partition(" ")[2] == flags}
+        best = {}  # what the training is told: its best row
+        for label, runs in same.items():
+            told = "nothing" if label == "baseline" else METHODS[runs[0]["args"]["method"]].told
+            if not label.startswith(("oracle", "baseline")) and mean(runs, "test_hard") > best.get(told, ("", 0))[1]:
+                best[told] = label.split()[0], mean(runs, "test_hard")
+        if len(best) > 1 and (ceiling := same.get(f"oracle {flags}".strip())):
+            print(f"The best of each tier at the same budget ({flags or 'the usual one'}): " + ", ".join(f"told {told}, {label} {acc:.3f}" for told, (label, acc) in best.items())
+                  + f"; the oracle {mean(ceiling, 'test_hard'):.3f}.\n")
+    parts = {label: mean(runs, "test_hard") for label, runs in varied.items() if re.fullmatch(r"jitter( --(alpha|classify|divergence|grain|jitter|no-fade|temperature)( [^-]\S*)?)", label)}
+    if parts and "jitter" in methods:
+        print(f"One part of jitter changed at a time (test_hard; as it is: {mean(methods['jitter'], 'test_hard'):.3f} over {len(methods['jitter'])} seeds): "
+              + ", ".join(f"`{label.partition(' ')[2]}` {acc:.3f} ({len(varied[label])})" for label, acc in sorted(parts.items(), key=lambda item: -item[1])) + ".\n")
     if {"grl", "biasbal"} <= methods.keys():
         print(f"Gradient reversal reaches {mean(methods['grl'], 'test_hard'):.3f}, but its digit loss alone, which is biasbal, reaches "
               f"{mean(methods['biasbal'], 'test_hard'):.3f}: the difference is what the reversal itself does.\n")
@@ -716,21 +858,40 @@ def report(args):
 
 
 def draw_learning_curves(groups, path):
-    """{method: runs} to two panels, val and test_hard accuracy by epoch."""
+    """{label: runs} to panels of accuracy by epoch: val, test_hard, and where some method has one its colour head."""
     plt = start_drawing()
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
-    for ax, key, title in zip(axes, ("val", "test_hard"), ("val: biased like the training data", "test_hard: colour never fits the digit")):
-        for method, runs in groups.items():
+    panels = {"val": "val: biased like the training data", "test_hard": "test_hard: colour never fits the digit", "head_colour": "the colour head, on training images"}
+    known = lambda key: {label: runs for label, runs in groups.items() if key in runs[0]["epochs"][0]}
+    panels = {key: title for key, title in panels.items() if known(key)}
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.1 * len(panels) + 1.8, 3.6), layout="constrained", sharey=True)
+    for ax, (key, title) in zip(axes, panels.items()):
+        for label, runs in known(key).items():
             longest = max(len(r["epochs"]) for r in runs)
             curves = torch.tensor([[e[key] for e in r["epochs"]] for r in runs if len(r["epochs"]) == longest])
-            x = range(1, longest + 1)
-            ax.plot(x, curves.mean(0).tolist(), color=INK.get(method, "grey"), marker="o", ms=3, ls="--" if method == "oracle" else "-", label=method)
-            ax.fill_between(x, curves.amin(0).tolist(), curves.amax(0).tolist(), color=INK.get(method, "grey"), alpha=0.15, lw=0)
+            x, ink = range(1, longest + 1), INK.get(label.split()[0], "grey")
+            ax.plot(x, curves.mean(0).tolist(), color=ink, marker="o", ms=3, ls="-" if label in METHODS else "--", label=label)
+            ax.fill_between(x, curves.amin(0).tolist(), curves.amax(0).tolist(), color=ink, alpha=0.15, lw=0)
         ax.set(xlabel="epoch", title=title, ylim=(0, 1))
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy")
-    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5)) if len(panels) == 2 else axes[1].legend(fontsize=7, loc="lower right")
     fig.suptitle("The same training looks fine on biased data, and only the hard split shows who learned shapes")
+    save_figure(fig, path)
+
+
+def draw_features(groups, path):
+    """{label: runs} to two rows of clouds: the first two principal components, coloured by digit and by the owner of the colour."""
+    plt = start_drawing()
+    shown = {label: runs[0]["pca"] for label, runs in groups.items() if runs[0].get("pca")}
+    fig, axes = plt.subplots(2, len(shown), figsize=(2.6 * len(shown) + 1, 5.4), layout="constrained", squeeze=False)
+    for column, (label, points) in zip(axes.T, shown.items()):
+        for ax, key, title in zip(column, ("labels", "colors"), (f"{label.replace(' ', chr(10), 1)}\nby digit", "by colour")):
+            cloud = ax.scatter(points["x"], points["y"], c=points[key], cmap="tab10", vmin=-0.5, vmax=9.5, s=9, lw=0)
+            ax.set(title=title, xticks=[], yticks=[])
+        column[1].set_xlabel(f"{sum(points['explained']):.0%} of the variance")
+    fig.colorbar(cloud, ax=axes.ravel().tolist(), ticks=range(10), shrink=0.7, label="digit, or the digit that owns the colour")
+    fig.suptitle("Does the net sort images by digit or by colour?")
     save_figure(fig, path)
 
 
@@ -738,14 +899,16 @@ def draw_sweep(sweep, ours, values, path):
     """{label: {value: runs}} and the published rows to one panel: accuracy by the number the worlds differ in."""
     plt = start_drawing()
     fig, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    for style, (row, figures) in zip(itertools.cycle(("--", ":", "-.")), sweep.published.items()):
+    for marker, (row, figures) in zip(itertools.cycle("sDv^<>Xx+*"), sweep.published.items()):
         known = [value for value in values if value in figures]
-        ax.plot([values.index(value) for value in known], [figures[value] for value in known], color="0.6", ls=style, lw=1, label=row)
+        ax.plot([values.index(value) for value in known], [figures[value] for value in known], color="0.6", ls="--", lw=0.8, marker=marker, ms=5, label=row)
+    inks = []
     for label, runs in ours.items():
         known = [value for value in values if value in runs]
         scores = [torch.tensor([run["final"]["test_unbiased"]["acc"] for run in runs[value]]) for value in known]
         x, colour = [values.index(value) for value in known], INK.get(label.split()[0], "grey")
-        ax.plot(x, [acc.mean().item() for acc in scores], color=colour, marker="o", ms=4, ls="-" if label in METHODS else (0, (5, 1)), label=label)
+        ax.plot(x, [acc.mean().item() for acc in scores], color=colour, marker="o", ms=6, mfc="white" if colour in inks else colour, label=label)
+        inks.append(colour)  # a second setting of a method has open dots
         ax.fill_between(x, [acc.min().item() for acc in scores], [acc.max().item() for acc in scores], color=colour, alpha=0.15, lw=0)
     ax.set(xticks=range(len(values)), xticklabels=[f"{value:g}" for value in values], xlabel=sweep.axis, ylabel="accuracy on test_unbiased", ylim=(0, 1))
     ax.grid(alpha=0.3)
@@ -793,7 +956,7 @@ def draw_confusion(groups, path):
             for j in range(len(share)):
                 if share[i, j] >= 0.05:
                     ax.text(j, i, f"{share[i, j]:.2f}".lstrip("0") if share[i, j] < 0.995 else "1", ha="center", va="center", fontsize=5.5, color="white" if share[i, j] > 0.5 else "black")
-        ax.set(title=f"{method}: {runs[0]['final']['test_hard']['acc']:.3f}", xlabel="predicted", aspect="equal", xticks=range(len(share)), yticks=range(len(share)))
+        ax.set(title=f"{method.replace(' ', chr(10), 1)}: {runs[0]['final']['test_hard']['acc']:.3f}", xlabel="predicted", aspect="equal", xticks=range(len(share)), yticks=range(len(share)))
     for ax in axes[:, 0]:
         ax.set_ylabel("digit")
     fig.colorbar(picture, ax=axes.ravel().tolist(), shrink=0.6, label="share of the digit's images")
@@ -816,9 +979,11 @@ def get_args(argv=None):
     g.add_argument("--divergence", choices=DIVERGENCES, default="forward",
                    help="jitter, combined: KL(image || recoloured), the reverse, or their mean (default: forward)")
     g.add_argument("--temperature", type=real(0, 100, open_low=True), default=1.0, help="jitter, combined: of the softmax in the KL term (default: 1)")
-    g.add_argument("--gamma", type=real(0), default=0.1, help="grl, combined: final weight of the reversed colour gradient (default: 0.1)")
+    g.add_argument("--gamma", type=real(0), default=0.1, help="grl, combined, lntl: final weight of the reversed colour gradient (default: 0.1)")
     g.add_argument("--conditional", action=argparse.BooleanOptionalAction, default=True,
                    help="grl, combined: ask each head for what the other label does not tell (default: yes)")
+    g.add_argument("--entropy", type=real(0), default=0.01, help="lntl: weight of the negative entropy of the guessed colours (default: 0.01)")
+    g.add_argument("--two-updates", action="store_true", help="lntl: one update against the heads and one for them, as in the paper, instead of one for both")
     g.add_argument("--shuffle-labels", action="store_true", help="train on permuted labels: a null model, which can know nothing of digits")
     g.add_argument("--group-step", type=real(0, 10), default=0.01, help="groupdro: step of the group weights (default: 0.01)")
     g.add_argument("--first-epochs", type=whole(1, 1000), default=1, help="jtt: epochs of the first net (default: 1)")
@@ -832,13 +997,16 @@ def get_args(argv=None):
     g = p.add_argument_group("net")
     g.add_argument("--model", choices=MODELS, default="simplecnn", help="default: simplecnn")
     g.add_argument("--width", type=whole(1, 1024), default=4, help="channels of SimpleCNN's first layer (default: 4, which makes 4,486 parameters)")
+    g.add_argument("--grayscale", action="store_true", help="the net sees brightness only, in training and ever after")
     g = p.add_argument_group("files")
     g.add_argument("--name", help="of the files in --dir (default: METHOD_sSEED)")
+    g.add_argument("--init", metavar="NAME", help="start from the weights of DIR/NAME.pt instead of fresh ones")
+    g.add_argument("--resume", action="store_true", help="continue a killed run after its last whole epoch; it ends with the numbers of an unbroken one")
     g.add_argument("--eval", metavar="NAME", help="score DIR/NAME.pt again and update the scores in DIR/NAME.json; no training")
     common_args(p, seed_of="weights, batches and jitter")
     args = p.parse_args(argv)
     args.name = args.name or f"{args.method}_s{args.seed}"
-    for flag, name in (("--name", args.name), ("--eval", args.eval)):
+    for flag, name in (("--name", args.name), ("--init", args.init), ("--eval", args.eval)):
         if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
             p.error(f"{flag} {name!r} must be letters, digits and _ . + - only, since files in --dir are named after it")
     if args.name.lower() in ("meta", "gradcam", *SPLITS) or args.name.lower().startswith(("attack_", "gradcam_")):
@@ -846,14 +1014,9 @@ def get_args(argv=None):
     return args
 
 
-def record_of(args, model, final, probes, epochs, world, run_facts):
-    return {"schema": 1, "script": "train.py", "name": args.name, "args": settings(args), "world": world,
-            "params": sum(p.numel() for p in model.parameters()), "selected_on": "last epoch", "final": final, "probe": probes,
-            "epochs": epochs, "run": run_facts}
-
-
-def print_scores(name, final, probes):
-    for split, s in final.items():
+def print_scores(record):
+    name, probes = record["name"], record["probe"]
+    for split, s in record["final"].items():
         print(f"{name}  {split:13s} {s['acc']:.4f} of {s['n']:,}  worst digit {s['worst_digit']:.3f}  follows colour {fmt(s['follows_colour'])}")
     print(f"{name}  linear probe  colour {fmt(probes['colour'])}  digit {fmt(probes['digit'])}  (half of test_unbiased, n = {probes['n']:,})")
 
@@ -869,9 +1032,9 @@ def main(argv=None):
         path = args.dir / f"{args.eval}.json"
         record = load_json(path, "the model itself is there; restore its JSON, or train it again under another --name")
         check_fit(splits, checkpoint["classes"], checkpoint["size"], args)
-        record["final"], record["probe"] = evaluate(model, splits)
+        record |= evaluate(model, splits)
         save_json(record, path)
-        print_scores(args.eval, record["final"], record["probe"])
+        print_scores(record)
         return None
     classes, size = int(splits["train"].labels.max()) + 1, list(splits["train"].images.shape[2:])
     check_fit(splits, classes, size, args)
@@ -885,15 +1048,30 @@ def main(argv=None):
     print(" ".join(f"{k}={v}" for k, v in {"dir": args.dir, **settings(args), "device": device}.items()), flush=True)
     start = time.time()
     torch.manual_seed(args.seed)
-    model = build_model(args.model, args.width, classes, size).to(device)
-    epochs = train(model, splits, args, device)
-    final, probes = evaluate(model, splits)
+    model = fresh_net(args, classes, size).to(device)
+    if args.init:
+        start_from(args.init, model, args)
+    part = args.dir / f"{args.name}.part.pt"
+    epochs = train(model, splits, args, device, part)
+    scores = evaluate(model, splits)
     facts = {"seconds": round(time.time() - start, 1), "torch": torch.__version__, "threads": args.threads, "device": str(device)}
     save_pt({"weights": {k: v.cpu().contiguous() for k, v in model.state_dict().items()}, "args": settings(args), "classes": classes, "size": size},
             args.dir / f"{args.name}.pt")
-    save_json(record_of(args, model, final, probes, epochs, world_of(args.dir), facts), args.dir / f"{args.name}.json")
-    print_scores(args.name, final, probes)
+    record = {"schema": 1, "script": "train.py", "name": args.name, "args": settings(args), "world": world_of(args.dir),
+              "params": sum(p.numel() for p in model.parameters()), "selected_on": "last epoch", **scores, "epochs": epochs, "run": facts}
+    save_json(record, args.dir / f"{args.name}.json")
+    part.unlink(missing_ok=True)
+    print_scores(record)
     print(f"wrote {args.dir / args.name}.pt and .json in {facts['seconds']:.1f}s")
+
+
+def start_from(name, model, args):
+    """Copy the weights of an earlier run into the fresh model."""
+    other, _ = load_model(args.dir, name)
+    try:
+        model.load_state_dict(other.state_dict())
+    except RuntimeError:
+        die(f"--init {name} is another net than this run's", "give it the same --model and --width")
 
 
 def check_fit(splits, classes, size, args):

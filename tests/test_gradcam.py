@@ -175,7 +175,7 @@ def test_flip_rates_of_a_model_that_sees_only_colour_and_of_one_that_sees_only_s
 
 def test_repainting_changes_the_colour_and_keeps_the_texture():
     split = a_split()._replace(gray=torch.zeros(40, 28, 28, dtype=torch.uint8))  # background only
-    black, brown = (g.repaint(split, torch.full((40,), c), "background", seed=1).images[:, 0].float() for c in (9, 7))
+    black, brown = (g.repaint(split, torch.full((40,), c), {"recipe": "background"}, seed=1).images[:, 0].float() for c in (9, 7))
     unclipped = (black > 0) & (brown < 255)
     assert ((brown - black - 140).abs()[unclipped] <= 1).all() and unclipped.float().mean() > 0.3
 

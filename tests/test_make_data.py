@@ -62,6 +62,25 @@ def test_flat_is_a_white_digit_on_one_colour():
     assert images[6].movedim(0, -1)[gray[6] == 0].unique(dim=0).tolist() == [[255, 128, 0]]
 
 
+def test_digit_draws_one_colour_per_image_around_its_mean():
+    gray = torch.full((20_000, 8, 8), 255, dtype=torch.uint8)
+    gray[:, 0] = 0
+    cerulean = list(common.PALETTES["digit"]).index("cerulean")  # 0, 149, 182: green and blue are far from the ends
+    images = common.paint(gray, torch.full((20_000,), cerulean), common.stream(0, "x"), "digit", 0.01).double() / 255
+    assert (images[:, :, 0] == 0).all() and (images[:, :, 1:].flatten(2).amax(2) == images[:, :, 1:].flatten(2).amin(2)).all()
+    stroke = images[:, 1:, 4, 4]
+    assert stroke.mean(0).tolist() == pytest.approx([149 / 255, 182 / 255], abs=0.004)
+    assert stroke.var(0).tolist() == pytest.approx([0.01, 0.01], rel=0.06)
+
+
+def test_digit_trains_on_the_own_mean_and_tests_on_any(tmp_path):
+    gray, labels = made_up_digits(3000)
+    args = make_data.get_args(["--recipe", "digit", "--sigma2", "0.05"])
+    splits = make_data.make_splits((gray[:, :8, :8], labels, gray[:, :8, :8], labels), args)
+    assert own_share(splits["train"]) == own_share(splits["val"]) == 1
+    assert own_share(splits["test_unbiased"]) == pytest.approx(0.1, abs=0.02) and own_share(splits["test_hard"]) == 0
+
+
 def test_the_other_nine_colours_are_equally_likely(world):
     shift = (world["test_hard"]["colors"] - world["test_hard"]["labels"]) % 10
     assert torch.bincount(shift, minlength=10)[1:].float().div(5000).sub(1 / 9).abs().max() < 0.02
@@ -103,7 +122,7 @@ def test_a_white_idx_folder_becomes_a_world(call, tmp_path):
     call("make_data.py --mnist idx --dir w")
     meta = json.loads((tmp_path / "w" / "meta.json").read_text())
     assert meta["counts"] == {"train": 270, "val": 30, "test_hard": 60, "test_unbiased": 60}
-    assert set(meta) == {"schema", "script", "recipe", "corr", "seed", "limit", "is_mnist", "palette", "counts", "size", "own_colour_share", "run"}
+    assert set(meta) == {"schema", "script", "recipe", "corr", "sigma2", "seed", "limit", "is_mnist", "palette", "counts", "size", "own_colour_share", "run"}
     splits = common.load_splits(tmp_path / "w")
     assert meta["own_colour_share"]["train"][3] == pytest.approx((splits["train"].colors == 3)[splits["train"].labels == 3].float().mean().item())
     assert (tmp_path / "w" / "figures" / "samples.png").stat().st_size > 5000
@@ -154,7 +173,8 @@ def test_broken_idx_files_get_one_line(mistake, tmp_path, spoil, says):
 
 @pytest.mark.parametrize("command, says", [
     ("make_data.py --corr 1.5", "--corr"), ("make_data.py --corr nan", "--corr"), ("make_data.py --recipe gray --corr 0.9", "--corr"),
-    ("make_data.py --recipe sepia", "--recipe"), ("make_data.py --mnist nowhere", "--mnist"), ("make_data.py --limit 3", "--limit"),
+    ("make_data.py --recipe sepia", "--recipe"),
+    ("make_data.py --sigma2 0.02", "--sigma2 has no meaning"), ("make_data.py --recipe digit --sigma2 -1", "--sigma2"), ("make_data.py --mnist nowhere", "--mnist"), ("make_data.py --limit 3", "--limit"),
     ("make_data.py --seed -1", "--seed"), ("make_data.py --dir=", "--dir"), ("make_data.py --device tpu", "--device"), ("make_data.py --report --dir nowhere", "meta.json is missing"),
 ])
 def test_mistakes_get_one_line(mistake, command, says):

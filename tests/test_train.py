@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +15,9 @@ import torchvision.transforms.v2.functional as tv
 import common
 import train
 
-KEYS = {"schema", "script", "name", "args", "world", "params", "selected_on", "final", "probe", "epochs", "run"}
+from conftest import ROOT
+
+KEYS = {"schema", "script", "name", "args", "world", "params", "selected_on", "final", "probe", "pca", "epochs", "run"}
 SCORE_KEYS = {"acc", "n", "per_digit", "worst_digit", "confusion", "worst_group", "follows_colour", "aligned", "conflicting", "n_conflicting"}
 
 
@@ -133,6 +139,49 @@ def test_without_the_kl_term_jitter_is_plain_augmentation(splits):
     assert loss.item() == pytest.approx(F.cross_entropy(model(train.mix(batch.x, args_of(), common.stream(0, "j"))), batch.y).item(), rel=1e-6)
 
 
+def test_lntl_cuts_colours_into_eight_bins_and_skips_black(splits):
+    model = common.build_model()
+    lntl = train.LNTL(model, splits, args_of())
+    x = torch.zeros(1, 3, 28, 28)
+    x[0, :, 0:2, 0:2] = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1)
+    colour, seen = lntl.colour(x)
+    assert colour.shape == (1, 3, 14, 14) and colour[0, :, 0, 0].tolist() == [0, 4, 7]
+    assert seen.sum() == 1 and seen[0, 0, 0, 0] == 1
+    values = torch.rand(1, 3, 14, 14)
+    assert train.over_pixels(values, seen).item() == pytest.approx(values[0, :, 0, 0].mean().item())
+
+
+def test_lntl_teaches_the_heads_and_pushes_the_features_the_other_way(splits):
+    """Against finite differences of the two losses, each computed on its own."""
+    torch.manual_seed(0)
+    model, x, y = common.build_model().double(), splits["train"].x(slice(0, 8)).double(), splits["train"].labels[:8]
+    args = args_of(gamma=0.7, entropy=0.3)
+    lntl = train.LNTL(common.build_model(), splits, args).double()
+    batch = train.Batch(x, y, None, None, 0.5)
+
+    def losses():
+        guesses = lntl.spread(lntl.head(F.relu(F.max_pool2d(model.conv1(x), 2))))
+        colour, seen = lntl.colour(x)
+        p = guesses.softmax(1)
+        return (F.cross_entropy(model(x), y) + 0.3 * train.over_pixels((p * p.log()).sum(1), seen),
+                train.over_pixels(F.cross_entropy(guesses, colour, reduction="none"), seen))
+
+    weights = [model.conv1.weight, lntl.head[1].weight]
+    hiding, naming = (torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses())
+    optimiser = torch.optim.SGD([*model.parameters(), *lntl.parameters()], lr=0)
+    lntl.step(lntl, model, batch, optimiser, args, None)
+    assert torch.allclose(model.conv1.weight.grad, hiding[0] - 0.7 * 0.5 * naming[0], atol=1e-10)
+    assert torch.allclose(lntl.head[1].weight.grad, naming[1], atol=1e-10), "the heads learn nothing from the entropy"
+
+
+def test_a_grayscale_net_cannot_tell_colours_of_one_brightness(splits):
+    model = common.build_model(grayscale=True)
+    red, green = torch.zeros(2, 1, 3, 28, 28)
+    red[:, 0, 5:9], green[:, 1, 5:9] = 0.587, 0.299
+    assert torch.allclose(model(red), model(green), atol=1e-6)
+    assert not torch.allclose(common.build_model()(red), common.build_model()(green), atol=1e-6)
+
+
 # ---- jitter
 
 
@@ -204,6 +253,16 @@ def test_probe_finds_what_is_linear_and_not_what_is_absent():
     assert train.fit_linear(noise[:1000], y[:1000], noise[1000:], y[1000:]) < 0.17  # chance is 0.1
 
 
+def test_pca_finds_the_direction_that_varies_most():
+    gen = torch.Generator().manual_seed(0)
+    along = torch.randn(300, generator=gen)
+    z = torch.outer(along, torch.tensor([0.6, 0.8, 0.0])) + 0.01 * torch.randn(300, 3, generator=gen)
+    points = train.pca(z, split_of([0] * 300, None))
+    x = torch.tensor(points["x"])
+    assert abs(torch.corrcoef(torch.stack([x, along]))[0, 1]) > 0.999 and points["explained"][0] > 0.99
+    assert x[x.abs().argmax()] > 0 and points["colors"] is None
+
+
 # ---- the command
 
 
@@ -243,6 +302,57 @@ def test_eval_scores_a_saved_model_to_the_same_numbers(tiny, call, tmp_path):
     path.write_text(json.dumps({**json.loads(before), "final": None, "probe": None}))
     call("train.py --eval baseline_s42")
     assert path.read_bytes() == before
+
+
+KILLED = """
+import os, sys, train
+save = train.save_pt
+def save_and_die(record, path):
+    save(record, path)
+    if str(path).endswith(".part.pt") and len(record["epochs"]) == 2:
+        os.kill(os.getpid(), 9)
+train.save_pt = save_and_die
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("flags", ["--method lntl --schedule onecycle", "--method groupdro", "--method lff --schedule cosine", "--method jtt", "--method combined"])
+def test_a_killed_run_resumes_to_the_bytes_of_an_unbroken_one(tiny, call, tmp_path, flags):
+    tiny(tmp_path / "results")
+    call(f"train.py {flags} --epochs 4 --name whole")
+    killed = subprocess.run([sys.executable, "-c", KILLED, *flags.split(), "--epochs", "4", "--name", "broken"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    part = tmp_path / "results" / "broken.part.pt"
+    assert killed.returncode == -9 and part.exists() and not (tmp_path / "results" / "broken.json").exists()
+    said = call(f"train.py {flags} --epochs 4 --name broken --resume")
+    assert "continuing after epoch 2" in said and "epoch  2/4" not in said.split("continuing")[1] and not part.exists()
+    whole, broken = (outside_run(tmp_path / "results" / f"{name}.json") for name in ("whole", "broken"))
+    assert {**whole, "name": ""} == {**broken, "name": ""}
+    weights = [common.load_pt(tmp_path / "results" / f"{name}.pt", "")["weights"] for name in ("whole", "broken")]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_resume_refuses_other_settings_and_keeps_what_was_left(tiny, call, mistake, tmp_path):
+    tiny(tmp_path / "results")
+    subprocess.run([sys.executable, "-c", KILLED, "--epochs", "4"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    mistake("train.py --epochs 5 --resume", "--epochs was 4")
+    meta = (tmp_path / "results" / "meta.json").read_text()
+    (tmp_path / "results" / "meta.json").write_text(meta.replace("0.9", "0.8"))
+    mistake("train.py --epochs 4 --resume", "another painting")
+    (tmp_path / "results" / "meta.json").write_text(meta)
+    part = tmp_path / "results" / "baseline_s42.part.pt"
+    part.write_bytes(part.read_bytes()[:1000])
+    mistake("train.py --epochs 4 --resume", "truncated")
+    part.unlink()
+    assert "starts with its first epoch" in call("train.py --epochs 1 --resume")
+
+
+def test_init_starts_from_an_earlier_run(tiny, call, mistake, tmp_path):
+    tiny(tmp_path / "results")
+    call("train.py --epochs 2")
+    call("train.py --epochs 1 --lr 1e-9 --init baseline_s42 --name again")
+    first, again = (json.loads((tmp_path / "results" / f"{name}.json").read_text())["final"] for name in ("baseline_s42", "again"))
+    assert first["val"]["confusion"] == again["val"]["confusion"]
+    mistake("train.py --init baseline_s42 --width 5 --name wide", "--init baseline_s42 is another net")
 
 
 def test_a_world_without_colours_trains_and_says_who_cannot(tiny, call, mistake, tmp_path):
@@ -294,6 +404,29 @@ def test_the_report_sets_a_sweep_of_worlds_beside_the_published_table(tiny, call
     assert ours[0] == "`baseline`" and ours[3] == common.mean_sd(accs) and ours[4] == "-", "the usual budget of these worlds is their own"
     assert fair[3:] == ["0.905", "0.962", "0.970", "0.979"]
     assert "width 3" in said and (tmp_path / "results" / "figures" / "flat.png").exists()
+
+
+def test_the_report_shows_whether_the_colour_was_unlearned(tiny, call, tmp_path):
+    tiny(tmp_path / "results")
+    call("train.py --epochs 1")
+    tiny(tmp_path / "results" / "lntl_020")
+    common.save_json({"schema": 1, "recipe": "digit", "corr": 1.0, "sigma2": 0.02, "seed": 42}, tmp_path / "results" / "lntl_020" / "meta.json")
+    for flags in ("", "--method lntl", "--method lntl --two-updates --name twice", "--grayscale --name gray"):
+        call(f"train.py --epochs 1 --dir results/lntl_020 {flags}")
+    record = json.loads((tmp_path / "results" / "lntl_020" / "lntl_s42.json").read_text())
+    assert 0 <= record["epochs"][0]["head_colour"] <= 1 and len(record["pca"]["x"]) == 100
+    said = call("train.py --report").split("### Learning Not to Learn")[1]
+    assert "0.819" in said and {"`lntl`", "`baseline --grayscale`", "`lntl --two-updates`"} <= set(re.findall(r"`[^`]+`", said))
+    for picture in re.findall(r"\]\((figures/[^)]+)\)", said):
+        assert (tmp_path / "results" / picture).exists(), picture
+
+
+def test_a_flag_of_another_method_does_not_make_another_row(tiny, call, tmp_path):
+    tiny(tmp_path / "results")
+    for seed, flags in ((42, ""), (43, "--alpha 7 --group-step 0.5"), (44, "--width 5")):
+        call(f"train.py --epochs 1 --seed {seed} {flags}")
+    assert {label: len(runs) for label, runs in train.read_runs(tmp_path / "results").items()} == {"baseline": 2, "baseline --width 5": 1}
+    assert {flag for method in train.METHODS.values() for flag in method.flags} <= train.settings(train.get_args([])).keys()
 
 
 def test_the_report_draws_budgets_when_there_are_some(tiny, call, tmp_path):

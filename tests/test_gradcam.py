@@ -157,11 +157,22 @@ class SeesShape(nn.Module):
         return nn.functional.one_hot(cells, 30).float()
 
 
+def test_a_digit_world_is_repainted_with_its_own_variance(tiny, tmp_path):
+    tiny(tmp_path, n=200)
+    common.save_json({"recipe": "digit", "sigma2": 0.0}, tmp_path / "meta.json")
+    split = common.load_splits(tmp_path, ("test_hard",))["test_hard"]
+    recipe, _ = g.recipe_of(tmp_path, split)
+    painted = g.repaint(split, torch.full_like(split.labels, 1), recipe, seed=0).images
+    teal = torch.tensor(list(common.PALETTES["digit"].values())[1]).view(1, 3, 1, 1)
+    assert (painted - split.gray[:, None] / 255 * teal).abs().max() <= 0.51
+
+
 def test_flip_rates_of_a_model_that_sees_only_colour_and_of_one_that_sees_only_shape(tiny, tmp_path):
     tiny(tmp_path, n=200)
     split = common.load_splits(tmp_path, ("test_hard",))["test_hard"]
-    assert g.recipe_of(tmp_path, split) == ("background", None)
-    predictions, partner = g.counterfactuals({"colour": SeesColour(), "shape": SeesShape()}, split, "background", seed=0)
+    recipe, obstacle = g.recipe_of(tmp_path, split)
+    assert recipe["recipe"] == "background" and obstacle is None
+    predictions, partner = g.counterfactuals({"colour": SeesColour(), "shape": SeesShape()}, split, recipe, seed=0)
     rates, changed = g.flip_rates(*predictions["colour"], partner, split.labels, split.colors)
     assert rates["background"]["changed"]["rate"] == rates["background"]["any"]["rate"] == rates["background"]["follows"]["rate"] == 1
     assert rates["digit"]["changed"]["rate"] == 0 and rates["background"]["pairs"] == 9 * len(split.labels) and (changed == 1).all()

@@ -316,7 +316,7 @@ train.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("flags", ["--method lntl --schedule onecycle", "--method groupdro", "--method lff --schedule cosine", "--method jtt", "--method combined"])
+@pytest.mark.parametrize("flags", ["--method lntl --schedule onecycle", "--method lff --schedule cosine", "--method jtt"])
 def test_a_killed_run_resumes_to_the_bytes_of_an_unbroken_one(tiny, call, tmp_path, flags):
     tiny(tmp_path / "results")
     call(f"train.py {flags} --epochs 4 --name whole")

@@ -784,10 +784,17 @@ def findings(methods, varied):
         if len(best) > 1 and (ceiling := same.get(f"oracle {flags}".strip())):
             print(f"The best of each tier at the same budget ({flags or 'the usual one'}): " + ", ".join(f"told {told}, {label} {acc:.3f}" for told, (label, acc) in best.items())
                   + f"; the oracle {mean(ceiling, 'test_hard'):.3f}.\n")
-    parts = {label: mean(runs, "test_hard") for label, runs in varied.items() if re.fullmatch(r"jitter( --(alpha|classify|divergence|grain|jitter|no-fade|temperature)( [^-]\S*)?)", label)}
+    parts = {label: runs for label, runs in varied.items()
+             if re.fullmatch(r"jitter( --(alpha|classify|divergence|grain|jitter|no-fade|temperature)( [^-]\S*)?)", label)}
     if parts and "jitter" in methods:
-        print(f"One part of jitter changed at a time (test_hard; as it is: {mean(methods['jitter'], 'test_hard'):.3f} over {len(methods['jitter'])} seeds): "
-              + ", ".join(f"`{label.partition(' ')[2]}` {acc:.3f} ({len(varied[label])})" for label, acc in sorted(parts.items(), key=lambda item: -item[1])) + ".\n")
+        gains = {}  # test_hard beside what jitter as it is gets from the same seeds
+        for label, runs in parts.items():
+            seeds = {run["args"]["seed"] for run in runs}
+            same = [run for run in methods["jitter"] if run["args"]["seed"] in seeds]
+            if len(same) == len(runs):
+                gains[label.partition(" ")[2]] = mean(runs, "test_hard"), mean(runs, "test_hard") - mean(same, "test_hard"), len(runs)
+        print("One part of jitter changed at a time (test_hard; in brackets the change from jitter as it is, over the same n seeds; seeds differ by about 0.01): "
+              + ", ".join(f"`{flag}` {acc:.3f} ({gain:+.3f}, n = {n})" for flag, (acc, gain, n) in sorted(gains.items(), key=lambda item: -item[1][1])) + ".\n")
     if {"grl", "biasbal"} <= methods.keys():
         print(f"Gradient reversal reaches {mean(methods['grl'], 'test_hard'):.3f}, but its digit loss alone, which is biasbal, reaches "
               f"{mean(methods['biasbal'], 'test_hard'):.3f}: the difference is what the reversal itself does.\n")

@@ -304,46 +304,65 @@ def test_eval_scores_a_saved_model_to_the_same_numbers(tiny, call, tmp_path):
     assert path.read_bytes() == before
 
 
-KILLED = """
-import os, sys, train
-save = train.save_pt
-def save_and_die(record, path):
-    save(record, path)
-    if str(path).endswith(".part.pt") and len(record["epochs"]) == 2:
-        os.kill(os.getpid(), 9)
-train.save_pt = save_and_die
-train.main(sys.argv[1:])
-"""
+class Stop(Exception):
+    pass
 
 
-@pytest.mark.parametrize("flags", ["--method lntl --schedule onecycle", "--method lff --schedule cosine", "--method jtt"])
-def test_a_killed_run_resumes_to_the_bytes_of_an_unbroken_one(tiny, call, tmp_path, flags):
-    tiny(tmp_path / "results")
-    call(f"train.py {flags} --epochs 4 --name whole")
-    killed = subprocess.run([sys.executable, "-c", KILLED, *flags.split(), "--epochs", "4", "--name", "broken"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+def stop_after(epochs, how, monkeypatch):
+    """Break off a training run by `how()` right after it has saved that many epochs."""
+
+    def save_and_stop(record, path, save=train.save_pt):
+        save(record, path)
+        if str(path).endswith(".part.pt") and len(record["epochs"]) == epochs:
+            how()
+
+    monkeypatch.setattr(train, "save_pt", save_and_stop)
+
+
+def raise_stop():
+    raise Stop
+
+
+def same_run(folder, one, other):
+    records = [{**outside_run(folder / f"{name}.json"), "name": ""} for name in (one, other)]
+    weights = [common.load_pt(folder / f"{name}.pt", "")["weights"] for name in (one, other)]
+    return records[0] == records[1] and all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+@pytest.mark.parametrize("flags", ["--method lntl --schedule onecycle", "--method lff --schedule cosine", "--method groupdro", "--method jtt"])
+def test_a_broken_run_resumes_to_the_bytes_of_an_unbroken_one(tiny, call, tmp_path, monkeypatch, flags):
+    tiny(tmp_path / "results", n=100)
+    call(f"train.py {flags} --epochs 3 --name whole")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(2, raise_stop, patch)
+        call(f"train.py {flags} --epochs 3 --name broken")
     part = tmp_path / "results" / "broken.part.pt"
-    assert killed.returncode == -9 and part.exists() and not (tmp_path / "results" / "broken.json").exists()
-    said = call(f"train.py {flags} --epochs 4 --name broken --resume")
-    assert "continuing after epoch 2" in said and "epoch  2/4" not in said.split("continuing")[1] and not part.exists()
-    whole, broken = (outside_run(tmp_path / "results" / f"{name}.json") for name in ("whole", "broken"))
-    assert {**whole, "name": ""} == {**broken, "name": ""}
-    weights = [common.load_pt(tmp_path / "results" / f"{name}.pt", "")["weights"] for name in ("whole", "broken")]
-    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert part.exists() and not (tmp_path / "results" / "broken.json").exists()
+    said = call(f"train.py {flags} --epochs 3 --name broken --resume")
+    assert "continuing after epoch 2" in said and "epoch  2/3" not in said.split("continuing")[1] and not part.exists()
+    assert same_run(tmp_path / "results", "whole", "broken")
 
 
-def test_resume_refuses_other_settings_and_keeps_what_was_left(tiny, call, mistake, tmp_path):
-    tiny(tmp_path / "results")
-    subprocess.run([sys.executable, "-c", KILLED, "--epochs", "4"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+def test_resume_after_kill_9_and_what_it_refuses(tiny, call, mistake, tmp_path):
+    tiny(tmp_path / "results", n=100)
+    code = ("import os, sys, pytest, train; from test_train import stop_after; "
+            "stop_after(2, lambda: os.kill(os.getpid(), 9), pytest.MonkeyPatch()); train.main(['--epochs', '4'])")
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True).returncode == -9
     mistake("train.py --epochs 5 --resume", "--epochs was 4")
     meta = (tmp_path / "results" / "meta.json").read_text()
     (tmp_path / "results" / "meta.json").write_text(meta.replace("0.9", "0.8"))
     mistake("train.py --epochs 4 --resume", "another painting")
     (tmp_path / "results" / "meta.json").write_text(meta)
     part = tmp_path / "results" / "baseline_s42.part.pt"
-    part.write_bytes(part.read_bytes()[:1000])
+    left = part.read_bytes()
+    part.write_bytes(left[:1000])
     mistake("train.py --epochs 4 --resume", "truncated")
-    part.unlink()
-    assert "starts with its first epoch" in call("train.py --epochs 1 --resume")
+    part.write_bytes(left)
+    call("train.py --epochs 4 --resume")
+    call("train.py --epochs 4 --name whole")
+    assert same_run(tmp_path / "results", "whole", "baseline_s42")
+    assert "starts with its first epoch" in call("train.py --epochs 1 --resume --name new")
 
 
 def test_init_starts_from_an_earlier_run(tiny, call, mistake, tmp_path):
@@ -411,7 +430,7 @@ def test_the_report_shows_whether_the_colour_was_unlearned(tiny, call, tmp_path)
     call("train.py --epochs 1")
     tiny(tmp_path / "results" / "lntl_020")
     common.save_json({"schema": 1, "recipe": "digit", "corr": 1.0, "sigma2": 0.02, "seed": 42}, tmp_path / "results" / "lntl_020" / "meta.json")
-    for flags in ("", "--method lntl", "--method lntl --two-updates --name twice", "--grayscale --name gray"):
+    for flags in ("--method lntl", "--method lntl --two-updates --name twice", "--grayscale --name gray"):
         call(f"train.py --epochs 1 --dir results/lntl_020 {flags}")
     record = json.loads((tmp_path / "results" / "lntl_020" / "lntl_s42.json").read_text())
     assert 0 <= record["epochs"][0]["head_colour"] <= 1 and len(record["pca"]["x"]) == 100

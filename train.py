@@ -558,7 +558,7 @@ def pca(z, split, n=300):
     xy = u[:, :2] * s[:2]
     xy = xy * xy.gather(0, xy.abs().argmax(0, keepdim=True)).sign()  # the sign is free: the farthest point counts as positive
     return {"x": [round(v, 3) for v in xy[:, 0].tolist()], "y": [round(v, 3) for v in xy[:, 1].tolist()], "labels": split.labels[:n].tolist(),
-            "colors": None if split.colors is None else split.colors[:n].tolist(), "explained": (s[:2].square() / s.square().sum()).tolist()}
+            "colors": None if split.colors is None else split.colors[:n].tolist(), "explained": (s[:2].square() / s.square().sum().clamp(min=1e-12)).tolist()}  # 0 where every feature is dead
 
 
 def fit_linear(z, y, z_test, y_test, l2=1e-3):

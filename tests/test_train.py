@@ -261,6 +261,7 @@ def test_pca_finds_the_direction_that_varies_most():
     x = torch.tensor(points["x"])
     assert abs(torch.corrcoef(torch.stack([x, along]))[0, 1]) > 0.999 and points["explained"][0] > 0.99
     assert x[x.abs().argmax()] > 0 and points["colors"] is None
+    assert train.pca(torch.zeros(300, 3), split_of([0] * 300, None))["explained"] == [0, 0], "a dead net has no direction"
 
 
 # ---- the command

@@ -435,7 +435,8 @@ def train(model, splits, args, device, part=None):
     steps = args.epochs * math.ceil(n / args.batch)
     schedule = make_schedule(optimiser, args, steps)
     parts = {"model": model, "optimiser": optimiser, "schedule": schedule} | ({"objective": objective} if isinstance(objective, nn.Module) else {})
-    epochs = restore(part, parts, args) if part is not None and args.resume else []
+    this_run = {"args": settings(args), "world": world_of(args.dir)}
+    epochs = restore(part, parts, this_run) if part is not None and args.resume else []
     for epoch in range(len(epochs) + 1, args.epochs + 1):
         began, total = time.time(), torch.zeros((), device=device)
         gen = stream(args.seed, f"epoch {epoch}", device)
@@ -458,11 +459,11 @@ def train(model, splits, args, device, part=None):
         print(f"{chr(13) * sys.stdout.isatty()}epoch {epoch:2d}/{args.epochs}  loss {loss:.4f}  val {scores['val']['acc']:.3f}  aligned {fmt(scores['val']['aligned'])}"
               f"  conflicting {fmt(scores['val']['conflicting'])}  test_hard {scores['test_hard']['acc']:.3f}  {time.time() - began:5.1f}s", flush=True)
         if part is not None:
-            save_pt({"args": settings(args), "world": world_of(args.dir), "epochs": epochs, **{name: thing.state_dict() for name, thing in parts.items()}}, part)
+            save_pt({**this_run, "epochs": epochs, **{name: thing.state_dict() for name, thing in parts.items()}}, part)
     return epochs
 
 
-def restore(part, parts, args):
+def restore(part, parts, this_run):
     """Bring model, optimiser, schedule and method to where a killed run left them; returns its epochs, [] where there is nothing to continue.
 
     No generator is kept: every epoch draws from streams of its own.
@@ -472,11 +473,11 @@ def restore(part, parts, args):
         return []
     saved = load_pt(part, "delete it to start over")
     before = saved.get("args") or {}
-    changed = [f"--{k.replace('_', '-')} was {before.get(k)}" for k, v in settings(args).items() if before.get(k) != v]
+    changed = [f"--{k.replace('_', '-')} was {before.get(k)}" for k, v in this_run["args"].items() if before.get(k) != v]
     if changed:
         die(f"{part} was left by a run with other settings ({', '.join(changed)})", "give the same flags to continue it, or leave --resume out to start over")
-    if saved.get("world") != world_of(args.dir):
-        die(f"{part} was left by a run on another painting of {args.dir}", "leave --resume out to start over")
+    if saved.get("world") != this_run["world"]:
+        die(f"{part} was left by a run on another painting of {part.parent}", "leave --resume out to start over")
     try:
         for name, thing in parts.items():
             thing.load_state_dict(saved[name])
@@ -777,11 +778,12 @@ def findings(methods, varied):
     if lazy is not None and stronger:
         print("How much of the laziness is a small net or a short training? Without any cure, " + " and ".join(
             f"{what} lifts test_hard from {lazy:.3f} to {acc:.3f}" for what, acc in stronger.items()) + ".\n")
+    rows = {**methods, **varied}
     for flags in sorted({label.partition(" ")[2] for label in varied if label.startswith("oracle ")} | {""}):
-        same = {label: runs for label, runs in {**methods, **varied}.items() if label.partition(" ")[2] == flags}
+        same = {label: runs for label, runs in rows.items() if label.partition(" ")[2] == flags}
         best = {}  # what the training is told: its best row
         for label, runs in same.items():
-            told = "nothing" if label == "baseline" else METHODS[runs[0]["args"]["method"]].told
+            told = METHODS[runs[0]["args"]["method"]].told
             if not label.startswith(("oracle", "baseline")) and mean(runs, "test_hard") > best.get(told, ("", 0))[1]:
                 best[told] = label.split()[0], mean(runs, "test_hard")
         if len(best) > 1 and (ceiling := same.get(f"oracle {flags}".strip())):
@@ -801,7 +803,7 @@ def findings(methods, varied):
     if {"grl", "biasbal"} <= methods.keys():
         print(f"Gradient reversal reaches {mean(methods['grl'], 'test_hard'):.3f}, but its digit loss alone, which is biasbal, reaches "
               f"{mean(methods['biasbal'], 'test_hard'):.3f}: the difference is what the reversal itself does.\n")
-    cures = {label: runs for label, runs in {**methods, **varied}.items() if runs[0]["args"]["method"] != "baseline"}
+    cures = {label: runs for label, runs in rows.items() if runs[0]["args"]["method"] != "baseline"}
     worse = [f"`{label}` ({mean(runs, 'test_hard'):.3f})" for label, runs in cures.items() if lazy is not None and mean(runs, "test_hard") < lazy]
     if worse:
         print(f"Cures that made things worse than no cure (test_hard; 0.10 would be guessing): {', '.join(worse)}.\n")
@@ -846,9 +848,8 @@ def report(args):
         print("Other settings (the flags name what differs; everything else as above):\n")
         print(markdown(HEADER, [accuracy_row(label, "no bias in training" if label.startswith("oracle") else METHODS[runs[0]["args"]["method"]].told, runs)
                                 for label, runs in varied.items()]))
-    budgets = {label: runs for label, runs in {**methods, **varied}.items() if re.fullmatch(r"\w+( --(width|epochs) \d+)?", label)}
-    if len(budgets) > len(methods):
-        draw_budget(budgets, args.dir / "figures" / "budget.png")
+    if any(re.fullmatch(r"\w+ --(width|epochs) \d+", label) for label in varied):
+        draw_budget({**methods, **varied}, args.dir / "figures" / "budget.png")
         print("![test_hard by width and by epochs](figures/budget.png)\n")
         print("*A dash is a seed, the line their mean.*\n")
     if (args.dir / "gradcam.json").exists():

@@ -152,7 +152,7 @@ def test_lntl_cuts_colours_into_eight_bins_and_skips_black(splits):
 
 
 def test_lntl_teaches_the_heads_and_pushes_the_features_the_other_way(splits):
-    """Against finite differences of the two losses, each computed on its own."""
+    """Against the gradients of the two losses, each computed on its own."""
     torch.manual_seed(0)
     model, x, y = common.build_model().double(), splits["train"].x(slice(0, 8)).double(), splits["train"].labels[:8]
     args = args_of(gamma=0.7, entropy=0.3)

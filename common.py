@@ -91,6 +91,7 @@ class SimpleCNN(nn.Module):
     """
 
     early = "conv2"  # what this layer is fed, (B,w,H/2,W/2), are the early features of `lntl`
+    first = staticmethod(F.relu)  # the activation behind conv1
 
     def __init__(self, width=4, classes=10, size=(28, 28)):
         super().__init__()
@@ -102,7 +103,7 @@ class SimpleCNN(nn.Module):
 
     def features(self, x):
         """x (B,3,H,W) in [0, 1] to the last feature map (B,2w,H/4,W/4)."""
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))
+        x = self.first(F.max_pool2d(self.conv1(x), 2))
         x = F.relu(F.max_pool2d(self.conv2(x), 2))
         return self.relu(self.conv3(x))
 
@@ -110,18 +111,26 @@ class SimpleCNN(nn.Module):
         return self.fc(self.features(x).flatten(1))
 
 
+class SaturatedCNN(SimpleCNN):
+    """SimpleCNN whose first activation is tanh(ReLU): strokes of any colour can look the same to the layers behind."""
+
+    @staticmethod
+    def first(z):
+        return F.relu(z).tanh()
+
+
 def luma(x):
     """Brightness (B,1,H,W) of colour (B,3,H,W), by the weights of ITU-R BT.601."""
     return (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
-MODELS = ("simplecnn", "resnet18", "resnet50")
+MODELS = ("simplecnn", "saturatedcnn", "resnet18", "resnet50")
 
 
 def build_model(name="simplecnn", width=4, classes=10, size=(28, 28), grayscale=False):
     """A fresh net in channels-last layout; every net ends in `fc`, whose input is the penultimate feature vector. With `grayscale` it sees brightness only."""
-    if name == "simplecnn":
-        model = SimpleCNN(width, classes, size)
+    if name.endswith("cnn"):
+        model = {"simplecnn": SimpleCNN, "saturatedcnn": SaturatedCNN}[name](width, classes, size)
     else:
         import torchvision  # a second of start-up that only the ResNets pay
 

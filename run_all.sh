@@ -186,15 +186,23 @@ biased() {  # Biased-MNIST, beside its published table; every method at the lear
   report
 }
 
-lntl() {  # Learning Not to Learn, beside its published table
-  local v m budget="--width 16 --schedule onecycle --lr 1e-2 ${BUDGET:---epochs 4}"
+lntl() {  # Learning Not to Learn, beside its published table; the cures get fewer epochs than the baseline
+  local v cycle="--width 16 --schedule onecycle --lr 1e-2" hiding="--method lntl --entropy 10 --model saturatedcnn ${BUDGET:---epochs 8}"
   for v in 0.020 0.025 0.030 0.035 0.040 0.045 0.050; do step "make_data.py --dir $DIR/lntl_${v#0.} --recipe digit --sigma2 $v $DATA"; done
   go "paint the worlds"
   for v in 020 025 030 035 040 045 050; do
-    for m in "lntl --entropy 20" "jitter --grain 0" baseline; do step "train.py --dir $DIR/lntl_$v --method $m $budget"; done
-    step "train.py --dir $DIR/lntl_$v --grayscale --name grayscale_s42 $budget"
+    step "train.py --dir $DIR/lntl_$v $hiding $cycle"
+    step "train.py --dir $DIR/lntl_$v --method baseline $cycle $BUDGET"
+    step "train.py --dir $DIR/lntl_$v --method baseline --grayscale --name grayscale_s42 $cycle $BUDGET"
+    step "train.py --dir $DIR/lntl_$v --method jitter --grain 0 $cycle ${BUDGET:---epochs 4}"
   done
+  for s in ${FEW#42}; do step "train.py --dir $DIR/lntl_020 --seed $s $hiding $cycle"; done
+  step "train.py --dir $DIR/lntl_020 --name lntl_paper_s42 $hiding --entropy 0.01 $cycle"       # the paper's weights
+  step "train.py --dir $DIR/lntl_020 --name lntl_simplecnn_s42 $hiding --model simplecnn $cycle"  # what the net is worth
+  step "train.py --dir $DIR/lntl_020 --name baseline_saturatedcnn_s42 --model saturatedcnn $cycle $BUDGET"
   go "train"
+  step "train.py --dir $DIR/lntl_020 --name lntl_init_s42 $hiding --init baseline_saturatedcnn_s42 $cycle"  # started as the authors do
+  go "train from the baseline"
   report
 }
 

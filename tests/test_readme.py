@@ -32,18 +32,18 @@ def test_the_headline_table_is_the_measured_one():
     assert shown.strip() == headline().strip(), f"paste this between the marks in README.md:\n\n{headline()}"
 
 
-def biased():
-    """The table of Biased-MNIST: our rows, and the best published figure of each column."""
-    worlds, published = train.sweep_runs(ROOT / "results", "flat"), train.SWEEPS["flat"].published.values()
-    rows = [[f"`{label}`", train.METHODS[label.split()[0]].told, *(train.over_seeds(runs.get(label, []), "final", "test_unbiased", "acc") for runs in worlds.values())]
-            for label in next(iter(worlds.values()))]
+def sweep(recipe):
+    """The table of a sweep of worlds: our rows, and the best published figure of each column."""
+    worlds, published = train.sweep_runs(ROOT / "results", recipe), train.SWEEPS[recipe].published.values()
     best = [max((row[value] for row in published if value in row), default=None) for value in worlds]
-    return markdown(["method", "told", *(f"{value:g}" for value in worlds)], [*rows, ["best published", "", *(f"{v:.3f}" if v else "-" for v in best)]])
+    return markdown(["method", "told", *(f"{value:g}" for value in worlds)], [
+        *train.sweep_rows(worlds, worlds, "final", "test_unbiased", "acc"), ["best published", "", *(f"{v:.3f}" if v else "-" for v in best)]])
 
 
-def test_the_table_of_biased_mnist_is_the_measured_one():
-    shown = re.search(r"<!-- biased.*?-->\n(.*?)<!-- end -->", README, re.S)[1]
-    assert shown.strip() == biased().strip(), f"paste this between the marks in README.md:\n\n{biased()}"
+@pytest.mark.parametrize("recipe", train.SWEEPS)
+def test_the_table_of_a_sweep_is_the_measured_one(recipe):
+    shown = re.search(rf"<!-- {recipe}.*?-->\n(.*?)<!-- end -->", README, re.S)[1]
+    assert shown.strip() == sweep(recipe).strip(), f"paste this between the marks in README.md:\n\n{sweep(recipe)}"
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"python (\w+\.py(?: [^`&#\n|]*)?)", README))))

@@ -187,7 +187,7 @@ biased() {  # Biased-MNIST, beside its published table; every method at the lear
 }
 
 lntl() {  # Learning Not to Learn, beside its published table; the cures get fewer epochs than the baseline
-  local v cycle="--width 16 --schedule onecycle --lr 1e-2" hiding="--method lntl --entropy 10 --model saturatedcnn ${BUDGET:---epochs 8}"
+  local v cycle="--width 16 --schedule onecycle --lr 1e-2" hiding="--method lntl --entropy 20 --model saturatedcnn ${BUDGET:---epochs 8}"
   for v in 0.020 0.025 0.030 0.035 0.040 0.045 0.050; do step "make_data.py --dir $DIR/lntl_${v#0.} --recipe digit --sigma2 $v $DATA"; done
   go "paint the worlds"
   for v in 020 025 030 035 040 045 050; do

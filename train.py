@@ -211,7 +211,7 @@ class LNTL(nn.Module):
     of SGD; the reversal grows linearly from 0 to gamma; the heads see one feature at a time, 16,384 of a batch at most, normalised so that these
     cannot hide by shrinking; and the colour is the lightest in a feature's view, where the paper takes one pixel of it.
 
-    The defaults are the paper's weights. In our nets it is the entropy that unlearns colour, at --entropy 10, and it takes --model
+    The defaults are the paper's weights. In our nets it is the entropy that unlearns colour, at --entropy 20, and it takes --model
     saturatedcnn: what one convolution and ReLU say grows with the colour, so they can only hide it together with the stroke.
     """
 

@@ -196,7 +196,10 @@ lntl() {  # Learning Not to Learn, beside its published table; the cures get few
     step "train.py --dir $DIR/lntl_$v --method baseline --grayscale --name grayscale_s42 $cycle $BUDGET"
     step "train.py --dir $DIR/lntl_$v --method jitter --grain 0 $cycle ${BUDGET:---epochs 4}"
   done
-  for s in ${FEW#42}; do step "train.py --dir $DIR/lntl_020 --seed $s $hiding $cycle"; done
+  for s in ${FEW#42}; do  # how much a seed matters
+    step "train.py --dir $DIR/lntl_020 --seed $s $hiding $cycle"
+    step "train.py --dir $DIR/lntl_020 --method baseline --seed $s $cycle $BUDGET"
+  done
   step "train.py --dir $DIR/lntl_020 --name lntl_paper_s42 $hiding --entropy 0.01 $cycle"       # the paper's weights
   step "train.py --dir $DIR/lntl_020 --name lntl_simplecnn_s42 $hiding --model simplecnn $cycle"  # what the net is worth
   step "train.py --dir $DIR/lntl_020 --name baseline_saturatedcnn_s42 --model saturatedcnn $cycle $BUDGET"

@@ -15,6 +15,7 @@ import itertools
 import math
 import re
 import sys
+import textwrap
 import time
 from typing import NamedTuple
 
@@ -647,10 +648,13 @@ def settings(args):
 
 
 def read_runs(folder):
-    """{settings that differ from the usual, as flags: [records of its seeds]} of every training run of this world.
+    """{settings that differ from the usual, as flags: [records of its seeds]} of every training run of this world."""
+    records = read_records(folder)
+    return by_setting(records, usual_of(records))
 
-    The usual budget and net are those that most of the runs have. A run on another painting of the world, or one that repeats a seed, is left out.
-    """
+
+def read_records(folder):
+    """The JSON of every training run of this world; a run on another painting of it is left out."""
     world, records = world_of(folder), []
     for path in sorted(folder.glob("*.json")):
         record = load_json(path, f"delete it, or run again: python train.py --dir {folder}")
@@ -660,11 +664,21 @@ def read_runs(folder):
             print(f"train.py: {path} was trained on another painting of {folder}, so it is left out", file=sys.stderr)
             continue
         records.append(record)
-    usual, groups = settings(get_args([])), {}
+    return records
+
+
+def usual_of(records):
+    """The defaults, but the budget and net that most of the runs have."""
+    usual = settings(get_args([]))
     for key in BUDGET:
         values = [record["args"][key] for record in records]
         usual[key] = max(values, key=values.count, default=None)
-    own_flags = {flag for method in METHODS.values() for flag in method.flags}
+    return usual
+
+
+def by_setting(records, usual):
+    """{settings that differ from the usual, as flags: [records of its seeds]}; one that repeats a seed is left out."""
+    own_flags, groups = {flag for method in METHODS.values() for flag in method.flags}, {}
     for record in records:
         idle = own_flags - {*METHODS[record["args"]["method"]].flags} | {"method", "seed"}
         changed = {k: v for k, v in record["args"].items() if k not in idle and v != usual.get(k)}
@@ -714,13 +728,14 @@ def budget(record):
 
 
 def sweep_runs(folder, recipe):
-    """{value of the sweep's key: {label: runs}} of the worlds of one recipe inside `folder`, the hardest first."""
+    """{value of the sweep's key: {label: runs}} of the worlds of one recipe inside `folder`, the hardest first; what is usual is usual in all of them."""
     worlds = {}
     for path in sorted(folder.glob("*/meta.json")):
         world = load_json(path, "run make_data.py again")
-        if world.get("recipe") == recipe and (runs := read_runs(path.parent)):
-            worlds[world[SWEEPS[recipe].key]] = runs
-    return dict(sorted(worlds.items(), reverse=SWEEPS[recipe].hardest is max))
+        if world.get("recipe") == recipe and (records := read_records(path.parent)):
+            worlds[world[SWEEPS[recipe].key]] = records
+    usual = usual_of([record for records in worlds.values() for record in records])
+    return {value: by_setting(worlds[value], usual) for value in sorted(worlds, reverse=SWEEPS[recipe].hardest is max)}
 
 
 def sweep_rows(worlds, values, *keys):
@@ -738,7 +753,8 @@ def report_sweep(folder, recipe):
     for value, groups in worlds.items():
         for label, runs in groups.items():
             ours.setdefault(label, {})[value] = runs
-    first = next(iter(next(iter(worlds.values())).values()))[0]
+    throughout = {label: runs for label, runs in ours.items() if runs.keys() == worlds.keys()} or ours  # the pictures show no side rows
+    first = next(iter(next(iter(throughout.values())).values()))[0]
     print(f"### {sweep.title}\n")
     print(f"Accuracy on test_unbiased (n = {first['final']['test_unbiased']['n']:,}), mean ± sd over (n) seeds, by {sweep.axis}. Ours: {budget(first)}, the last "
           f"epoch scored; flags name what differs. {sweep.chosen}; the test splits were out of sight. Published: {sweep.theirs}.\n")
@@ -749,12 +765,14 @@ def report_sweep(folder, recipe):
     print("Colour that is still there to read: accuracy of a linear probe on the penultimate features (chance 0.1).\n")
     print(markdown(["method", "told", *(f"{value:g}" for value in worlds)], sweep_rows(worlds, worlds, "probe", "colour")))
     path = folder / "figures" / f"{recipe}.png"
-    draw_sweep(sweep, ours, values, path)
+    draw_sweep(sweep, throughout, values, path)
     print(f"![{sweep.title}: accuracy by {sweep.axis}](figures/{recipe}.png)\n")
     print("*Solid: ours, the band spans the seeds; dashed grey: published.*\n")
-    hardest, groups = next(iter(worlds.items()))
+    hardest = next(iter(worlds))
+    groups = {label: runs[hardest] for label, runs in throughout.items() if hardest in runs}
     for name, draw, caption in (
-            ("curves", draw_learning_curves, "Learning curves; mean over seeds, the band spans the seeds."),
+            ("curves", draw_learning_curves, "Learning curves; mean over seeds, the band spans the seeds. A colour head that has learned nothing names the commonest colour."
+             if any("head_colour" in runs[0]["epochs"][0] for runs in groups.values()) else "Learning curves; mean over seeds, the band spans the seeds."),
             ("confusion", draw_confusion, "Confusion on test_hard, first seed: each row is a digit and sums to 1."),
             ("features", draw_features, "Principal components of the penultimate features on test_unbiased, first seed: above by digit, below by colour.")):
         if name == "features" and not any(runs[0].get("pca") for runs in groups.values()):
@@ -897,19 +915,22 @@ def draw_learning_curves(groups, path):
     panels = {"val": "val: biased like the training data", "test_hard": "test_hard: colour never fits the digit", "head_colour": "the colour head, on training images"}
     known = lambda key: {label: runs for label, runs in groups.items() if key in runs[0]["epochs"][0]}
     panels = {key: title for key, title in panels.items() if known(key)}
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.1 * len(panels) + 1.8, 3.6), layout="constrained", sharey=True)
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 4.2), layout="constrained", sharey=True)
     for ax, (key, title) in zip(axes, panels.items()):
+        inks = []
         for label, runs in known(key).items():
             longest = max(len(r["epochs"]) for r in runs)
             curves = torch.tensor([[e[key] for e in r["epochs"]] for r in runs if len(r["epochs"]) == longest])
             x, ink = range(1, longest + 1), INK.get(label.split()[0], "grey")
-            ax.plot(x, curves.mean(0).tolist(), color=ink, marker="o", ms=3, ls="-" if label in METHODS else "--", label=label)
+            style = "--" if label == "oracle" or ink in inks else "-"  # dashed: the oracle, and a second setting of a method
+            inks.append(ink)
+            ax.plot(x, curves.mean(0).tolist(), color=ink, marker="o", ms=3, ls=style, label=label)
             ax.fill_between(x, curves.amin(0).tolist(), curves.amax(0).tolist(), color=ink, alpha=0.15, lw=0)
         ax.set(xlabel="epoch", title=title, ylim=(0, 1))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy")
-    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5)) if len(panels) == 2 else axes[1].legend(fontsize=7, loc="lower right")
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     fig.suptitle("The same training looks fine on biased data, and only the hard split shows who learned shapes")
     save_figure(fig, path)
 
@@ -920,9 +941,10 @@ def draw_features(groups, path):
     shown = {label: runs[0]["pca"] for label, runs in groups.items() if runs[0].get("pca")}
     fig, axes = plt.subplots(2, len(shown), figsize=(2.6 * len(shown) + 1, 5.4), layout="constrained", squeeze=False)
     for column, (label, points) in zip(axes.T, shown.items()):
-        for ax, key, title in zip(column, ("labels", "colors"), (f"{label.replace(' ', chr(10), 1)}\nby digit", "by colour")):
+        for ax, key, title in zip(column, ("labels", "colors"), (f"{textwrap.fill(label, 26)}\nby digit", "by colour")):
             cloud = ax.scatter(points["x"], points["y"], c=points[key], cmap="tab10", vmin=-0.5, vmax=9.5, s=9, lw=0)
-            ax.set(title=title, xticks=[], yticks=[])
+            ax.set_title(title, fontsize=9)
+            ax.set(xticks=[], yticks=[])
         column[1].set_xlabel(f"{sum(points['explained']):.0%} of the variance")
     fig.colorbar(cloud, ax=axes.ravel().tolist(), ticks=range(10), shrink=0.7, label="digit, or the digit that owns the colour")
     fig.suptitle("Does the net sort images by digit or by colour?")
@@ -947,7 +969,7 @@ def draw_sweep(sweep, ours, values, path):
     ax.set(xticks=range(len(values)), xticklabels=[f"{value:g}" for value in values], xlabel=sweep.axis, ylabel="accuracy on test_unbiased", ylim=(0, 1))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    ax.set_title(f"{sweep.title}: ours (colour) beside the published (grey)", fontsize=10)
+    fig.suptitle(f"{sweep.title}: ours (colour) beside the published (grey)", fontsize=10)
     save_figure(fig, path)
 
 
@@ -990,7 +1012,8 @@ def draw_confusion(groups, path):
             for j in range(len(share)):
                 if share[i, j] >= 0.05:
                     ax.text(j, i, f"{share[i, j]:.2f}".lstrip("0") if share[i, j] < 0.995 else "1", ha="center", va="center", fontsize=5.5, color="white" if share[i, j] > 0.5 else "black")
-        ax.set(title=f"{method.replace(' ', chr(10), 1)}: {runs[0]['final']['test_hard']['acc']:.3f}", xlabel="predicted", aspect="equal", xticks=range(len(share)), yticks=range(len(share)))
+        ax.set_title(textwrap.fill(f"{method}: {runs[0]['final']['test_hard']['acc']:.3f}", 30), fontsize=10)
+        ax.set(xlabel="predicted", aspect="equal", xticks=range(len(share)), yticks=range(len(share)))
     for ax in axes[:, 0]:
         ax.set_ylabel("digit")
     fig.colorbar(picture, ax=axes.ravel().tolist(), shrink=0.6, label="share of the digit's images")

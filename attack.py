@@ -16,7 +16,9 @@ grouped by method (NAME without _sSEED); the first method is the reference and e
 image by image.
 """
 
+import argparse
 import math
+import re
 import sys
 import time
 from typing import NamedTuple
@@ -25,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (INK, SPLITS, Attacked, Parser, common_args, die, family_of, load_json, load_model, load_pt, load_splits, markdown, mean_sd,
+from common import (INK, SPLITS, Attacked, Parser, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits, markdown, mean_sd,
                     pgd, random_start, real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
 
 CHUNK = 256  # images attacked at once: what fits in the cache of one core
@@ -35,11 +37,17 @@ SEARCH_STEPS = 50  # at each new radius of the min-eps search; half as many in a
 SAMPLE = 1000  # images for what is too dear for the whole split: Square, robust curve, transfer
 QUERIES = 300  # of the Square attack, per image
 POINT = 0.02  # --check: a change below two percentage points is little
+PUBLISHED = {  # of plain MNIST, by eps: accuracies as reported, "robust" under AutoAttack
+    0.3: {"Gowal et al. (2020)": {"clean": 0.9926, "PGD": 0.9638, "robust": 0.9634},
+          "TRADES (Zhang et al., 2019)": {"clean": 0.9948, "PGD": 0.9560, "robust": 0.9281},
+          "Madry et al. (2018)": {"clean": 0.9853, "PGD": 0.8962, "robust": 0.8850},
+          "FGSM-RS (Wong et al., 2020)": {"clean": 0.9850, "PGD": 0.8877, "robust": 0.8293}},
+    0.1: {"ResNet-50 of a student project": {"clean": 0.6856, "FGSM": 0.1336, "PGD": 0.005}}}
 MODES = {  # the flags that mean something in each mode, and their defaults there
     "targeted": {"src": 7, "tgt": 3, "eps": 0.05, "steps": 1000, "restarts": 1, "decay": False, "n": None,
                  "sweep": [0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5]},
     "pairs": {"eps": 0.05, "steps": 100, "n": 50},
-    "untargeted": {"eps": 0.05, "steps": 50, "restarts": 3, "n": None, "sweep": None},
+    "untargeted": {"eps": 0.05, "steps": 50, "restarts": 3, "n": None, "sweep": None, "name": "untargeted"},
     "check": {"eps": 0.05, "steps": 50, "n": 500}}
 
 # ---------------------------------------------------------------- what counts as fooled
@@ -496,7 +504,7 @@ def untargeted(models, split, args):
         start = time.time()
         told, standing = worst_case(m, x, y, sample, args)
         attacked = time.time()
-        entries[name] = {**m.about, "attacks": told, "robust": rate(standing), "curve": robust_curve(m, x[sample], y[sample], radii, args),
+        entries[name] = {**m.about, "follows_colour": follows(m, x, y, split), "attacks": told, "robust": rate(standing), "curve": robust_curve(m, x[sample], y[sample], radii, args),
                          "standing": "".join(map(str, standing.int().tolist()))}  # one character per image of the split
         seconds[name] = {"worst_case": round(attacked - start, 1), "curve": round(time.time() - attacked, 1)}
         print(f"{name:16s} clean {told['clean']['rate']:.4f}  " + "  ".join(f"{a} {told[a]['own']['rate']:.4f}" for a in ATTACKS)
@@ -506,6 +514,13 @@ def untargeted(models, split, args):
     seconds["transfer"] = round(time.time() - start, 1)
     return {"models": entries, "n": len(y), "sample": len(sample), "queries": QUERIES, "radii": radii,
             "transfer": {"names": list(models), "accuracy": table}}, seconds
+
+
+def follows(m, x, y, split):
+    """Share of the images on a colour not their own that are taken for the digit that owns it; None without such images."""
+    if split.colors is None or not (against := split.colors[: len(y)] != y).any():
+        return None
+    return (answer(m.net, x) == split.colors[: len(y)])[against].double().mean().item()
 
 
 def sampled(n, most, args):
@@ -764,8 +779,8 @@ def change(b):
     return "-" if b["low"] is None else f"{b['value']:+.4f} ({b['low']:+.4f} to {b['high']:+.4f})"
 
 
-def show(path, caption):
-    print(f"![{caption}](figures/{path.name})\n\n*{caption}.*\n")
+def show(path, caption, args):
+    print(f"![{caption}]({path.relative_to(args.root).as_posix()})\n\n*{caption}.*\n")
 
 
 def print_over_seeds(record, rows):
@@ -804,9 +819,9 @@ def report_targeted(record, args):
     draw_sweep(record, path("sweep"))
     draw_min_eps(record, path("min_eps"))
     if path("examples").exists():
-        show(path("examples"), f"Some {a['src']}s (first those that both models read correctly and fell for), what was added (ten times enlarged), and what they then say")
-    show(path("sweep"), "Success by eps, first two methods; band: 95 % Wilson interval of the pooled images")
-    show(path("min_eps"), "Smallest radius per image, and its difference on the same image, first two methods")
+        show(path("examples"), f"Some {a['src']}s (first those that both models read correctly and fell for), what was added (ten times enlarged), and what they then say", args)
+    show(path("sweep"), "Success by eps, first two methods; band: 95 % Wilson interval of the pooled images", args)
+    show(path("min_eps"), "Smallest radius per image, and its difference on the same image, first two methods", args)
 
 
 def report_pairs(record, args):
@@ -816,23 +831,35 @@ def report_pairs(record, args):
     print(markdown(["model", *CRITERIA], [[name, *(between(m[f"{c}_mean"]) for c in CRITERIA)] for name, m in record["models"].items()]))
     print_over_seeds(record, {c: lambda name, c=c: record["models"][name][f"{c}_mean"]["rate"] for c in CRITERIA})
     draw_pairs(record, path)
-    show(path, f"Success rate at eps {a['eps']:g} by digit shown and digit wanted")
+    show(path, f"Success rate at eps {a['eps']:g} by digit shown and digit wanted", args)
 
 
 def report_untargeted(record, args):
-    a, figures = record["args"], args.dir / "figures"
-    print(f"### Any wrong answer\n\nAccuracy on {a['split']}, n = {record['n']:,}: eps {a['eps']:g}, {a['steps']} steps falling from eps / 4 to eps / 40. Each attack's "
-          f"accuracy is that of one run on every image; Square ({record['queries']} queries) ran on a fixed {record['sample']:,}. Robust: right under every attack, "
-          f"with {a['restarts']} random start{'s' * (a['restarts'] > 1)} of both PGDs.\n")
-    print(markdown(["model", "clean", *ATTACKS, "robust (95 %)"], [
-        [name, f"{m['attacks']['clean']['rate']:.4f}", *(f"{m['attacks'][k]['own']['rate']:.4f}" for k in ATTACKS), between(m["robust"])]
-        for name, m in record["models"].items()]))
+    a, name = record["args"], record["args"].get("name", "untargeted")
+    path = lambda what: args.dir / "figures" / f"attack_{'' if name == 'untargeted' else name + '_'}{what}.png"
+    said = (f"in {args.dir.relative_to(args.root)}, " if args.dir != args.root else "") + (f"{name}, " if name != "untargeted" else "")
+    published = PUBLISHED.get(a["eps"], {}) if is_plain_mnist(args.dir) else {}
+    print(f"### Any wrong answer, {said}eps {a['eps']:g}\n\nAccuracy on {a['split']}, n = {record['n']:,}: eps {a['eps']:g}, {a['steps']} steps falling from eps / 4 to "
+          f"eps / 40. Each attack's accuracy is that of one run on every image; Square ({record['queries']} queries) ran on a fixed {record['sample']:,}. Robust: right "
+          f"under every attack, with {a['restarts']} random start{'s' * (a['restarts'] > 1)} of both PGDs."
+          + (" Published: as reported; the last column is AutoAttack (Croce & Hein, 2020), 10,000 images." if published else "") + "\n")
+    coloured = any(m.get("follows_colour") is not None for m in record["models"].values())
+    print(markdown(["model", "clean", *(["follows colour"] if coloured else []), *ATTACKS, "robust (95 %)"], [
+        *([name, f"{m['attacks']['clean']['rate']:.4f}", *([fmt(m.get("follows_colour"))] if coloured else []),
+           *(f"{m['attacks'][k]['own']['rate']:.4f}" for k in ATTACKS), between(m["robust"])] for name, m in record["models"].items()),
+        *([name, *(f"{row[k]:.4f}" if k in row else "-" for k in ("clean", *ATTACKS, "robust"))] for name, row in published.items())]))
     print_over_seeds(record, {"clean": lambda name: record["models"][name]["attacks"]["clean"]["rate"],
                               "robust": lambda name: record["models"][name]["robust"]["rate"]})
-    draw_robust_curve(record, figures / "attack_robust_curve.png")
-    show(figures / "attack_robust_curve.png", "Accuracy under PGD on cross-entropy and on the margin, by eps")
-    draw_transfer(record, figures / "attack_transfer.png")
-    show(figures / "attack_transfer.png", "Accuracy of the model below on images made on the model at the left")
+    draw_robust_curve(record, path("robust_curve"))
+    show(path("robust_curve"), "Accuracy under PGD on cross-entropy and on the margin, by eps", args)
+    draw_transfer(record, path("transfer"))
+    show(path("transfer"), "Accuracy of the model below on images made on the model at the left", args)
+
+
+def is_plain_mnist(folder):
+    path = folder / "meta.json"
+    world = load_json(path, "run make_data.py again") if path.exists() else {}
+    return world.get("recipe") == "gray" and bool(world.get("is_mnist"))
 
 
 def report_check(record, args):
@@ -846,13 +873,17 @@ REPORTS = {"targeted": report_targeted, "pairs": report_pairs, "untargeted": rep
 
 
 def report(args):
-    records = [load_json(path, "delete it and run attack.py again") for path in sorted(args.dir.glob("attack_*.json"))]
-    if not records:
+    inside = [path.parent for path in sorted(args.dir.glob("*/meta.json")) if is_plain_mnist(path.parent)]
+    found = False
+    for folder in (args.dir, *inside):
+        records = [load_json(path, "delete it and run attack.py again") for path in sorted(folder.glob("attack_*.json"))]
+        for record in sorted(records, key=lambda r: list(MODES).index(r["mode"])):
+            for key in {"models", "summary"} & record.keys():
+                record[key] = {name: record[key][name] for name in record["args"]["models"]}  # the file has them by alphabet
+            REPORTS[record["mode"]](record, argparse.Namespace(**{**vars(args), "dir": folder}))
+            found = True
+    if not found:
         die(f"{args.dir} holds no results of attack.py", f"run: python attack.py --dir {args.dir}")
-    for record in sorted(records, key=lambda r: list(MODES).index(r["mode"])):
-        for key in {"models", "summary"} & record.keys():
-            record[key] = {name: record[key][name] for name in record["args"]["models"]}  # the file has them by alphabet
-        REPORTS[record["mode"]](record, args)
 
 
 # ---------------------------------------------------------------- the command
@@ -876,13 +907,14 @@ def get_args(argv=None):
     g = p.add_argument_group("on what")
     g.add_argument("--models", nargs="+", default=["baseline_s42", "jitter_s42"], metavar="NAME", help="DIR/NAME.pt (default: baseline_s42 jitter_s42)")
     g.add_argument("--split", choices=SPLITS, default="test_hard", help="default: test_hard")
+    g.add_argument("--name", help="--untargeted: results go to DIR/attack_NAME.json (default: untargeted)")
     g.add_argument("--n", type=whole(1), help="images at most: of digit src, per digit (--pairs, default 50), of the split (--check, default 500)")
     common_args(p, seed_of="random starts, samples and the bootstrap")
     args = p.parse_args(argv)
     if args.report and args.mode:
         die(f"--report reads what is there, so --{args.mode} does nothing", "give one of the two")
     args.mode = args.mode or "targeted"
-    for flag in ("src", "tgt", "eps", "steps", "restarts", "decay", "sweep", "n"):
+    for flag in ("src", "tgt", "eps", "steps", "restarts", "decay", "sweep", "n", "name"):
         if flag not in MODES[args.mode] and getattr(args, flag) is not None:
             die(f"--{flag} has no meaning with --{args.mode}", "leave it out")
         if getattr(args, flag) is None:
@@ -891,6 +923,9 @@ def get_args(argv=None):
         die(f"--src and --tgt are both {args.src}", "choose two digits")
     if len({family_of(name) for name in args.models}) < len(args.models):
         die("--models names two that would share one row", "name each once, or save one of them under another --name")
+    if args.name and (not re.fullmatch(r"[A-Za-z]\w{0,60}", args.name, re.ASCII) or args.name in ("pairs", "check")):
+        die(f"--name {args.name!r} must be letters, digits and _, and none of pairs and check", "choose another name")
+    args.root = args.dir  # where the paths of the write-up begin
     args.sweep = args.sweep and sorted(set(args.sweep))
     if args.mode == "targeted" and args.eps > args.sweep[-1]:
         die(f"--eps {args.eps:g} is beyond the last radius of --sweep, {args.sweep[-1]:g}", f"add {args.eps:g} to --sweep")
@@ -931,7 +966,7 @@ def main(argv=None):
     print(" ".join(f"{k}={v}" for k, v in {"mode": args.mode, "dir": args.dir, **settings, "device": device}.items()), flush=True)
     start = time.time()
     record, seconds = RUNS[args.mode](models, split, args)
-    path = args.dir / f"attack_{f'{args.src}to{args.tgt}' if args.mode == 'targeted' else args.mode}.json"
+    path = args.dir / f"attack_{f'{args.src}to{args.tgt}' if args.mode == 'targeted' else args.name or args.mode}.json"
     facts = {"seconds": round(time.time() - start, 1), "by_step": seconds, "torch": torch.__version__, "threads": args.threads, "device": str(device)}
     record = {"schema": 1, "script": "attack.py", "mode": args.mode, "args": settings, **record, "run": facts}
     save_json(record, path)

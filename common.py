@@ -25,7 +25,7 @@ SPLITS = ("train", "val", "test_hard", "test_unbiased")
 DIGIT_PIXEL = 0.1  # a pixel belongs to the digit where gray > 0.1
 INK = {  # one colour per method in every figure, told apart by colour-blind readers (Okabe & Ito, 2008)
     "baseline": "#D55E00", "jitter": "#0072B2", "grl": "#E69F00", "combined": "#009E73", "biasbal": "#CC79A7", "groupdro": "#56B4E9",
-    "lff": "#7A4F00", "jtt": "#8C8C00", "lntl": "#6A3D9A", "oracle": "#000000"}
+    "lff": "#7A4F00", "jtt": "#8C8C00", "lntl": "#6A3D9A", "at": "#A6192E", "oracle": "#000000"}
 
 # ---------------------------------------------------------------- painting
 
@@ -328,8 +328,31 @@ class Split(NamedTuple):
 
 
 def load_splits(folder, names=SPLITS, device="cpu"):
-    """{name: Split} on the device; a file that is not such a split stops the script."""
-    return {name: _load_split(Path(folder) / f"{name}.pt", device) for name in names}
+    """{name: Split} on the device; a file that is not such a split stops the script.
+
+    In a folder of one's own that has train.pt but not all the others, a tenth of it each becomes val and test.
+    """
+    folder, absent = Path(folder), split_off(folder)
+    if not absent:
+        return {name: _load_split(folder / f"{name}.pt", device) for name in names}
+    whole = _load_split(folder / "train.pt", device)
+    n, tenth = len(whole.labels), len(whole.labels) // 10
+    if tenth == 0:
+        die(f"{folder}/train.pt has {n} images, too few to split val and test off", "add val.pt, test_hard.pt and test_unbiased.pt")
+    print(f"{folder} has no {', '.join(absent)}: {tenth:,} of the {n:,} images of train.pt each become val and test", flush=True)
+    order = torch.randperm(n, generator=stream(0, "split off")).to(device)
+    places = {"val": order[:tenth], "test_hard": order[tenth : 2 * tenth], "test_unbiased": order[tenth : 2 * tenth]}
+    taken = torch.cat([places[name] for name in absent])
+    places = {"train": order[~torch.isin(order, taken)]} | {name: places[name] for name in absent}
+    pick = lambda index: Split(*(None if part is None else part[index] for part in whole))
+    return {name: pick(places[name]) if name in places else _load_split(folder / f"{name}.pt", device) for name in names}
+
+
+def split_off(folder):
+    """Which splits a folder lacks that nobody painted, and that hence come out of its train.pt."""
+    if (folder / "meta.json").exists() or not (folder / "train.pt").exists():
+        return []
+    return [name for name in SPLITS if not (folder / f"{name}.pt").exists()]
 
 
 def _load_split(path, device):

@@ -273,8 +273,8 @@ def main(argv=None):
     painted = time.time()
     meta = describe(splits, args, is_mnist, {"mnist_from": source, "seconds_mnist": found - start, "seconds_painting": painted - found})
     (args.dir / "meta.json").unlink(missing_ok=True)  # a world with a meta.json is complete, so it goes first and comes back last
-    for name, split in splits.items():
-        save_pt(split, args.dir / f"{name}.pt")
+    for name in reversed(SPLITS):  # train.pt alone would be taken for a folder of one's own
+        save_pt(splits[name], args.dir / f"{name}.pt")
     draw_samples(splits, meta, args.dir / "figures" / "samples.png")
     save_json(meta, args.dir / "meta.json")
     print(f"{args.dir}: " + ", ".join(f"{name} {n:,}" for name, n in meta["counts"].items())

@@ -11,6 +11,7 @@ Writes  DIR/NAME.pt, DIR/NAME.json; with --report DIR/figures/*.png
 """
 
 import argparse
+import functools
 import itertools
 import math
 import re
@@ -19,12 +20,13 @@ import textwrap
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (INK, MODELS, SPLITS, Parser, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits,
-                    luma, markdown, mean_sd, predict, real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
+                    luma, markdown, mean_sd, pgd, predict, real, run, save_figure, save_json, save_pt, setup, split_off, start_drawing, stream, whole, wilson)
 
 EVAL_SPLITS = SPLITS[1:]
 
@@ -249,7 +251,7 @@ class LNTL(nn.Module):
         self.tally += torch.stack([(guesses.argmax(1) == colour).sum(), colour.new_tensor(colour.numel())])
         return loss.detach()
 
-    def facts(self):
+    def facts(self, model, args):
         """How often the heads named a pixel's red, green or blue bin in this epoch."""
         right, seen = self.tally.tolist()
         self.tally.zero_()
@@ -368,6 +370,112 @@ class JTT(nn.Module):
         return (weight * F.cross_entropy(model(batch.x), batch.y, reduction="none")).sum() / weight.sum()
 
 
+# ---------------------------------------------------------------- adversarial training
+
+
+def moved(x, args, gen):
+    """Each image shifted by whole pixels up to --crop, mirrored with --flip, turned by up to --rotation degrees; edges are repeated outwards.
+
+    A crop of the image after padding is a shift, so all three are one resampling. x (B,3,H,W).
+    """
+    b, _, h, w = x.shape
+    draw = lambda: torch.rand(b, generator=gen, device=x.device)
+    angle = math.radians(args.rotation) * (2 * draw() - 1)
+    mirror = torch.where(draw() < 0.5, -1.0, 1.0) if args.flip else torch.ones_like(angle)
+    shift = [2 / side * (draw() * (2 * args.crop + 1) - args.crop).floor() for side in (w, h)]  # the picture is 2 wide in these units
+    to = torch.stack([torch.stack([mirror * angle.cos(), -angle.sin() * h / w, shift[0]], 1),
+                      torch.stack([mirror * angle.sin() * w / h, angle.cos(), shift[1]], 1)], 1)  # (B,2,3)
+    return F.grid_sample(x, F.affine_grid(to, list(x.shape), align_corners=False), padding_mode="border", align_corners=False)
+
+
+def cutout(x, side, gen):
+    """A black square of this side at a random place of each image, cut off where it leaves the image (DeVries & Taylor, 2017)."""
+    inside = []
+    for length in x.shape[2:]:
+        first = (torch.rand(len(x), 1, generator=gen, device=x.device) * length).floor() - side // 2
+        place = torch.arange(length, device=x.device)
+        inside.append((place >= first) & (place < first + side))
+    return x.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
+
+
+def mixup(x, soft, alpha, gen):
+    """Convex combinations of pairs of images and of their labels, weights ~ Beta(alpha, alpha) per image (Zhang et al., 2018)."""
+    seed = int(torch.randint(2**31, (), generator=gen, device=x.device))
+    weight = torch.from_numpy(np.random.default_rng(seed).beta(alpha, alpha, len(x)).astype(np.float32)).to(x)[:, None]
+    other = torch.randperm(len(x), generator=gen, device=x.device)
+    return weight[..., None, None] * x + (1 - weight[..., None, None]) * x[other], weight * soft + (1 - weight) * soft[other]
+
+
+def augment(batch, classes, args, gen):
+    """(x, labels as probabilities (B,classes)) after every option that is switched on, in the order of the flags."""
+    x, soft = batch.x, F.one_hot(batch.y, classes).to(batch.x.dtype)
+    if args.crop or args.flip or args.rotation:
+        x = moved(x, args, gen)
+    if args.recolour:
+        x = JITTERS[args.recolour](x, args, gen)
+    if args.cutout:
+        x = cutout(x, args.cutout, gen)
+    if args.mixup:
+        x, soft = mixup(x, soft, args.mixup, gen)
+    return x, soft
+
+
+class AT(nn.Module):
+    """Adversarial training: --clean-epochs of plain training, then every batch is attacked before it is learned.
+
+    --attack pgd is Madry et al. (2018); fgsm is one step from a random start, by 1.25 eps unless told otherwise (Wong et al., 2020); --beta
+    is TRADES (Zhang et al., 2019): cross-entropy on the image, and beta times the KL divergence from its prediction to that for the image
+    that is attacked to enlarge this divergence. A mixed batch is attacked with the mixed loss. The radius grows linearly from 0 over the
+    first --eps-ramp of the adversarial epochs. PGD accuracy on val chooses the epoch, since one-step training can lose all robustness
+    from one epoch to the next. The net is in eval mode while it is attacked.
+    """
+
+    watch = {"steps": 10, "n": 2000}  # of the attack on val after every epoch
+
+    def __init__(self, model, splits, args):
+        super().__init__()
+        self.classes, self.val = model.fc.out_features, splits["val"]
+
+    def step(self, objective, model, batch, optimiser, args, gen):
+        return update(optimiser, self(model, batch, args, gen), args.clip_grad)
+
+    def forward(self, model, batch, args, gen):
+        x, soft = augment(batch, self.classes, args, gen)
+        loss = functools.partial(F.cross_entropy, label_smoothing=args.label_smoothing)
+        eps = self.radius(batch.progress, args)
+        if eps is None:
+            return loss(model(x), soft)
+        steps, size = {"pgd": (args.steps, 0.35), "fgsm": (1, 1.25)}[args.attack]
+        size = size * eps if args.step_size is None else args.step_size * eps / args.eps
+        if args.beta == 0:
+            return loss(model(pgd(model, x, soft, eps, steps, gen, size, loss=loss).x), soft)
+        with torch.no_grad():
+            image = model(x)
+        near = x + 0.001 * torch.randn(x.shape, generator=gen, device=gen.device)
+        x_adv = pgd(model, x, image, eps, steps, gen, size, loss=lambda logits, image: kl(image, logits), start=near).x
+        image, attacked = model(torch.cat([x, x_adv])).chunk(2)
+        return loss(image, soft) + args.beta * kl(image, attacked)
+
+    def radius(self, progress, args):
+        """L-inf radius at this share of the training; None while it is clean."""
+        over = (progress * args.epochs - args.clean_epochs + 1e-9) / max(args.epochs - args.clean_epochs, 1)
+        return None if over < 0 else args.eps * min(1, max(over, 1e-3) / max(args.eps_ramp, 1e-3))
+
+    def facts(self, model, args):
+        """Accuracy on val under PGD at the full radius, n images, fresh starts that are the same every epoch."""
+        x, y = self.val.x(slice(self.watch["n"])), self.val.labels[: self.watch["n"]]
+        gen, right = stream(args.seed, "attack on val", x.device), 0
+        for i in range(0, len(y), 500):
+            part = slice(i, i + 500)
+            x_adv = pgd(model, x[part], y[part], args.eps, self.watch["steps"], gen, step_size=args.eps / 4).x
+            with torch.inference_mode():
+                right += int((model(x_adv).argmax(1) == y[part]).sum())
+        return {"val_pgd": right / len(y)}
+
+    def phase(self, epoch, args):
+        return ("clean", None) if epoch <= args.clean_epochs else ("", "val_pgd")
+
+
 class Method(NamedTuple):
     objective: object  # loss(model, batch, args, gen), or an nn.Module with that forward, built from (model, splits, args)
     told: str  # what the training is told about the bias
@@ -375,10 +483,13 @@ class Method(NamedTuple):
 
 
 JITTER_FLAGS = ("alpha", "jitter", "grain", "classify", "fade", "divergence", "temperature")
+AT_FLAGS = ("attack", "eps", "steps", "step_size", "clean_epochs", "eps_ramp", "beta", "crop", "flip", "rotation", "recolour", "grain", "cutout", "mixup",
+            "label_smoothing", "clip_grad")
 METHODS = {  # in three tiers: told nothing, told the kind of bias, told every image's colour
     "baseline": Method(baseline, "nothing"),
     "lff": Method(LfF, "nothing"),
     "jtt": Method(JTT, "nothing", ("first_epochs", "upweight")),
+    "at": Method(AT, "nothing", AT_FLAGS),
     "jitter": Method(jitter, "the kind of bias", JITTER_FLAGS),
     "lntl": Method(LNTL, "the kind of bias", ("entropy", "gamma", "two_updates")),
     "grl": Method(GRL, "colour labels", ("gamma", "conditional")),
@@ -418,9 +529,12 @@ def one_step(objective, model, batch, optimiser, args, gen):
     return update(optimiser, objective(model, batch, args, gen))
 
 
-def update(optimiser, loss):
+def update(optimiser, loss, clip=0):
+    """One step down; with `clip` the gradient's norm over all weights is at most that."""
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
+    if clip:
+        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip)
     optimiser.step()
     return loss.detach()
 
@@ -435,7 +549,11 @@ def make_schedule(optimiser, args, steps):
 
 
 def train(model, splits, args, device, part=None):
-    """Fits the model in place; returns one record per epoch. The file `part` holds, after every epoch, what --resume needs."""
+    """Fits the model in place; returns one record per epoch, and what to keep as {name of the phase: {"epoch", "on", "weights"}}.
+
+    Most methods have one phase, called "", of which the last epoch is kept; one with a `phase` of its own may name others, and a key of
+    the record (never of a test split) whose highest value decides. The file `part` holds, after every epoch, what --resume needs.
+    """
     data, n = splits["train"], len(splits["train"].labels)
     objective = METHODS[args.method].objective
     if isinstance(objective, type):
@@ -452,11 +570,11 @@ def train(model, splits, args, device, part=None):
     schedule = make_schedule(optimiser, args, steps)
     parts = {"model": model, "optimiser": optimiser, "schedule": schedule} | ({"objective": objective} if isinstance(objective, nn.Module) else {})
     this_run = {"args": settings(args), "world": world_of(args.dir)}
-    epochs = restore(part, parts, this_run) if part is not None and args.resume else []
+    epochs, kept = restore(part, parts, this_run) if part is not None and args.resume else ([], {})
     for epoch in range(len(epochs) + 1, args.epochs + 1):
         began, total = time.time(), torch.zeros((), device=device)
         gen = stream(args.seed, f"epoch {epoch}", device)
-        order = torch.randperm(n, generator=stream(args.seed, f"order {epoch}")).to(device)
+        order = draw_order(data, args, stream(args.seed, f"order {epoch}")).to(device)
         model.train()
         for i, index in enumerate(order.split(sizes)):
             batch = Batch(data.x(index), data.labels[index], None if data.colors is None else data.colors[index], index, schedule.last_epoch / steps)
@@ -469,24 +587,38 @@ def train(model, splits, args, device, part=None):
         if not math.isfinite(loss):
             die(f"the loss is {loss} in epoch {epoch}", f"try a smaller --lr than {args.lr:g}")
         scores = {name: score(predict(model, splits[name]), splits[name]) for name in ("val", "test_hard")}
+        facts = objective.facts(model, args) if hasattr(objective, "facts") else {}
         epochs.append({"epoch": epoch, "loss": loss, "val": scores["val"]["acc"], "val_aligned": scores["val"]["aligned"],
                        "val_conflicting": scores["val"]["conflicting"], "test_hard": scores["test_hard"]["acc"],
-                       **(objective.facts() if hasattr(objective, "facts") else {})})
+                       **facts})
+        phase, key = objective.phase(epoch, args) if hasattr(objective, "phase") else ("", None)
+        if phase not in kept or key is None or epochs[-1][key] > epochs[kept[phase]["epoch"] - 1][key]:
+            weights = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
+            kept[phase] = {"epoch": epoch, "on": key or "last epoch", "weights": weights}
         print(f"{chr(13) * sys.stdout.isatty()}epoch {epoch:2d}/{args.epochs}  loss {loss:.4f}  val {scores['val']['acc']:.3f}  aligned {fmt(scores['val']['aligned'])}"
-              f"  conflicting {fmt(scores['val']['conflicting'])}  test_hard {scores['test_hard']['acc']:.3f}  {time.time() - began:5.1f}s", flush=True)
+              f"  conflicting {fmt(scores['val']['conflicting'])}  test_hard {scores['test_hard']['acc']:.3f}"
+              + "".join(f"  {name} {value:.3f}" for name, value in facts.items()) + f"  {time.time() - began:5.1f}s", flush=True)
         if part is not None:
-            save_pt({**this_run, "epochs": epochs, **{name: thing.state_dict() for name, thing in parts.items()}}, part)
-    return epochs
+            save_pt({**this_run, "epochs": epochs, "kept": kept, **{name: thing.state_dict() for name, thing in parts.items()}}, part)
+    return epochs, kept
+
+
+def draw_order(data, args, gen):
+    """Which image comes when in an epoch, int64 (N,): each once; or drawn with every (digit, colour) group equally likely (Idrissi et al., 2022)."""
+    if not args.balance_groups:
+        return torch.randperm(len(data.labels), generator=gen)
+    group = (data.labels * (int(data.colors.max()) + 1) + data.colors).cpu()
+    return torch.multinomial(1 / group.bincount()[group].double(), len(group), replacement=True, generator=gen)
 
 
 def restore(part, parts, this_run):
-    """Bring model, optimiser, schedule and method to where a killed run left them; returns its epochs, [] where there is nothing to continue.
+    """Bring model, optimiser, schedule and method to where a killed run left them; returns its epochs and what it kept, if there is any.
 
     No generator is kept: every epoch draws from streams of its own.
     """
     if not part.exists():
         print(f"--resume: {part} is not there, so the run starts with its first epoch", flush=True)
-        return []
+        return [], {}
     saved = load_pt(part, "delete it to start over")
     before = saved.get("args") or {}
     changed = [f"--{k.replace('_', '-')} was {before.get(k)}" for k, v in this_run["args"].items() if before.get(k) != v]
@@ -500,7 +632,7 @@ def restore(part, parts, this_run):
     except (LookupError, TypeError, ValueError, RuntimeError) as e:
         die(f"{part} does not fit this run ({(str(e) or type(e).__name__).splitlines()[0]})", "leave --resume out to start over")
     print(f"--resume: continuing after epoch {len(saved['epochs'])}", flush=True)
-    return saved["epochs"]
+    return saved["epochs"], saved["kept"]
 
 
 # ---------------------------------------------------------------- scoring
@@ -688,15 +820,23 @@ def by_setting(records, usual):
     return dict(sorted(groups.items(), key=lambda item: (list(METHODS).index(item[0].split()[0]), item[0])))
 
 
+def told_of(label):
+    """What a row's training is told about the bias."""
+    method, *flags = label.split()
+    return "no bias in training" if method == "oracle" else "colour labels" if "--balance-groups" in flags else METHODS[method].told
+
+
 def as_flag(key, value):
     flag = key.replace("_", "-")
     return f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag} {value}"
 
 
 def world_of(folder):
-    """What meta.json says of the painting; nothing where there is none, as in a user's own folder."""
+    """What meta.json says of the painting; in a user's own folder, which splits come out of train.pt."""
     path = folder / "meta.json"
-    world = load_json(path, "run make_data.py again") if path.exists() else {}
+    if not path.exists():
+        return {"split_off": names} if (names := split_off(folder)) else {}
+    world = load_json(path, "run make_data.py again")
     return {k: v for k, v in world.items() if k in WORLD_KEYS and (k, v) != ("sigma2", None)}  # only `digit` has a variance
 
 
@@ -741,7 +881,7 @@ def sweep_runs(folder, recipe):
 def sweep_rows(worlds, values, *keys):
     """A row per setting: what it is told, and the number at `keys` of its records in every world."""
     labels = dict.fromkeys(label for groups in worlds.values() for label in groups)
-    return [[f"`{label}`", METHODS[label.split()[0]].told, *(over_seeds(worlds.get(value, {}).get(label, []), *keys) for value in values)] for label in labels]
+    return [[f"`{label}`", told_of(label), *(over_seeds(worlds.get(value, {}).get(label, []), *keys) for value in values)] for label in labels]
 
 
 def report_sweep(folder, recipe):
@@ -824,7 +964,7 @@ def findings(methods, varied):
         same = {label: runs for label, runs in rows.items() if label.partition(" ")[2] == flags}
         best = {}  # what the training is told: its best row
         for label, runs in same.items():
-            told = METHODS[runs[0]["args"]["method"]].told
+            told = told_of(label)
             if not label.startswith(("oracle", "baseline")) and mean(runs, "test_hard") > best.get(told, ("", 0))[1]:
                 best[told] = label.split()[0], mean(runs, "test_hard")
         if len(best) > 1 and (ceiling := same.get(f"oracle {flags}".strip())):
@@ -860,9 +1000,9 @@ def report(args):
     oracles = read_runs(args.dir / "unbiased")
     oracle = oracles.pop("baseline", [])
     plain = {label: runs for label, runs in groups.items() if label in METHODS}
-    rows = [accuracy_row(label, METHODS[label].told, runs) for label, runs in plain.items()]
+    rows = [accuracy_row(label, told_of(label), runs) for label, runs in plain.items()]
     if oracle:
-        rows.append(accuracy_row("oracle", "no bias in training", oracle))
+        rows.append(accuracy_row("oracle", told_of("oracle"), oracle))
     first = next(iter(groups.values()))[0]
     n = {name: first["final"][name]["n"] for name in EVAL_SPLITS}
     print(f"Accuracy, mean ± sd over (n) seeds. Every method has the same net, {first['args']['epochs']} epochs, rate and batch (what it computes "
@@ -887,7 +1027,7 @@ def report(args):
     findings(methods, varied)
     if varied:
         print("Other settings (the flags name what differs; everything else as above):\n")
-        print(markdown(HEADER, [accuracy_row(label, "no bias in training" if label.startswith("oracle") else METHODS[runs[0]["args"]["method"]].told, runs)
+        print(markdown(HEADER, [accuracy_row(label, told_of(label), runs)
                                 for label, runs in varied.items()]))
     if any(re.fullmatch(r"\w+ --(width|epochs) \d+", label) for label in varied):
         draw_budget({**methods, **varied}, args.dir / "figures" / "budget.png")
@@ -907,6 +1047,53 @@ def report(args):
     print("*Confusion on test_hard, first seed of each method: each row is a digit and sums to 1.*\n")
     for recipe in SWEEPS:
         report_sweep(args.dir, recipe)
+    report_robust(args.dir)
+
+
+def report_robust(folder):
+    """Adversarial training in this world and in plain MNIST inside it: which epoch was kept and why; nothing where there was none."""
+    inside = [path.parent for path in sorted(folder.glob("*/meta.json")) if world_of(path.parent).get("recipe") == "gray"]
+    found = {}  # {where and with which flags: runs}
+    for where in (folder, *inside):
+        place = "" if where == folder else f"{where.name}: "
+        found |= {place + label: runs for label, runs in read_runs(where).items() if "val_pgd" in runs[0]["epochs"][0] and "phase" not in runs[0]["args"]}
+    if not found:
+        return
+    watch = AT.watch
+    print(f"### Adversarial training\n\nThe epoch with the best accuracy under PGD on val ({watch['steps']} steps of eps / 4, first {watch['n']:,} images) is kept; "
+          "test splits choose nothing. How robust the models are is measured by stronger attacks below.\n")
+    print(markdown(["world and flags", "parameters", "epoch kept (first seed)", "val", "val under PGD", "test_hard", "follows colour"], [
+        [f"`{label}`", f"{runs[0]['params']:,}", f"{runs[0]['selected_epoch']} of {len(runs[0]['epochs'])}", over_seeds(runs, "final", "val", "acc"),
+         mean_sd([run["epochs"][run["selected_epoch"] - 1]["val_pgd"] for run in runs]),
+         *(over_seeds(runs, "final", "test_hard", key) for key in ("acc", "follows_colour"))] for label, runs in found.items()]))
+    draw_robust_training(found, folder / "figures" / "robust_training.png")
+    print("![Clean and attacked accuracy of val by epoch](figures/robust_training.png)\n")
+    print("*Accuracy of val by epoch, clean and under PGD, one line a seed. Dotted: the epoch kept. A dashed line that drops while the solid one stays is catastrophic overfitting.*\n")
+
+
+def draw_robust_training(groups, path):
+    """{label: runs} to a panel each: val, clean and under PGD, by epoch."""
+    plt = start_drawing()
+    columns = min(len(groups), 4)
+    rows = math.ceil(len(groups) / columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(2.9 * columns + 0.6, 2.7 * rows + 0.5), layout="constrained", squeeze=False, sharey=True)
+    for ax in axes.flat[len(groups) :]:
+        ax.axis("off")
+    for ax, (label, runs) in zip(axes.flat, groups.items()):
+        for k, run in enumerate(runs):
+            x = [epoch["epoch"] for epoch in run["epochs"]]
+            ax.plot(x, [epoch["val"] for epoch in run["epochs"]], color=INK["baseline"], marker=".", label=None if k else "clean")
+            ax.plot(x, [epoch["val_pgd"] for epoch in run["epochs"]], color=INK["jitter"], ls="--", marker=".", label=None if k else f"PGD at {run['args']['eps']:g}")
+            ax.axvline(run["selected_epoch"], color="grey", lw=0.8, ls=":")
+        ax.set(xlabel="epoch", ylim=(0, 1))
+        ax.set_title(textwrap.fill(label, 34), fontsize=7)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7, loc="lower right")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("accuracy on val")
+    fig.suptitle("Adversarial training: does the robust accuracy hold from epoch to epoch?")
+    save_figure(fig, path)
 
 
 def draw_learning_curves(groups, path):
@@ -1041,15 +1228,32 @@ def get_args(argv=None):
                    help="grl, combined: ask each head for what the other label does not tell (default: yes)")
     g.add_argument("--entropy", type=real(0), default=0.01, help="lntl: weight of the negative entropy of the guessed colours (default: 0.01)")
     g.add_argument("--two-updates", action="store_true", help="lntl: one update against the heads and one for them, as in the paper, instead of one for both")
+    g.add_argument("--attack", choices=("pgd", "fgsm"), default="pgd", help="at: what attacks the batches, from a random start (default: pgd)")
+    g.add_argument("--eps", type=real(0, 1, open_low=True), default=0.05, help="at: L-inf radius, pixels in [0, 1] (default: 0.05)")
+    g.add_argument("--steps", type=whole(1, 1000), default=5, help="at: steps of pgd (default: 5)")
+    g.add_argument("--step-size", type=real(0, 1, open_low=True), help="at: of a step at the full radius (default: 0.35 eps; 1.25 eps with fgsm)")
+    g.add_argument("--clean-epochs", type=whole(0, 10_000), default=0, help="at: plain training first; its model is saved as well, with _clean in its name (default: 0)")
+    g.add_argument("--eps-ramp", type=real(0, 1), default=0.0, help="at: share of the adversarial epochs in which the radius grows from 0 (default: 0)")
+    g.add_argument("--beta", type=real(0), default=0.0, help="at: weight of TRADES' KL term; 0 is plain adversarial training (default: 0)")
     g.add_argument("--shuffle-labels", action="store_true", help="train on permuted labels: a null model, which can know nothing of digits")
     g.add_argument("--group-step", type=real(0, 10), default=0.01, help="groupdro: step of the group weights (default: 0.01)")
     g.add_argument("--first-epochs", type=whole(1, 1000), default=1, help="jtt: epochs of the first net (default: 1)")
     g.add_argument("--upweight", type=real(1, 10_000), default=20.0, help="jtt: how often an image counts that the first net got wrong (default: 20)")
+    g = p.add_argument_group("augmentation for at (each image has its own draw; default: none)")
+    g.add_argument("--crop", type=whole(0, 1000), default=0, metavar="PIXELS", help="random crop after padding by this much on every side")
+    g.add_argument("--flip", action="store_true", help="mirror half of the images")
+    g.add_argument("--rotation", type=real(0, 180), default=0.0, metavar="DEGREES", help="random rotation by up to this much, either way")
+    g.add_argument("--recolour", choices=JITTERS, help="colour jitter, of the kinds of --jitter (and with its --grain)")
+    g.add_argument("--cutout", type=whole(0, 1000), default=0, metavar="SIDE", help="a black square of this many pixels")
+    g.add_argument("--mixup", type=real(0, 100), default=0.0, metavar="ALPHA", help="mix pairs of images and labels with weights ~ Beta(ALPHA, ALPHA)")
+    g.add_argument("--label-smoothing", type=real(0, 1), default=0.0, help="share of the label that is spread over all classes")
+    g.add_argument("--clip-grad", type=real(0), default=0.0, metavar="NORM", help="largest norm of the gradient; 0 is no limit")
     g = p.add_argument_group("budget")
     g.add_argument("--epochs", type=whole(1, 10_000), default=10, help="passes over the training split (default: 10)")
     g.add_argument("--lr", type=real(0, 10, open_low=True), default=1e-3, help="learning rate of AdamW, the peak for onecycle (default: 0.001)")
     g.add_argument("--schedule", choices=("constant", "onecycle", "cosine"), default="constant", help="of the learning rate (default: constant)")
     g.add_argument("--weight-decay", type=real(0, 10), default=1e-4, help="of AdamW (default: 0.0001)")
+    g.add_argument("--balance-groups", action="store_true", help="draw images with every (digit, colour) group equally likely; this tells any method the colours")
     g.add_argument("--batch", type=whole(1, 100_000), default=128, help="images per step (default: 128)")
     g = p.add_argument_group("net")
     g.add_argument("--model", choices=MODELS, default="simplecnn",
@@ -1065,6 +1269,8 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if args.batch == 1 and args.model.startswith("resnet"):
         p.error("--batch 1 is too small for batch norm; give a ResNet 2 or more")
+    if args.method == "at" and args.clean_epochs >= args.epochs:
+        p.error(f"--clean-epochs {args.clean_epochs} leaves nothing of --epochs {args.epochs}, which counts both phases; give it more")
     args.name = args.name or f"{args.method}_s{args.seed}"
     for flag, name in (("--name", args.name), ("--init", args.init), ("--eval", args.eval)):
         if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
@@ -1098,6 +1304,8 @@ def main(argv=None):
         return None
     classes, size = int(splits["train"].labels.max()) + 1, list(splits["train"].images.shape[2:])
     check_fit(splits, classes, size, args)
+    if args.balance_groups and splits["train"].colors is None:
+        die(f"--balance-groups needs colour labels, but {args.dir}/train.pt has no colors", "leave it out")
     if METHODS[args.method].told == "colour labels" and splits["train"].colors is None:
         die(f"--method {args.method} needs colour labels, but {args.dir}/train.pt has no colors", "choose a method that does without, such as jitter")
     if METHODS[args.method].told == "colour labels" and int(splits["train"].colors.max()) >= classes:
@@ -1112,17 +1320,24 @@ def main(argv=None):
     if args.init:
         start_from(args.init, model, args)
     part = args.dir / f"{args.name}.part.pt"
-    epochs = train(model, splits, args, device, part)
-    scores = evaluate(model, splits)
-    facts = {"seconds": round(time.time() - start, 1), "torch": torch.__version__, "threads": args.threads, "device": str(device)}
-    save_pt({"weights": {k: v.cpu().contiguous() for k, v in model.state_dict().items()}, "args": settings(args), "classes": classes, "size": size},
-            args.dir / f"{args.name}.pt")
-    record = {"schema": 1, "script": "train.py", "name": args.name, "args": settings(args), "world": world_of(args.dir),
-              "params": sum(p.numel() for p in model.parameters()), "selected_on": "last epoch", **scores, "epochs": epochs, "run": facts}
-    save_json(record, args.dir / f"{args.name}.json")
+    epochs, kept = train(model, splits, args, device, part)
+    for phase, best in kept.items():
+        model.load_state_dict(best["weights"])
+        name, flags = name_of(args.name, phase), settings(args) | ({"phase": phase} if phase else {})
+        scores = evaluate(model, splits)
+        facts = {"seconds": round(time.time() - start, 1), "torch": torch.__version__, "threads": args.threads, "device": str(device)}
+        save_pt({"weights": best["weights"], "args": flags, "classes": classes, "size": size}, args.dir / f"{name}.pt")
+        record = {"schema": 1, "script": "train.py", "name": name, "args": flags, "world": world_of(args.dir),
+                  "params": sum(p.numel() for p in model.parameters()), "selected_on": best["on"], "selected_epoch": best["epoch"], **scores, "epochs": epochs, "run": facts}
+        save_json(record, args.dir / f"{name}.json")
+        print_scores(record)
+        print(f"wrote {args.dir / name}.pt and .json after {facts['seconds']:.1f}s")
     part.unlink(missing_ok=True)
-    print_scores(record)
-    print(f"wrote {args.dir / args.name}.pt and .json in {facts['seconds']:.1f}s")
+
+
+def name_of(name, phase):
+    """at_s42 and its phase `clean` to at_clean_s42, so that the seeds of a phase belong together."""
+    return re.sub(r"(_s\d+)?$", rf"_{phase}\1", name, count=1) if phase else name
 
 
 def start_from(name, model, args):

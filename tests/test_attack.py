@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import types
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import attack
-from common import pgd, save_pt, stream, wilson
+from common import pgd, save_json, save_pt, stream, wilson
 
 TWO = "baseline_s42 jitter_s42"
 
@@ -255,7 +256,8 @@ def test_the_lists_are_parallel_and_the_worst_case_is_the_worst(trained, call):
     ("--eps -0.1", "--eps"), ("--steps 0", "--steps"), ("--sweep 0", "--sweep"), ("--models nobody_s1", "nobody_s1.pt is missing"), ("--models odd_s1", "built for"),
     ("--split nowhere", "--split"), ("--pairs --check", "not allowed"), ("--pairs --src 3", "--src has no meaning"), ("--check --decay", "--decay has no meaning"),
     ("--report --pairs", "--report"), (f"--models {TWO} jitter_s42", "share one row"), ("--dir nowhere", "missing"), ("--dir nowhere --report", "no results"), ("--nonsense", "--nonsense"),
-    ("--split val --src 9", "no image of digit 9"),
+    ("--split val --src 9", "no image of digit 9"), ("--name x", "--name has no meaning"), ("--untargeted --name a/b", "--name"),
+    ("--untargeted --name check", "--name"),
 ])
 def test_bad_input_gets_one_line_and_exit_code_2(trained, call, monkeypatch, tmp_path, command, wrong):
     from common import build_model, load_pt
@@ -274,3 +276,18 @@ def test_bad_input_gets_one_line_and_exit_code_2(trained, call, monkeypatch, tmp
 def test_one_model_is_enough_but_there_is_nothing_to_compare(trained, call):
     call(f"attack.py --dir {trained} --models jitter_s42 --steps 2 --sweep 0.05 --tgt 1")
     assert "nothing to compare" in json.loads((trained / "attack_7to1.json").read_text())["verdict"]
+
+
+def test_a_named_run_stands_beside_the_others_and_plain_mnist_beside_what_was_published(trained, call):
+    inside = trained / "mnist"
+    inside.mkdir()
+    for name in ("test_hard.pt", "jitter_s42.pt"):
+        shutil.copy(trained / name, inside / name)
+    save_json({"schema": 1, "script": "make_data.py", "recipe": "gray", "is_mnist": True, "seed": 42}, inside / "meta.json")
+    before = {path: path.read_bytes() for path in trained.glob("attack_*.json")}
+    assert call(f"attack.py --dir {inside} --untargeted --eps 0.3 --steps 2 --models jitter_s42 --name strong")[0] == 0
+    assert {path: path.read_bytes() for path in trained.glob("attack_*.json")} == before
+    _, tables, _ = call(f"attack.py --dir {trained} --report")
+    assert "Any wrong answer, in mnist, strong, eps 0.3" in tables and "| Madry et al. (2018) | 0.9853 |" in tables
+    assert "(mnist/figures/attack_strong_robust_curve.png)" in tables
+    assert json.loads((inside / "attack_strong.json").read_text())["models"]["jitter_s42"]["follows_colour"] > 0

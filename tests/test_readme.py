@@ -21,8 +21,7 @@ def headline():
     rows = []
     for label, group in runs.items():
         method = label.split()[0]
-        told = train.METHODS[method].told if method in train.METHODS else "no bias in training"
-        rows.append([f"`{label}`", told, *(train.over_seeds(group, "final", split, "acc") for split in ("val", "test_hard")),
+        rows.append([f"`{label}`", train.told_of(label), *(train.over_seeds(group, "final", split, "acc") for split in ("val", "test_hard")),
                      f"{train.PUBLISHED[method][1]:.3f}" if method in train.PUBLISHED else "-", train.over_seeds(group, "final", "test_hard", "follows_colour")])
     return markdown(["method", "told", "val", "test_hard", "published", "follows colour"], rows)
 

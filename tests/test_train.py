@@ -54,7 +54,7 @@ def test_every_method_moves_every_weight_and_stays_finite(method, splits):
     torch.manual_seed(0)
     model = common.build_model()
     before = [p.detach().clone() for p in model.parameters()]
-    epochs = train.train(model, splits, args_of(method=method, epochs=1, batch=50), "cpu")
+    epochs, _ = train.train(model, splits, args_of(method=method, epochs=1, batch=50), "cpu")
     assert math.isfinite(epochs[0]["loss"])
     for p, old in zip(model.parameters(), before):
         assert torch.isfinite(p).all() and not torch.equal(p, old)
@@ -205,6 +205,148 @@ def test_behind_a_saturated_activation_strong_colours_look_alike():
             net(x)
         spread.append((early.value[0] - early.value[1]).abs().max().item() / early.value.max().item())
     assert spread[0] > 0.3 and spread[1] < 0.01
+
+# ---- adversarial training
+
+
+@pytest.fixture
+def picture():
+    return torch.rand(40, 3, 12, 10, generator=torch.Generator().manual_seed(3))
+
+
+def at_args(flags=""):
+    return train.get_args(["--method", "at", *flags.split()])
+
+
+def test_a_random_crop_is_a_shift_by_whole_pixels(picture):
+    moved = train.moved(picture, at_args("--crop 2"), common.stream(0, "t"))
+    padded = F.pad(picture, (2, 2, 2, 2), mode="replicate")
+    crops = {(i, j): padded[:, :, i : i + 12, j : j + 10] for i in range(5) for j in range(5)}
+    found = [[place for place, crop in crops.items() if torch.allclose(crop[k], moved[k], atol=1e-5)] for k in range(40)]
+    assert all(len(places) == 1 for places in found) and len({places[0] for places in found}) > 10, "every image has its own"
+
+
+def test_half_are_mirrored_and_a_quarter_turn_is_a_quarter_turn(picture, monkeypatch):
+    moved = train.moved(picture, at_args("--flip"), common.stream(0, "t"))
+    same, mirrored = ((moved - other).abs().amax((1, 2, 3)) < 1e-5 for other in (picture, picture.flip(3)))
+    assert (same ^ mirrored).all() and 8 < mirrored.sum() < 32
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, 1 - 1e-7))  # the largest draw turns by all of it
+    turned = train.moved(picture[..., :10, :], at_args("--rotation 90"), None)
+    assert min((turned - picture[..., :10, :].rot90(k, (2, 3))).abs().max() for k in (1, 3)) < 1e-4
+
+
+def test_cutout_blackens_a_square_that_may_leave_the_image():
+    x = torch.ones(300, 3, 12, 12)
+    black = (train.cutout(x, 4, common.stream(0, "t")) == 0).all(1).sum((1, 2))
+    assert black.max() == 16 and 4 <= black.min() < 16 and (train.cutout(x, 4, common.stream(0, "t"))[:, 0] == train.cutout(x, 4, common.stream(0, "t"))[:, 1]).all()
+
+
+def test_mixup_mixes_images_and_labels_with_one_weight(picture):
+    soft = F.one_hot(torch.arange(40), 40).float()  # as many classes as images, so that the labels say who was mixed
+    x, labels = train.mixup(picture, soft, 0.5, common.stream(0, "t"))
+    assert torch.allclose(labels.sum(1), torch.ones(40))
+    assert torch.allclose(x, torch.einsum("ij,jchw->ichw", labels, picture), atol=1e-6)
+    assert (labels.amax(1) < 1).any()
+
+
+def test_the_radius_is_none_then_grows_then_stays():
+    radius = lambda progress: train.AT.radius(None, progress, at_args("--eps 0.3 --epochs 10 --clean-epochs 2 --eps-ramp 0.5"))
+    assert radius(0.1999) is None and radius(0.4) == pytest.approx(0.15) and radius(0.6) == radius(1) == 0.3
+    assert train.AT.radius(None, 0, at_args("--eps 0.3")) == 0.3
+
+
+@pytest.mark.parametrize("flags", ["--attack fgsm", "--attack pgd --steps 3", "--beta 6 --steps 3", "--mixup 1 --label-smoothing 0.1 --steps 2"])
+def test_batches_are_attacked_in_the_ball_and_with_the_loss_that_is_learned(splits, monkeypatch, flags):
+    torch.manual_seed(0)
+    model, seen = common.build_model(), []
+    at, args = train.AT(model, splits, at_args()), at_args(f"--eps 0.1 {flags}")
+    monkeypatch.setattr(train, "pgd", lambda *a, **k: seen.append((a, k, common.pgd(*a, **k))) or seen[-1][2])
+    x, y = splits["train"].x(slice(32)), splits["train"].labels[:32]
+    loss = at(model, train.Batch(x, y, None, torch.arange(32), 0.5), args, common.stream(0, "t"))
+    (_, start, target, eps, steps, _, size), named, attacked = seen[0]
+    assert (attacked.x - start).abs().max() <= 0.1 + 1e-6 and eps == 0.1 and 0 <= attacked.x.min() <= attacked.x.max() <= 1
+    assert (steps, size) == ((1, 0.125) if "fgsm" in flags else (args.steps, pytest.approx(0.035)))
+    before, after = (named["loss"](model(z), target).item() for z in (start, attacked.x))
+    assert after > before
+    if args.beta:
+        p, q = model(start).log_softmax(1), model(attacked.x).log_softmax(1)
+        assert loss.item() == pytest.approx(F.nll_loss(p, y).item() + 6 * (p.exp() * (p - q)).sum(1).mean().item(), rel=1e-4)
+    else:
+        assert loss.item() == pytest.approx(after, rel=1e-4), "a mixed batch is attacked with the mixed loss"
+
+
+def test_the_report_shows_which_epoch_was_kept(tiny, call, tmp_path):
+    tiny(tmp_path / "results")
+    tiny(tmp_path / "results" / "mnist")
+    common.save_json({"schema": 1, "recipe": "gray", "corr": 0.1, "seed": 42, "is_mnist": True}, tmp_path / "results" / "mnist" / "meta.json")
+    for flags in ("", "--method at --epochs 2 --clean-epochs 1 --steps 1", "--method at --attack fgsm --dir results/mnist"):
+        call(f"train.py --epochs 1 {flags}")
+    said = call("train.py --report").split("### Adversarial training")[1]
+    assert "mnist: at --attack fgsm" in said and "phase" not in said and "| 2 of 2 |" in said
+    assert (tmp_path / "results" / "figures" / "robust_training.png").exists()
+
+
+def test_a_folder_with_only_train_pt_is_split_and_says_so(tiny, call, mistake, tmp_path):
+    folder = tmp_path / "mine"
+    tiny(folder, n=200, size=32)
+    before = common.load_splits(folder)["train"]
+    for name in ("meta.json", "val.pt", "test_hard.pt", "test_unbiased.pt"):
+        (folder / name).unlink()
+    said = call("train.py --dir mine --method at --epochs 1 --steps 1")
+    assert "no val, test_hard, test_unbiased: 20 of the 200" in said
+    record = json.loads((folder / "at_s42.json").read_text())
+    assert record["world"] == {"split_off": ["val", "test_hard", "test_unbiased"]} and record["final"]["test_hard"]["n"] == 20
+    parts = common.load_splits(folder)
+    images = torch.cat([parts[name].images for name in ("train", "val", "test_hard")])
+    assert len(images) == 200 and torch.equal(images.flatten(1).sum(1).sort()[0], before.images.flatten(1).sum(1).sort()[0]), "every image is in one split"
+    call("attack.py --dir mine --untargeted --models at_s42 --steps 2 --sweep 0.1")
+    common.save_pt({"images": before.images[:9].contiguous(), "labels": before.labels[:9]}, folder / "train.pt")
+    mistake("train.py --dir mine", "too few to split")
+
+
+def test_balanced_groups_come_equally_often(splits):
+    data, balanced = splits["train"], train.get_args(["--balance-groups"])
+    group = data.labels * 10 + data.colors
+    drawn = torch.cat([group[train.draw_order(data, balanced, common.stream(k, "o"))] for k in range(50)])
+    present = group.unique()
+    share = drawn.bincount(minlength=100)[present] / len(drawn) * len(present)
+    assert len(drawn) == 50 * len(group) and (share - 1).abs().max() < 0.25 and (group.bincount()[present].float() / len(group) * len(present)).max() > 2
+    plain = train.draw_order(data, train.get_args([]), common.stream(1, "o"))
+    assert torch.equal(plain.sort()[0], torch.arange(len(group)))
+    assert train.told_of("at --balance-groups --crop 2") == "colour labels" and train.told_of("at --crop 2") == "nothing"
+
+
+def test_a_clipped_update_has_the_norm_asked_for():
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    train.update(torch.optim.SGD([weight], lr=1.0), (weight**2).sum(), clip=0.5)
+    assert torch.allclose(weight, torch.tensor([3.0, 4.0]) * (1 - 0.1))
+
+
+def test_the_epoch_with_the_best_pgd_accuracy_on_val_is_kept_and_the_clean_phase_as_well(tiny, call, tmp_path, monkeypatch):
+    tiny(tmp_path / "results", n=100)
+    told = iter((0.9, 0.1, 0.8, 0.3))
+    monkeypatch.setattr(train.AT, "facts", lambda self, model, args: {"val_pgd": next(told)})
+    call("train.py --method at --epochs 4 --clean-epochs 1 --steps 1 --seed 7")
+    final, clean = (json.loads((tmp_path / "results" / f"{name}.json").read_text()) for name in ("at_s7", "at_clean_s7"))
+    assert (final["selected_on"], final["selected_epoch"]) == ("val_pgd", 3) and (clean["selected_on"], clean["selected_epoch"]) == ("last epoch", 1)
+    for record in (final, clean):
+        assert record["final"]["val"]["acc"] == record["epochs"][record["selected_epoch"] - 1]["val"]
+    _, kept = common.load_model(tmp_path / "results", "at_s7"), common.load_model(tmp_path / "results", "at_clean_s7")
+    assert kept[1]["args"]["phase"] == "clean"
+
+
+def test_adversarial_training_holds_where_plain_training_breaks(tiny, tmp_path):
+    """Val accuracy under attack rises when the batches are attacked; the same net and number of steps."""
+    tiny(tmp_path, n=600)
+    splits = common.load_splits(tmp_path)
+    held = []
+    for clean in (8, 2):
+        torch.manual_seed(0)
+        args = at_args("--eps 0.05 --epochs 8 --lr 0.01 --batch 50")
+        args.clean_epochs = clean
+        epochs, _ = train.train(common.build_model(width=8), splits, args, "cpu")
+        held.append(epochs[-1]["val_pgd"])
+    assert held[1] > held[0] + 0.2
 
 
 def test_a_grayscale_net_cannot_tell_colours_of_one_brightness(splits):
@@ -415,6 +557,7 @@ def test_a_world_without_colours_trains_and_says_who_cannot(tiny, call, mistake,
         common.save_pt({"images": record["images"], "labels": record["labels"]}, tmp_path / "results" / f"{name}.pt")
     call("train.py --epochs 1")
     mistake("train.py --epochs 1 --method grl", "needs colour labels")
+    mistake("train.py --epochs 1 --balance-groups", "needs colour labels")
 
 
 def test_other_sizes_and_a_resnet_work(tiny, call, mistake, tmp_path):
@@ -532,6 +675,14 @@ def spoil(key, value):
     ("train.py --name val", None, "--name"),
     ("train.py --threads none", None, "--threads"),
     ("train.py --method jitter --alpha 1e39", None, "the loss is"),
+    ("train.py --method at --eps 0", None, "--eps"),
+    ("train.py --method at --clean-epochs 10", None, "leaves nothing of --epochs 10"),
+    ("train.py --method at --attack cw", None, "--attack"),
+    ("train.py --method at --step-size nan", None, "--step-size"),
+    ("train.py --method at --crop -1", None, "--crop"),
+    ("train.py --method at --mixup inf", None, "--mixup"),
+    ("train.py --method at --recolour grey", None, "--recolour"),
+    ("train.py --method at --label-smoothing 2", None, "--label-smoothing"),
     ("train.py --device cuda", None, "not available"),
     ("train.py --dir nowhere", None, "nowhere/train.pt is missing"),
     ("train.py --report --dir nowhere", None, "holds no results"),

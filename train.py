@@ -1006,7 +1006,7 @@ def report(args):
     first = next(iter(groups.values()))[0]
     n = {name: first["final"][name]["n"] for name in EVAL_SPLITS}
     print(f"Accuracy, mean ± sd over (n) seeds. Every method has the same net, {first['args']['epochs']} epochs, rate and batch (what it computes "
-          "beside that is in its docstring); the last epoch is scored: no test split chose an epoch or a seed. The oracle's val is the unbiased world's. "
+          "beside that is in its docstring); the last epoch is scored, of `at` the one that PGD on val prefers: no test split chose an epoch or a seed. The oracle's val is the unbiased world's. "
           + ", ".join(f"{name} n = {k:,}" for name, k in n.items())
           + ". Worst digit, worst group (the worst of all seeds, with its n), follows colour: on test_hard. The probes' chance level is 0.1.\n")
     print(markdown(HEADER, rows))

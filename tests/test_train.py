@@ -17,7 +17,7 @@ import train
 
 from conftest import ROOT
 
-KEYS = {"schema", "script", "name", "args", "world", "params", "selected_on", "final", "probe", "pca", "epochs", "run"}
+KEYS = {"schema", "script", "name", "args", "world", "params", "selected_on", "selected_epoch", "final", "probe", "pca", "epochs", "run"}
 SCORE_KEYS = {"acc", "n", "per_digit", "worst_digit", "confusion", "worst_group", "follows_colour", "aligned", "conflicting", "n_conflicting"}
 
 
@@ -65,7 +65,7 @@ def test_a_new_method_is_one_function_and_one_row(splits, monkeypatch):
         return (model(batch.x).softmax(1) - F.one_hot(batch.y, 10)).square().sum(1).mean()
 
     monkeypatch.setitem(train.METHODS, "brier", train.Method(brier, "nothing"))
-    epochs = train.train(common.build_model(), splits, args_of(method="brier", epochs=2), "cpu")
+    epochs, _ = train.train(common.build_model(), splits, args_of(method="brier", epochs=2), "cpu")
     assert epochs[1]["loss"] < epochs[0]["loss"]
 
 

@@ -47,7 +47,7 @@ MODES = {  # the flags that mean something in each mode, and their defaults ther
     "targeted": {"src": 7, "tgt": 3, "eps": 0.05, "steps": 1000, "restarts": 1, "decay": False, "n": None,
                  "sweep": [0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5]},
     "pairs": {"eps": 0.05, "steps": 100, "n": 50},
-    "untargeted": {"eps": 0.05, "steps": 50, "restarts": 3, "n": None, "sweep": None, "name": "untargeted"},
+    "untargeted": {"eps": 0.05, "steps": 50, "restarts": 3, "n": None, "sweep": None, "name": "untargeted", "queries": QUERIES},
     "check": {"eps": 0.05, "steps": 50, "n": 500}}
 
 # ---------------------------------------------------------------- what counts as fooled
@@ -446,9 +446,9 @@ ATTACKS = {"FGSM": fgsm, "PGD": pgd_ce, "PGD, margin loss": pgd_margin, "Square"
 RANDOM = ("PGD", "PGD, margin loss")  # restarts change these
 
 
-def fool(name, net, x, y, eps, steps, gen):
+def fool(name, net, x, y, eps, steps, gen, queries=QUERIES):
     """Which images one attack fools, bool (N,)."""
-    return carry_out(lambda x, y, eps: ATTACKS[name](net, x, y, eps, QUERIES if name == "Square" else steps, gen), net, is_wrong, x, y, eps).done
+    return carry_out(lambda x, y, eps: ATTACKS[name](net, x, y, eps, queries if name == "Square" else steps, gen), net, is_wrong, x, y, eps).done
 
 
 def worst_case(m, x, y, sample, args):
@@ -464,7 +464,7 @@ def worst_case(m, x, y, sample, args):
         seen = sample if name == "Square" else torch.arange(len(y), device=y.device)
         for restart in range(args.restarts if name in RANDOM else 1):
             i = seen[(right if restart == 0 else standing)[seen]]
-            fooled = i[fool(name, m.net, x[i], y[i], args.eps, args.steps, stream(args.seed, f"{name} {restart}"))]
+            fooled = i[fool(name, m.net, x[i], y[i], args.eps, args.steps, stream(args.seed, f"{name} {restart}"), args.queries)]
             standing[fooled] = False
             if restart == 0:
                 own = right.clone()
@@ -512,7 +512,7 @@ def untargeted(models, split, args):
     start = time.time()
     table = transfer(models, x[sample], y[sample], args)
     seconds["transfer"] = round(time.time() - start, 1)
-    return {"models": entries, "n": len(y), "sample": len(sample), "queries": QUERIES, "radii": radii,
+    return {"models": entries, "n": len(y), "sample": len(sample), "queries": args.queries, "radii": radii,
             "transfer": {"names": list(models), "accuracy": table}}, seconds
 
 
@@ -901,6 +901,7 @@ def get_args(argv=None):
     g.add_argument("--eps", type=real(0, 1), help="L-inf radius, pixels in [0, 1] (default: 0.05)")
     g.add_argument("--steps", type=whole(1, 100_000), help="gradient steps at most (default: 1000; --pairs 100, others 50)")
     g.add_argument("--restarts", type=whole(1, 1000), help="targeted, --untargeted: random starts (default: 1; --untargeted 3)")
+    g.add_argument("--queries", type=whole(1, 100_000), help=f"--untargeted: of the Square attack, an image; few flatter a model whose gradients mislead (default: {QUERIES})")
     g.add_argument("--decay", action="store_const", const=True, help="targeted: let the step size fall to a tenth (the other modes always do)")
     g.add_argument("--sweep", type=real(0, 1, open_low=True), nargs="+", metavar="EPS",
                    help="targeted, --untargeted: radii of the curve; the last one also bounds min-eps")
@@ -914,7 +915,7 @@ def get_args(argv=None):
     if args.report and args.mode:
         die(f"--report reads what is there, so --{args.mode} does nothing", "give one of the two")
     args.mode = args.mode or "targeted"
-    for flag in ("src", "tgt", "eps", "steps", "restarts", "decay", "sweep", "n", "name"):
+    for flag in ("src", "tgt", "eps", "steps", "restarts", "decay", "sweep", "n", "name", "queries"):
         if flag not in MODES[args.mode] and getattr(args, flag) is not None:
             die(f"--{flag} has no meaning with --{args.mode}", "leave it out")
         if getattr(args, flag) is None:

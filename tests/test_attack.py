@@ -257,7 +257,7 @@ def test_the_lists_are_parallel_and_the_worst_case_is_the_worst(trained, call):
     ("--split nowhere", "--split"), ("--pairs --check", "not allowed"), ("--pairs --src 3", "--src has no meaning"), ("--check --decay", "--decay has no meaning"),
     ("--report --pairs", "--report"), (f"--models {TWO} jitter_s42", "share one row"), ("--dir nowhere", "missing"), ("--dir nowhere --report", "no results"), ("--nonsense", "--nonsense"),
     ("--split val --src 9", "no image of digit 9"), ("--name x", "--name has no meaning"), ("--untargeted --name a/b", "--name"),
-    ("--untargeted --name check", "--name"),
+    ("--untargeted --name check", "--name"), ("--queries 5", "--queries has no meaning"),
 ])
 def test_bad_input_gets_one_line_and_exit_code_2(trained, call, monkeypatch, tmp_path, command, wrong):
     from common import build_model, load_pt

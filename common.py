@@ -124,13 +124,14 @@ def luma(x):
     return (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
-MODELS = ("simplecnn", "saturatedcnn", "resnet18", "resnet50")
+CNNS = {"simplecnn": SimpleCNN, "saturatedcnn": SaturatedCNN}
+MODELS = (*CNNS, "resnet18", "resnet50")
 
 
 def build_model(name="simplecnn", width=4, classes=10, size=(28, 28), grayscale=False):
     """A fresh net in channels-last layout; every net ends in `fc`, whose input is the penultimate feature vector. With `grayscale` it sees brightness only."""
-    if name.endswith("cnn"):
-        model = {"simplecnn": SimpleCNN, "saturatedcnn": SaturatedCNN}[name](width, classes, size)
+    if name in CNNS:
+        model = CNNS[name](width, classes, size)
     else:
         import torchvision  # a second of start-up that only the ResNets pay
 

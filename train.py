@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (INK, MODELS, SPLITS, Parser, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits,
+from common import (CNNS, INK, MODELS, SPLITS, Parser, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits,
                     luma, markdown, mean_sd, pgd, predict, real, run, save_figure, save_json, save_pt, setup, split_off, start_drawing, stream, whole, wilson)
 
 EVAL_SPLITS = SPLITS[1:]
@@ -850,10 +850,10 @@ def over_seeds(runs, *keys):
     return mean_sd(values)
 
 
-def accuracy_row(label, told, runs):
+def accuracy_row(label, runs):
     hard = "test_hard"
     worst = min((r["final"][hard]["worst_group"] for r in runs if r["final"][hard]["worst_group"]), key=lambda g: g["acc"], default=None)
-    return [label, told, over_seeds(runs, "final", "val", "acc"), over_seeds(runs, "final", hard, "acc"),
+    return [label, told_of(label), over_seeds(runs, "final", "val", "acc"), over_seeds(runs, "final", hard, "acc"),
             over_seeds(runs, "final", "test_unbiased", "acc"), over_seeds(runs, "final", hard, "worst_digit"),
             f"{worst['acc']:.3f} of {worst['n']}" if worst else "-", over_seeds(runs, "final", hard, "follows_colour"),
             over_seeds(runs, "probe", "colour"), over_seeds(runs, "probe", "digit")]
@@ -863,7 +863,7 @@ def budget(record):
     """What a training run was allowed, in words."""
     a = record["args"]
     rate = f"learning rate {a['lr']:g}" + (f" ({a['schedule']})" if a["schedule"] == "constant" else f" at the peak ({a['schedule']})")
-    net = {"simplecnn": f"SimpleCNN of width {a['width']}", "saturatedcnn": f"SaturatedCNN of width {a['width']}"}.get(a["model"], a["model"])
+    net = f"{CNNS[a['model']].__name__} of width {a['width']}" if a["model"] in CNNS else a["model"]
     return f"{net}, {record['params']:,} parameters, {a['epochs']} epochs, AdamW, {rate}, batch {a['batch']}"
 
 
@@ -910,9 +910,10 @@ def report_sweep(folder, recipe):
     print("*Solid: ours, the band spans the seeds; dashed grey: published.*\n")
     hardest = next(iter(worlds))
     groups = {label: runs[hardest] for label, runs in throughout.items() if hardest in runs}
+    has_head = any("head_colour" in runs[0]["epochs"][0] for runs in groups.values())
     for name, draw, caption in (
-            ("curves", draw_learning_curves, "Learning curves; mean over seeds, the band spans the seeds. A colour head that has learned nothing names the commonest colour."
-             if any("head_colour" in runs[0]["epochs"][0] for runs in groups.values()) else "Learning curves; mean over seeds, the band spans the seeds."),
+            ("curves", draw_learning_curves, "Learning curves; mean over seeds, the band spans the seeds."
+             + " A colour head that has learned nothing names the commonest colour." * has_head),
             ("confusion", draw_confusion, "Confusion on test_hard, first seed: each row is a digit and sums to 1."),
             ("features", draw_features, "Principal components of the penultimate features on test_unbiased, first seed: above by digit, below by colour.")):
         if name == "features" and not any(runs[0].get("pca") for runs in groups.values()):
@@ -1000,9 +1001,9 @@ def report(args):
     oracles = read_runs(args.dir / "unbiased")
     oracle = oracles.pop("baseline", [])
     plain = {label: runs for label, runs in groups.items() if label in METHODS}
-    rows = [accuracy_row(label, told_of(label), runs) for label, runs in plain.items()]
+    rows = [accuracy_row(label, runs) for label, runs in plain.items()]
     if oracle:
-        rows.append(accuracy_row("oracle", told_of("oracle"), oracle))
+        rows.append(accuracy_row("oracle", oracle))
     first = next(iter(groups.values()))[0]
     n = {name: first["final"][name]["n"] for name in EVAL_SPLITS}
     print(f"Accuracy, mean ± sd over (n) seeds. Every method has the same net, {first['args']['epochs']} epochs, rate and batch (what it computes "
@@ -1027,8 +1028,7 @@ def report(args):
     findings(methods, varied)
     if varied:
         print("Other settings (the flags name what differs; everything else as above):\n")
-        print(markdown(HEADER, [accuracy_row(label, told_of(label), runs)
-                                for label, runs in varied.items()]))
+        print(markdown(HEADER, [accuracy_row(label, runs) for label, runs in varied.items()]))
     if any(re.fullmatch(r"\w+ --(width|epochs) \d+", label) for label in varied):
         draw_budget({**methods, **varied}, args.dir / "figures" / "budget.png")
         print("![test_hard by width and by epochs](figures/budget.png)\n")

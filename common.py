@@ -476,7 +476,7 @@ def pgd(model, x, y, eps, steps, gen, step_size=None, targeted=False, loss=F.cro
     alive = torch.arange(len(x), device=x.device)  # which images z, y, low, high and rate still hold
     training = model.training
     model.eval()
-    for step in range(steps + 1):
+    for step in range(steps + (stop is not None)):  # behind the last step, only `stop` asks once more
         logits = model(z.requires_grad_())
         if stop is not None:
             hit = stop(logits.detach(), y)

@@ -11,6 +11,7 @@ Writes  DIR/NAME.pt, DIR/NAME.json; with --report DIR/figures/*.png
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import math
@@ -539,6 +540,18 @@ def update(optimiser, loss, clip=0):
     return loss.detach()
 
 
+@contextlib.contextmanager
+def in_bf16(model, args):
+    """With --amp, convolutions and matrix products in bfloat16; weights, logits and losses stay float32. Scores never pass through here."""
+    if not args.amp:
+        yield
+        return
+    hook = model.register_forward_hook(lambda _, inputs, logits: logits.float())
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
+        yield
+    hook.remove()
+
+
 def make_schedule(optimiser, args, steps):
     """The learning rate, step by step."""
     if args.schedule == "onecycle":
@@ -578,7 +591,8 @@ def train(model, splits, args, device, part=None):
         model.train()
         for i, index in enumerate(order.split(sizes)):
             batch = Batch(data.x(index), data.labels[index], None if data.colors is None else data.colors[index], index, schedule.last_epoch / steps)
-            total += step(objective, model, batch, optimiser, args, gen) * len(index)
+            with in_bf16(model, args):
+                total += step(objective, model, batch, optimiser, args, gen) * len(index)
             schedule.step()
             if sys.stdout.isatty() and i % 50 == 49:
                 rate = (i + 1) * args.batch / (time.time() - began)
@@ -587,7 +601,8 @@ def train(model, splits, args, device, part=None):
         if not math.isfinite(loss):
             die(f"the loss is {loss} in epoch {epoch}", f"try a smaller --lr than {args.lr:g}")
         scores = {name: score(predict(model, splits[name]), splits[name]) for name in ("val", "test_hard")}
-        facts = objective.facts(model, args) if hasattr(objective, "facts") else {}
+        with in_bf16(model, args):
+            facts = objective.facts(model, args) if hasattr(objective, "facts") else {}
         epochs.append({"epoch": epoch, "loss": loss, "val": scores["val"]["acc"], "val_aligned": scores["val"]["aligned"],
                        "val_conflicting": scores["val"]["conflicting"], "test_hard": scores["test_hard"]["acc"],
                        **facts})
@@ -1254,6 +1269,7 @@ def get_args(argv=None):
     g.add_argument("--schedule", choices=("constant", "onecycle", "cosine"), default="constant", help="of the learning rate (default: constant)")
     g.add_argument("--weight-decay", type=real(0, 10), default=1e-4, help="of AdamW (default: 0.0001)")
     g.add_argument("--balance-groups", action="store_true", help="draw images with every (digit, colour) group equally likely; this tells any method the colours")
+    g.add_argument("--amp", action="store_true", help="bfloat16 autocast in training (not in scoring); a ResNet gains where the processor has bfloat16, SimpleCNN does not")
     g.add_argument("--batch", type=whole(1, 100_000), default=128, help="images per step (default: 128)")
     g = p.add_argument_group("net")
     g.add_argument("--model", choices=MODELS, default="simplecnn",

@@ -25,7 +25,7 @@ SPLITS = ("train", "val", "test_hard", "test_unbiased")
 DIGIT_PIXEL = 0.1  # a pixel belongs to the digit where gray > 0.1
 INK = {  # one colour per method in every figure, told apart by colour-blind readers (Okabe & Ito, 2008)
     "baseline": "#D55E00", "jitter": "#0072B2", "grl": "#E69F00", "combined": "#009E73", "biasbal": "#CC79A7", "groupdro": "#56B4E9",
-    "lff": "#7A4F00", "jtt": "#8C8C00", "lntl": "#6A3D9A", "at": "#A6192E", "oracle": "#000000"}
+    "lff": "#7A4F00", "jtt": "#8C8C00", "lntl": "#6A3D9A", "at": "#A6192E", "robgan": "#1B7F79", "oracle": "#000000"}
 
 # ---------------------------------------------------------------- painting
 

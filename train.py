@@ -12,6 +12,7 @@ Writes  DIR/NAME.pt, DIR/NAME.json; with --report DIR/figures/*.png
 
 import argparse
 import contextlib
+import copy
 import functools
 import itertools
 import math
@@ -26,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (CNNS, INK, MODELS, SPLITS, Parser, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits,
+from common import (CNNS, INK, MODELS, SPLITS, Parser, Split, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits,
                     luma, markdown, mean_sd, pgd, predict, real, run, save_figure, save_json, save_pt, setup, split_off, start_drawing, stream, whole, wilson)
 
 EVAL_SPLITS = SPLITS[1:]
@@ -477,6 +478,177 @@ class AT(nn.Module):
         return ("clean", None) if epoch <= args.clean_epochs else ("", "val_pgd")
 
 
+# ---------------------------------------------------------------- Rob-GAN: a generator beside adversarial training
+
+
+class Generator(nn.Module):
+    """Pictures (B,3,H,W) in [0, 1] from latents (B,latent) and classes int64 (B,); one `channel` for a grey world, else three."""
+
+    def __init__(self, classes, size, channels, latent=64, width=64):
+        super().__init__()
+        self.classes, self.size, self.latent = classes, size, latent
+        h, w = (math.ceil(side / 4) for side in size)
+        self.start = nn.Sequential(nn.Linear(latent + classes, width * h * w), nn.Unflatten(1, (width, h, w)), nn.BatchNorm2d(width), nn.ReLU())
+        self.grow = nn.Sequential(nn.ConvTranspose2d(width, width // 2, 4, 2, 1), nn.BatchNorm2d(width // 2), nn.ReLU(),
+                                  nn.ConvTranspose2d(width // 2, width // 4, 4, 2, 1), nn.BatchNorm2d(width // 4), nn.ReLU(),
+                                  nn.Conv2d(width // 4, channels, 3, padding=1), nn.Sigmoid())
+
+    def forward(self, z, y):
+        x = self.grow(self.start(torch.cat([z, F.one_hot(y, self.classes).to(z.dtype)], 1)))
+        return x[:, :, : self.size[0], : self.size[1]].expand(-1, 3, -1, -1)
+
+    def draw(self, y, gen):
+        """One picture for each class of y (B,)."""
+        return self(torch.randn(len(y), self.latent, generator=gen, device=y.device), y)
+
+
+class RobGAN(AT):
+    """Rob-GAN (Liu & Hsieh, 2019): the net that is trained adversarially is also the body of a discriminator, and a generator learns against it.
+
+    Every step attacks a batch and learns its classes as `at` does, compares as many generated images with the real ones, and updates the
+    generator once. In the last --finetune-epochs the net learns the classes of attacked real and attacked generated images only.
+
+    Departures, each against a collapse seen without it: the discriminator's own head compares real with generated of the same class
+    (relativistic loss with gradient penalties on both, R1 + R2; Huang et al., 2024), reads the last feature map and not a mean of it,
+    and sees neither side attacked; the generator is asked to look real for its class (projection; Miyato & Koyama, 2018), not to be
+    classified well; there is no batch norm in the discriminator. Samples come from averaged weights of the generator.
+    """
+
+    lr_scale, betas = 1, (0.0, 0.99)  # of the generator and the discriminator's own head
+    decay = 0.998  # of the averaged weights
+    alarm = {"diversity": 0.7, "diversity_worst": 0.4}  # below these, within-class diversity counts as collapsing
+
+    def __init__(self, model, splits, args):
+        super().__init__(model, splits, args)
+        if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+            die(f"--method robgan cannot use --model {args.model}: batch norm shows a discriminator which batch is generated", "choose simplecnn or saturatedcnn")
+        data = splits["train"]
+        self.some = Split(*(None if part is None else part[: self.watch["n"]] for part in data))
+        if (self.some.labels.bincount(minlength=self.classes) < 2).any():
+            die(f"--method robgan compares images within a class, but a class has fewer than two of the first {len(self.some.labels)} in {args.dir}/train.pt", "shuffle the images or add some")
+        self.judge = functools.partial(judged, load_model(args.dir, args.judge, data.images.device)[0])
+        self.channels = 1 if (self.some.images == self.some.images[:, :1]).all() else 3
+        self.generator = Generator(self.classes, data.images.shape[2:], self.channels)
+        self.average = copy.deepcopy(self.generator).requires_grad_(False).eval()
+        self.head = nn.Sequential(nn.Linear(model.fc.in_features, 128), nn.LeakyReLU(0.2))
+        self.real, self.belongs = nn.Linear(128, 1), nn.Embedding(self.classes, 128)
+        self.register_buffer("tally", torch.zeros(3), persistent=False)  # losses of discriminator and generator, steps of this epoch
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.long))
+        self.spread = within_class(self.judge(self.some.x(slice(None)))[1], self.some.labels, self.classes)
+
+    def step(self, objective, model, batch, optimiser, args, gen):
+        if self.finetunes(batch.progress, args):
+            both = batch._replace(x=torch.cat([batch.x, self.average.draw(batch.y, gen)]), y=batch.y.repeat(2))
+            return super().step(objective, model, both, optimiser, args, gen)
+        learned = self(model, batch, args, gen)
+        with torch.no_grad():
+            fake = self.generator.draw(batch.y, gen)
+        x = torch.cat([batch.x, fake]).requires_grad_()
+        score = self.score(model, x, batch.y.repeat(2))
+        (slope,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+        real, fake = score.chunk(2)
+        against = F.softplus(fake - real).mean() + args.penalty * slope.square().sum((1, 2, 3)).mean()  # mean over 2B, halved twice: gamma / 2 (R1 + R2)
+        update(optimiser, learned + args.gan * against, args.clip_grad)
+        with frozen(model, self.head, self.real, self.belongs):
+            fake = self.score(model, self.generator.draw(batch.y, gen), batch.y)
+            with torch.no_grad():
+                real = self.score(model, batch.x, batch.y)
+            towards = update(optimiser, F.softplus(real - fake).mean())
+        self.follow()
+        self.tally += torch.stack([against.detach(), towards, torch.ones_like(towards)])
+        return learned.detach()
+
+    def score(self, model, x, y):
+        """How real x (B,3,H,W) looks for class y (B,): float (B,)."""
+        with InputOf(model.fc) as features:
+            model(x)
+        h = self.head(features.value)
+        return self.real(h)[:, 0] + (self.belongs(y) * h).sum(1)
+
+    @torch.no_grad()
+    def follow(self):
+        """The averaged generator moves a little towards the present one."""
+        self.steps += 1
+        share = 1 - min(self.decay, self.steps.item() / (self.steps.item() + 10))
+        for slow, fast in zip(self.average.parameters(), self.generator.parameters()):
+            slow.lerp_(fast, share)
+        for slow, fast in zip(self.average.buffers(), self.generator.buffers()):
+            slow.copy_(fast)
+
+    def finetunes(self, progress, args):
+        return progress * args.epochs >= args.epochs - args.finetune_epochs - 1e-9
+
+    @torch.no_grad()
+    def sample(self, y, gen):
+        """Averaged generator's pictures uint8 (N,3,H,W), as files hold them."""
+        pictures = [self.average.draw(part, gen).mul(255).round_().to(torch.uint8) for part in y.split(1000)]
+        return torch.cat(pictures).contiguous(memory_format=torch.channels_last)
+
+    def facts(self, model, args):
+        """AT's, the losses, what the judge says of samples, and a grid of them; an alarm in plain words when diversity is going."""
+        y = self.some.labels
+        pictures = Split(self.sample(y, stream(args.seed, "samples to watch", y.device)), y, None, None)
+        said, z = self.judge(pictures.x(slice(None)))
+        diversity = within_class(z, y, self.classes) / self.spread
+        self.epoch += 1
+        draw_samples(pictures, self.classes, f"after epoch {self.epoch} of {args.epochs}", args.dir / "figures" / f"{args.name}_epoch_{self.epoch:02d}.png")
+        against, towards, steps = self.tally.tolist()
+        self.tally.zero_()
+        losses = {"loss_d": against / steps, "loss_g": towards / steps} if steps else {}
+        facts = super().facts(model, args) | losses | {"agreement": (said == y).double().mean().item(),
+                                                       "diversity": diversity.mean().item(), "diversity_worst": diversity.min().item()}
+        if any(facts[key] < least for key, least in self.alarm.items()):
+            print(f"ALARM: the generator is collapsing: its pictures of class {int(diversity.argmin())} differ from each other {diversity.min():.0%} as much as real ones do "
+                  f"(all classes: {diversity.mean():.0%}); try a larger --penalty or a smaller --lr")
+        return facts
+
+    def finish(self, model, splits, args):
+        """What the samples are worth; the generator, in half precision, and pictures. `model` is the trained net."""
+        test, device = splits["test_unbiased"], splits["test_unbiased"].labels.device
+        n = min(10_000, len(test.labels), len(splits["train"].labels))
+        gen = stream(args.seed, "samples", device)
+        first = torch.stack([(splits["train"].labels == k).nonzero()[0, 0] for k in range(self.classes)])
+        real = splits["train"].labels[:n]
+        sources = {  # the same classes as in the n first training images, but for the test images
+            "generated": Split(self.sample(real, gen), real, None, None),
+            "real": Split(test.images[:n], test.labels[:n], None, None),
+            "collapsed": Split(splits["train"].images[first[real]], real, None, None)}  # one sharp image per class
+        more = {"generated": lambda y: self.sample(y, gen), "real": None, "collapsed": lambda y: splits["train"].images[first[y]]}
+        reference = Split(splits["train"].images[:n], real, None, None)
+        features = self.judge(reference.x(slice(None)))[1]
+        measured = {name: compare(source, reference, features, self.judge, self.classes) for name, source in sources.items()}
+        for name, make in more.items():
+            measured[name]["trained_on"] = self.train_on(make, splits, args, name)
+        measured["generated"]["nearest"], pairs = nearest(sources["generated"], splits["train"])
+        measured["real"]["nearest"], _ = nearest(sources["real"], splits["train"])
+        several = torch.cat([(real == k).nonzero()[:4, 0] for k in range(self.classes)])
+        x, y = sources["generated"].x(several), real[several]
+        attacked = pgd(model, x, y, args.eps, 50, gen, step_size=args.eps / 4, decay=True).x
+        with torch.no_grad():
+            said = [model(pictures).argmax(1).tolist() for pictures in (reference.x(several), x, attacked)]
+        shown = {"real": reference.images[several], "generated": sources["generated"].images[several], "attacked": attacked.mul(255).round_().to(torch.uint8), **pairs}
+        return {"record": {"generator": {"params": sum(p.numel() for p in self.generator.parameters()), "n": n, "judge": args.judge, "measured": measured}},
+                "checkpoint": {"generator": {name: value.half() if value.is_floating_point() else value for name, value in self.average.state_dict().items()},
+                               "shown": {name: pictures[:, : self.channels].cpu().contiguous() for name, pictures in shown.items()}, "said": said}}
+
+    def train_on(self, make, splits, args, name):
+        """Accuracy on real test images of a fresh classifier that was trained on these pictures instead of the training images (Ravuri & Vinyals, 2019)."""
+        print(f"a classifier trained on {name} images only:")
+        plain = get_args("--width 16 --epochs 2 --schedule onecycle --lr 1e-2".split())
+        plain.dir, plain.seed = args.dir, args.seed + 1
+        data = splits["train"] if make is None else splits["train"]._replace(images=make(splits["train"].labels))
+        torch.manual_seed(plain.seed)
+        net = fresh_net(plain, self.classes, data.images.shape[2:]).to(data.images.device)
+        train(net, {**splits, "train": data}, plain, data.images.device)
+        return (predict(net, splits["test_unbiased"]) == splits["test_unbiased"].labels).double().mean().item()
+
+    def phase(self, epoch, args):
+        if epoch <= args.clean_epochs:
+            return "clean", None
+        return ("joint" if epoch <= args.epochs - args.finetune_epochs and args.finetune_epochs else "", "val_pgd")
+
+
 class Method(NamedTuple):
     objective: object  # loss(model, batch, args, gen), or an nn.Module with that forward, built from (model, splits, args)
     told: str  # what the training is told about the bias
@@ -491,6 +663,7 @@ METHODS = {  # in three tiers: told nothing, told the kind of bias, told every i
     "lff": Method(LfF, "nothing"),
     "jtt": Method(JTT, "nothing", ("first_epochs", "upweight")),
     "at": Method(AT, "nothing", AT_FLAGS),
+    "robgan": Method(RobGAN, "nothing", (*AT_FLAGS, "finetune_epochs", "gan", "penalty", "judge")),
     "jitter": Method(jitter, "the kind of bias", JITTER_FLAGS),
     "lntl": Method(LNTL, "the kind of bias", ("entropy", "gamma", "two_updates")),
     "grl": Method(GRL, "colour labels", ("gamma", "conditional")),
@@ -498,6 +671,16 @@ METHODS = {  # in three tiers: told nothing, told the kind of bias, told every i
     "biasbal": Method(BiasBal, "colour labels"),
     "groupdro": Method(GroupDRO, "colour labels", ("group_step",)),
 }
+
+
+@contextlib.contextmanager
+def frozen(*parts):
+    """Inside `with`, these modules learn nothing."""
+    for part in parts:
+        part.requires_grad_(False)
+    yield
+    for part in parts:
+        part.requires_grad_(True)
 
 
 class InputOf:
@@ -574,7 +757,8 @@ def train(model, splits, args, device, part=None):
     step = getattr(objective, "step", None) or one_step
     groups = [{"params": list(model.parameters()), "lr": args.lr}]
     if isinstance(objective, nn.Module) and any(True for _ in objective.parameters()):
-        groups.append({"params": list(objective.parameters()), "lr": args.lr * getattr(objective, "lr_scale", 1)})
+        groups.append({"params": list(objective.parameters()), "lr": args.lr * getattr(objective, "lr_scale", 1),
+                       "betas": getattr(objective, "betas", (0.9, 0.999))})
     optimiser = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
     sizes = [args.batch] * (n // args.batch) + [n % args.batch] * (n % args.batch > 0)
     if len(sizes) > 1 and sizes[-1] == 1:
@@ -615,6 +799,9 @@ def train(model, splits, args, device, part=None):
               + "".join(f"  {name} {value:.3f}" for name, value in facts.items()) + f"  {time.time() - began:5.1f}s", flush=True)
         if part is not None:
             save_pt({**this_run, "epochs": epochs, "kept": kept, **{name: thing.state_dict() for name, thing in parts.items()}}, part)
+    if hasattr(objective, "finish"):
+        model.load_state_dict(kept[""]["weights"])
+        kept[""] |= objective.finish(model, splits, args)
     return epochs, kept
 
 
@@ -739,6 +926,66 @@ def fit_linear(z, y, z_test, y_test, l2=1e-3):
     optimiser.step(closure)
     with torch.no_grad():
         return ((z_test @ weight[1:] + weight[0]).argmax(1) == y_test).double().mean().item()
+
+
+@torch.inference_mode()
+def judged(judge, x):
+    """What a trained classifier says of x (N,3,H,W): (classes int64 (N,), penultimate features float (N,F))."""
+    said, values = [], []
+    with InputOf(judge.fc) as features:
+        for part in x.split(1000):
+            said.append(judge(part).argmax(1))
+            values.append(features.value)
+    return torch.cat(said), torch.cat(values)
+
+
+def within_class(z, y, classes):
+    """Mean distance between two features of the same class, float (classes,); z (N,F), y int64 (N,)."""
+    pairs = [torch.pdist(z[y == k]) for k in range(classes)]
+    return torch.stack([d.mean() if len(d) else d.new_zeros(()) for d in pairs])
+
+
+def compare(made, real, z_real, judge, classes):
+    """How pictures compare with real ones of the same classes in a judge's features: {measure: value}. `made` and `real` are Splits, z_real float (N,F)."""
+    said, z = judge(made.x(slice(None)))
+    share = torch.bincount(said, minlength=classes).double() / len(said)
+    diversity = (within_class(z, made.labels, classes) / within_class(z_real, real.labels, classes)).double()
+    precision, recall = precision_recall(z[:5000], z_real[:5000])
+    return {"agreement": (said == made.labels).double().mean().item(), "class_entropy": -(share * share.clamp(min=1e-12).log()).sum().item(),
+            "diversity": diversity.mean().item(), "diversity_worst": diversity.min().item(), "diversity_per_class": diversity.tolist(),
+            "frechet": frechet(z, z_real), "precision": precision, "recall": recall}
+
+
+def frechet(a, b):
+    """Frechet distance between Gaussians fitted to two sets of features (Dowson & Landau, 1982; Heusel et al., 2017): |m - n|^2 + tr(A + B - 2 (AB)^1/2)."""
+    a, b = a.double(), b.double()
+    root = lambda s: (lambda value, vector: (vector * value.clamp(min=0).sqrt()) @ vector.T)(*torch.linalg.eigh(s))
+    s, t = a.T.cov(), b.T.cov()
+    half = root(s)
+    overlap = torch.linalg.eigvalsh(half @ t @ half).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + s.trace() + t.trace() - 2 * overlap).item()
+
+
+def precision_recall(made, real, k=3):
+    """Improved precision and recall (Kynkaanniemi et al., 2019): how often one set lies within the other's k-nearest-neighbour balls."""
+    reach = lambda z: torch.cdist(z, z).kthvalue(k + 1, 1).values  # the nearest is the point itself
+    between = torch.cdist(made, real)
+    covered = lambda hits: hits.any(1).double().mean().item()
+    return covered(between <= reach(real)), covered((between <= reach(made)[:, None]).T)
+
+
+def nearest(made, train_split, n=5000, closest=10):
+    """({quantiles of the distance to the nearest training image, L2, pixels in [0, 1]}, the `closest` pairs as pictures)."""
+    flat = lambda split, index: split.x(index).mean(1).flatten(1)  # (N,HW), the mean of the channels
+    a, found = flat(made, slice(n)), []
+    for i in range(0, len(train_split.labels), 6000):
+        found.append(torch.cdist(a, flat(train_split, slice(i, i + 6000))).min(1))
+    distance, chunk = torch.stack([f.values for f in found]).min(0)
+    index = chunk * 6000 + torch.stack([f.indices for f in found]).gather(0, chunk[None])[0]
+    few = distance.argsort()[:closest]
+    low, median = distance.quantile(distance.new_tensor([0.01, 0.5])).tolist()
+    return ({"n": len(a), "one_percent": low, "median": median, "closest": distance[few].tolist()},
+            {"close": made.images[few], "training": train_split.images[index[few]]})
 
 
 # ---------------------------------------------------------------- the write-up
@@ -1063,6 +1310,7 @@ def report(args):
     for recipe in SWEEPS:
         report_sweep(args.dir, recipe)
     report_robust(args.dir)
+    report_robgan(args.dir)
 
 
 def report_robust(folder):
@@ -1084,6 +1332,115 @@ def report_robust(folder):
     draw_robust_training(found, folder / "figures" / "robust_training.png")
     print("![Clean and attacked accuracy of val by epoch](figures/robust_training.png)\n")
     print("*Accuracy of val by epoch, clean and under PGD, one line a seed. Dotted: the epoch kept. A dashed line that drops while the solid one stays is catastrophic overfitting.*\n")
+
+
+MEASURES = {  # of RobGAN.finish: (what it says, what is wanted)
+    "agreement": "label agreement: the judge reads the class that was asked for", "class_entropy": "class entropy of the judge's answers, nats",
+    "diversity": "within-class diversity: mean feature distance of two pictures of a class, over that of real ones",
+    "diversity_worst": "the same, worst class", "frechet": "Frechet distance to real training images, judge's features", "precision": "precision (k-NN, k = 3)",
+    "recall": "recall", "trained_on": "accuracy on real test images of a classifier trained on these only"}
+
+
+def report_robgan(folder):
+    """Did the generator collapse? Every measure beside real images and a collapsed control; nothing where there is no generator."""
+    folders = [folder, *(path.parent for path in sorted(folder.glob("*/meta.json")) if world_of(path.parent).get("recipe") == "gray")]
+    found = [(where, label, runs) for where in folders for label, runs in read_runs(where).items() if "generator" in runs[0]]
+    for where, label, runs in found:
+        first, title = runs[0], "" if where == folder else f"{where.name}: "
+        g, stem = first["generator"], f"{'' if where == folder else where.name + '/'}figures/{first['name']}"
+        print(f"### Rob-GAN ({title}`{label}`)\n")
+        print(f"{g['n']:,} pictures from a generator with {g['params']:,} parameters, judged by `{g['judge']}`, which never saw one. Real: test images, measured in the same way. "
+              "Collapsed: one sharp training image per class, what a generator that ignores its latent would show.\n")
+        print(markdown(["measure", "generated", "real", "collapsed"], [
+            [what, *(over_seeds(runs, "generator", "measured", source, key) for source in ("generated", "real", "collapsed"))] for key, what in MEASURES.items()]
+            + [["distance to the nearest training image, median (1 % quantile), L2", *(
+                f"{m['nearest']['median']:.2f} ({m['nearest']['one_percent']:.2f})" for m in (g["measured"]["generated"], g["measured"]["real"])), "0"]]))
+        draw_generator_training(runs, label, where / "figures" / f"{first['name']}_training.png")
+        print(f"![Diversity and losses by epoch]({stem}_training.png)\n\n*Diversity within a class and label agreement of samples, and both losses, by epoch, one line a seed. The dotted lines are the alarms.*\n")
+        path = where / f"{first['name']}.pt"
+        shown = load_pt(path, "train it again") if path.exists() else {}
+        if "shown" in shown:
+            draw_generated(shown, f"{title}{label}", where / "figures" / f"{first['name']}_samples.png")
+            print(f"![Real, generated and attacked]({stem}_samples.png)\n\n*Four pictures a class: real, generated, and generated ones attacked at eps {first['args']['eps']:g}; below each the answer of the trained net, red where it is wrong.*\n")
+            draw_closest(shown["shown"], g["measured"]["generated"]["nearest"]["closest"], where / "figures" / f"{first['name']}_closest.png")
+            print(f"![The ten closest pairs]({stem}_closest.png)\n\n*Has it memorised? The ten samples closest to any training image, above, and that image, below, with their L2 distance.*\n")
+
+
+def tiles(pictures, columns):
+    """Pictures (N,C,H,W) in rows of `columns` as one array (rows*H, columns*W, C) for imshow, C 1 or 3."""
+    n, c, h, w = pictures.shape
+    return pictures.reshape(n // columns, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(n // columns * h, columns * w, c).numpy()
+
+
+def draw_samples(samples, classes, when, path):
+    """A Split of samples to a grid: a row per class, ten pictures each."""
+    plt = start_drawing()
+    index = [(samples.labels == k).nonzero()[:, 0][:10] for k in range(classes)]
+    index = torch.cat([i[torch.arange(10) % len(i)] for i in index])
+    h, w = samples.images.shape[2:]
+    fig, ax = plt.subplots(figsize=(4, 0.4 * classes * h / w + 0.5), layout="constrained")
+    ax.imshow(tiles(samples.images[index].cpu(), 10))
+    ax.set(xticks=[], yticks=[h * (k + 0.5) for k in range(classes)], yticklabels=range(classes), ylabel="class")
+    ax.set_title(f"What the generator draws {when}", fontsize=10)
+    save_figure(fig, path)
+
+
+def draw_generated(shown, label, path):
+    """Four pictures a class, three times: real, generated, generated and attacked; red where the net is wrong."""
+    plt = start_drawing()
+    kinds = ("real", "generated", "attacked")
+    k = len(shown["said"][0])
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 0.72 * k / 4 + 0.7), layout="constrained")
+    for ax, kind, said in zip(axes, kinds, shown["said"]):
+        pictures = shown["shown"][kind]
+        h, w = pictures.shape[2:]
+        ax.imshow(tiles(pictures, 4), cmap="gray", vmin=0, vmax=255)
+        for i, answer in enumerate(said):
+            ax.text(w * (i % 4 + 0.97), h * (i // 4 + 0.97), answer, ha="right", va="bottom", fontsize=8, color="#56B4E9" if answer == i // 4 else "#FF5544",
+                    weight="normal" if answer == i // 4 else "bold")
+        ax.set(xticks=[], yticks=[h * (row + 0.5) for row in range(k // 4)], yticklabels=range(k // 4))
+        ax.set_title({"attacked": "generated, then attacked"}.get(kind, kind), fontsize=10)
+    axes[0].set_ylabel("class asked for")
+    fig.suptitle(f"{label}\nIn the corner: the answer of the trained net, bold red where it is not the class", fontsize=9)
+    save_figure(fig, path)
+
+
+def draw_closest(shown, distances, path):
+    """The samples nearest to a training image, above, and that image, below."""
+    plt = start_drawing()
+    fig, axes = plt.subplots(2, len(distances), figsize=(0.95 * len(distances) + 0.6, 2.7), layout="constrained", squeeze=False)
+    for line, kind in zip(axes, ("close", "training")):
+        for ax, picture, distance in zip(line, shown[kind], distances):
+            ax.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+            ax.set(xticks=[], yticks=[])
+            if kind == "close":
+                ax.set_title(f"{distance:.2f}", fontsize=8)
+        line[0].set_ylabel({"close": "generated", "training": "training"}[kind], fontsize=8)
+    fig.suptitle("The ten samples closest to a training image (above: L2 distance, pixels in [0, 1])", fontsize=9)
+    save_figure(fig, path)
+
+
+def draw_generator_training(runs, label, path):
+    """Two panels by epoch, one line a seed: what the samples are like, and the losses."""
+    plt = start_drawing()
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    lines = (("agreement", "label agreement", INK["jitter"], "-"), ("diversity", "diversity within a class", INK["combined"], "-"),
+             ("diversity_worst", "the same, worst class", INK["grl"], "--")), (("loss_d", "discriminator", INK["baseline"], "-"), ("loss_g", "generator", INK["jitter"], "--"))
+    for ax, kinds in zip(axes, lines):
+        for key, name, ink, style in kinds:
+            for k, run in enumerate(runs):
+                points = [(epoch["epoch"], epoch[key]) for epoch in run["epochs"] if key in epoch]
+                ax.plot(*zip(*points), color=ink, ls=style, marker=".", label=None if k else name)
+            if key in RobGAN.alarm:
+                ax.axhline(RobGAN.alarm[key], color=ink, ls=":", lw=0.8)
+        ax.set(xlabel="epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8, loc="lower right" if ax is axes[0] else "best")
+    axes[0].set(ylim=(0, 1.1), ylabel="share; diversity of real images = 1")
+    axes[1].set(ylabel="relativistic loss, nats (0.69: no difference)", ylim=(0, None))
+    fig.suptitle(f"{label}: does the generator keep its variety?", fontsize=10)
+    save_figure(fig, path)
 
 
 def draw_robust_training(groups, path):
@@ -1250,6 +1607,10 @@ def get_args(argv=None):
     g.add_argument("--clean-epochs", type=whole(0, 10_000), default=0, help="at: plain training first; its model is saved as well, with _clean in its name (default: 0)")
     g.add_argument("--eps-ramp", type=real(0, 1), default=0.0, help="at: share of the adversarial epochs in which the radius grows from 0 (default: 0)")
     g.add_argument("--beta", type=real(0), default=0.0, help="at: weight of TRADES' KL term; 0 is plain adversarial training (default: 0)")
+    g.add_argument("--finetune-epochs", type=whole(0, 10_000), default=0, help="robgan: last epochs, in which the net learns from attacked real and generated images only (default: 0)")
+    g.add_argument("--gan", type=real(0), default=1.0, help="robgan: weight of telling real from generated (default: 1)")
+    g.add_argument("--penalty", type=real(0), default=1.0, help="robgan: weight of the discriminator's gradient penalties, gamma of R1 + R2 (default: 1)")
+    g.add_argument("--judge", default="baseline_s42", metavar="NAME", help="robgan: an independently trained classifier in --dir, which judges the samples (default: baseline_s42)")
     g.add_argument("--shuffle-labels", action="store_true", help="train on permuted labels: a null model, which can know nothing of digits")
     g.add_argument("--group-step", type=real(0, 10), default=0.01, help="groupdro: step of the group weights (default: 0.01)")
     g.add_argument("--first-epochs", type=whole(1, 1000), default=1, help="jtt: epochs of the first net (default: 1)")
@@ -1285,8 +1646,10 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if args.batch == 1 and args.model.startswith("resnet"):
         p.error("--batch 1 is too small for batch norm; give a ResNet 2 or more")
-    if args.method == "at" and args.clean_epochs >= args.epochs:
+    if args.method in ("at", "robgan") and args.clean_epochs >= args.epochs:
         p.error(f"--clean-epochs {args.clean_epochs} leaves nothing of --epochs {args.epochs}, which counts both phases; give it more")
+    if args.method == "robgan" and args.clean_epochs + args.finetune_epochs >= args.epochs:
+        p.error(f"--finetune-epochs {args.finetune_epochs} leaves the generator nothing of --epochs {args.epochs}; give it more")
     args.name = args.name or f"{args.method}_s{args.seed}"
     for flag, name in (("--name", args.name), ("--init", args.init), ("--eval", args.eval)):
         if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
@@ -1340,9 +1703,9 @@ def main(argv=None):
     for phase, best in kept.items():
         model.load_state_dict(best["weights"])
         name, flags = name_of(args.name, phase), settings(args) | ({"phase": phase} if phase else {})
-        scores = evaluate(model, splits)
+        scores = evaluate(model, splits) | best.get("record", {})
         facts = {"seconds": round(time.time() - start, 1), "torch": torch.__version__, "threads": args.threads, "device": str(device)}
-        save_pt({"weights": best["weights"], "args": flags, "classes": classes, "size": size}, args.dir / f"{name}.pt")
+        save_pt({"weights": best["weights"], "args": flags, "classes": classes, "size": size, **best.get("checkpoint", {})}, args.dir / f"{name}.pt")
         record = {"schema": 1, "script": "train.py", "name": name, "args": flags, "world": world_of(args.dir),
                   "params": sum(p.numel() for p in model.parameters()), "selected_on": best["on"], "selected_epoch": best["epoch"], **scores, "epochs": epochs, "run": facts}
         save_json(record, args.dir / f"{name}.json")

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is; train.py knows what to do with more than one
 SPLITS = ("train", "val", "test_hard", "test_unbiased")
 DIGIT_PIXEL = 0.1  # a pixel belongs to the digit where gray > 0.1
 INK = {  # one colour per method in every figure, told apart by colour-blind readers (Okabe & Ito, 2008)
@@ -222,7 +223,8 @@ def setup(args):
 
 def die(what, mend):
     """The user's mistake: one line that says what is wrong and how to mend it, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {what}; {mend}".replace("\n", " "), file=sys.stderr)
+    if RANK == 0:  # the others make the same mistake
+        print(f"{Path(sys.argv[0]).name}: {what}; {mend}".replace("\n", " "), file=sys.stderr)
     sys.exit(2)
 
 

@@ -8,14 +8,17 @@ Writes  DIR/NAME.pt, DIR/NAME.json; with --report DIR/figures/*.png
     python train.py --method grl --gamma 0.1 --seed 43
     python train.py --eval jitter_s42                  # score a saved model again, without training
     python train.py --report                           # figures and tables of every run in --dir
+    torchrun --standalone --nproc_per_node=2 train.py  # one model in two processes, each with its share of every batch
 """
 
 import argparse
 import contextlib
 import copy
+import datetime
 import functools
 import itertools
 import math
+import os
 import re
 import sys
 import textwrap
@@ -24,13 +27,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (CNNS, INK, MODELS, SPLITS, Parser, Split, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits,
+from common import (CNNS, INK, MODELS, RANK, SPLITS, Parser, Split, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits,
                     luma, markdown, mean_sd, pgd, predict, real, run, save_figure, save_json, save_pt, setup, split_off, start_drawing, stream, whole, wilson)
 
 EVAL_SPLITS = SPLITS[1:]
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes that train this model together, of which this is number RANK
 
 
 class Batch(NamedTuple):
@@ -39,6 +44,7 @@ class Batch(NamedTuple):
     colour: torch.Tensor | None  # int64 (B,): the class that owns the background colour
     index: torch.Tensor  # int64 (B,): which training images these are
     progress: float  # share of the training that is over, 0 to 1
+    weight: float = 1.0  # of these images among those of all processes, 0 to 1
 
 
 # ---------------------------------------------------------------- colour jitter, batched
@@ -199,8 +205,8 @@ class GRL(BiasBal):
             loss = self(model, batch, args, gen)
         seen = features.value[: len(batch.y)]  # jitter also shows recoloured copies, behind the images themselves
         for _ in range(self.updates - 1):
-            update(optimiser, self.colour_loss(seen.detach(), batch))  # the net has no gradient here, so it stays as it is
-        update(optimiser, loss + self.colour_loss(Reverse.apply(seen, args.gamma * max(0, (batch.progress - 0.2) / 0.8)), batch))
+            update(optimiser, self.colour_loss(seen.detach(), batch), weight=batch.weight)  # the net has no gradient here, so it stays as it is
+        update(optimiser, loss + self.colour_loss(Reverse.apply(seen, args.gamma * max(0, (batch.progress - 0.2) / 0.8)), batch), weight=batch.weight)
         return loss.detach()
 
     def colour_loss(self, features, batch):
@@ -439,7 +445,7 @@ class AT(nn.Module):
         self.classes, self.val = model.fc.out_features, splits["val"]
 
     def step(self, objective, model, batch, optimiser, args, gen):
-        return update(optimiser, self(model, batch, args, gen), args.clip_grad)
+        return update(optimiser, self(model, batch, args, gen), args.clip_grad, batch.weight)
 
     def forward(self, model, batch, args, gen):
         x, soft = augment(batch, self.classes, args, gen)
@@ -653,22 +659,23 @@ class Method(NamedTuple):
     objective: object  # loss(model, batch, args, gen), or an nn.Module with that forward, built from (model, splits, args)
     told: str  # what the training is told about the bias
     flags: tuple = ()  # flags of its own; other methods' flags change nothing for it
+    spreads: bool = False  # can several processes share a batch: the loss is a mean over images and nothing is remembered of them
 
 
 JITTER_FLAGS = ("alpha", "jitter", "grain", "classify", "fade", "divergence", "temperature")
 AT_FLAGS = ("attack", "eps", "steps", "step_size", "clean_epochs", "eps_ramp", "beta", "crop", "flip", "rotation", "recolour", "grain", "cutout", "mixup",
             "label_smoothing", "clip_grad")
 METHODS = {  # in three tiers: told nothing, told the kind of bias, told every image's colour
-    "baseline": Method(baseline, "nothing"),
+    "baseline": Method(baseline, "nothing", spreads=True),
     "lff": Method(LfF, "nothing"),
     "jtt": Method(JTT, "nothing", ("first_epochs", "upweight")),
-    "at": Method(AT, "nothing", AT_FLAGS),
+    "at": Method(AT, "nothing", AT_FLAGS, spreads=True),
     "robgan": Method(RobGAN, "nothing", (*AT_FLAGS, "finetune_epochs", "gan", "penalty", "judge")),
-    "jitter": Method(jitter, "the kind of bias", JITTER_FLAGS),
+    "jitter": Method(jitter, "the kind of bias", JITTER_FLAGS, spreads=True),
     "lntl": Method(LNTL, "the kind of bias", ("entropy", "gamma", "two_updates")),
-    "grl": Method(GRL, "colour labels", ("gamma", "conditional")),
-    "combined": Method(Combined, "colour labels", (*JITTER_FLAGS, "gamma", "conditional")),
-    "biasbal": Method(BiasBal, "colour labels"),
+    "grl": Method(GRL, "colour labels", ("gamma", "conditional"), spreads=True),
+    "combined": Method(Combined, "colour labels", (*JITTER_FLAGS, "gamma", "conditional"), spreads=True),
+    "biasbal": Method(BiasBal, "colour labels", spreads=True),
     "groupdro": Method(GroupDRO, "colour labels", ("group_step",)),
 }
 
@@ -710,13 +717,15 @@ def early_layer(model):
 
 def one_step(objective, model, batch, optimiser, args, gen):
     """The step of every method that does not bring its own."""
-    return update(optimiser, objective(model, batch, args, gen))
+    return update(optimiser, objective(model, batch, args, gen), weight=batch.weight)
 
 
-def update(optimiser, loss, clip=0):
-    """One step down; with `clip` the gradient's norm over all weights is at most that."""
+def update(optimiser, loss, clip=0, weight=1.0):
+    """One step down; with `clip` the gradient's norm over all weights is at most that. `weight` is this process's share of the loss."""
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
+    if WORLD > 1:
+        add_up([p.grad.mul_(weight) for group in optimiser.param_groups for p in group["params"] if p.grad is not None])
     if clip:
         nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip)
     optimiser.step()
@@ -733,6 +742,36 @@ def in_bf16(model, args):
     with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
         yield
     hook.remove()
+
+
+def join(args, device, n):
+    """Meet the other processes that torchrun started: gloo on CPUs, nccl on GPUs, one each. One that fails does not keep the others waiting."""
+    if not METHODS[args.method].spreads:
+        die(f"--method {args.method} needs whole batches in one process", "run it without torchrun, or choose from " + ", ".join(m for m in METHODS if METHODS[m].spreads))
+    if args.model.startswith("resnet"):
+        smallest = min(args.batch, n % args.batch or args.batch)
+        if smallest < 2 * WORLD:
+            die(f"--batch {args.batch} makes a batch of {smallest} for {WORLD} processes, too few for batch norm", "choose another --batch")
+        print(f"batch norm sees the images of one of the {WORLD} processes at a time")
+    if device.type == "mps" or (device.type == "cuda" and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"])):
+        die(f"there are fewer GPUs for --device {device.type} than processes", "start fewer, or use --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=5))
+
+
+def share(index):
+    """The images of a batch that are this process's, int64 (b,), and their weight; where there are too few, one image with weight 0."""
+    mine = index.tensor_split(WORLD)[RANK]
+    return (mine, len(mine) / len(index)) if len(mine) else (index[:1], 0.0)
+
+
+def add_up(tensors):
+    """Replace each tensor by its sum over all processes, in one message."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(part.view(t.shape))
 
 
 def make_schedule(optimiser, args, steps):
@@ -770,17 +809,20 @@ def train(model, splits, args, device, part=None):
     epochs, kept = restore(part, parts, this_run) if part is not None and args.resume else ([], {})
     for epoch in range(len(epochs) + 1, args.epochs + 1):
         began, total = time.time(), torch.zeros((), device=device)
-        gen = stream(args.seed, f"epoch {epoch}", device)
+        gen = stream(args.seed, f"epoch {epoch}" + f" of process {RANK}" * (RANK > 0), device)
         order = draw_order(data, args, stream(args.seed, f"order {epoch}")).to(device)
         model.train()
         for i, index in enumerate(order.split(sizes)):
-            batch = Batch(data.x(index), data.labels[index], None if data.colors is None else data.colors[index], index, schedule.last_epoch / steps)
+            mine, weight = share(index)
+            batch = Batch(data.x(mine), data.labels[mine], None if data.colors is None else data.colors[mine], mine, schedule.last_epoch / steps, weight)
             with in_bf16(model, args):
-                total += step(objective, model, batch, optimiser, args, gen) * len(index)
+                total += step(objective, model, batch, optimiser, args, gen) * (len(index) * weight)
             schedule.step()
             if sys.stdout.isatty() and i % 50 == 49:
                 rate = (i + 1) * args.batch / (time.time() - began)
                 print(f"\repoch {epoch:2d}/{args.epochs}  {rate:,.0f} images/s  {(n - (i + 1) * args.batch) / rate:4.0f}s left in this epoch ", end="", flush=True)
+        if WORLD > 1:
+            add_up([total])
         loss = total.item() / n
         if not math.isfinite(loss):
             die(f"the loss is {loss} in epoch {epoch}", f"try a smaller --lr than {args.lr:g}")
@@ -797,7 +839,7 @@ def train(model, splits, args, device, part=None):
         print(f"{chr(13) * sys.stdout.isatty()}epoch {epoch:2d}/{args.epochs}  loss {loss:.4f}  val {scores['val']['acc']:.3f}  aligned {fmt(scores['val']['aligned'])}"
               f"  conflicting {fmt(scores['val']['conflicting'])}  test_hard {scores['test_hard']['acc']:.3f}"
               + "".join(f"  {name} {value:.3f}" for name, value in facts.items()) + f"  {time.time() - began:5.1f}s", flush=True)
-        if part is not None:
+        if part is not None and RANK == 0:
             save_pt({**this_run, "epochs": epochs, "kept": kept, **{name: thing.state_dict() for name, thing in parts.items()}}, part)
     if hasattr(objective, "finish"):
         model.load_state_dict(kept[""]["weights"])
@@ -1668,6 +1710,10 @@ def print_scores(record):
 
 def main(argv=None):
     args = get_args(argv)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+        if args.report or args.eval:
+            return None
     if args.report:
         return report(args)
     device = setup(args)
@@ -1689,6 +1735,8 @@ def main(argv=None):
         die(f"--method {args.method} needs colour labels, but {args.dir}/train.pt has no colors", "choose a method that does without, such as jitter")
     if METHODS[args.method].told == "colour labels" and int(splits["train"].colors.max()) >= classes:
         die(f"{args.dir}/train.pt has colours beyond its {classes} classes", "choose a method that does without colour labels, such as jitter")
+    if WORLD > 1:
+        join(args, device, len(splits["train"].labels))
     if args.shuffle_labels:
         order = torch.randperm(len(splits["train"].labels), generator=stream(args.seed, "shuffled labels"))
         splits["train"] = splits["train"]._replace(labels=splits["train"].labels[order.to(device)])
@@ -1700,11 +1748,15 @@ def main(argv=None):
         start_from(args.init, model, args)
     part = args.dir / f"{args.name}.part.pt"
     epochs, kept = train(model, splits, args, device, part)
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if RANK > 0:
+        return None
     for phase, best in kept.items():
         model.load_state_dict(best["weights"])
         name, flags = name_of(args.name, phase), settings(args) | ({"phase": phase} if phase else {})
         scores = evaluate(model, splits) | best.get("record", {})
-        facts = {"seconds": round(time.time() - start, 1), "torch": torch.__version__, "threads": args.threads, "device": str(device)}
+        facts = {"seconds": round(time.time() - start, 1), "torch": torch.__version__, "threads": args.threads, "processes": WORLD, "device": str(device)}
         save_pt({"weights": best["weights"], "args": flags, "classes": classes, "size": size, **best.get("checkpoint", {})}, args.dir / f"{name}.pt")
         record = {"schema": 1, "script": "train.py", "name": name, "args": flags, "world": world_of(args.dir),
                   "params": sum(p.numel() for p in model.parameters()), "selected_on": best["on"], "selected_epoch": best["epoch"], **scores, "epochs": epochs, "run": facts}

@@ -244,6 +244,23 @@ robust() {  # adversarial training: the published problem, a ResNet-50 from end 
   report
 }
 
+robgan() {  # a generator beside adversarial training: did it collapse, and does it help? The same net and number of steps in all three
+  local s m="--dir $DIR/mnist --width 16 --eps 0.3 --eps-ramp 0.3 --batch 64 --schedule cosine --lr 2e-3 ${BUDGET:---epochs 4}"
+  step "make_data.py --dir $DIR/mnist --recipe gray $DATA"
+  go "paint the world"
+  step "train.py --dir $DIR/mnist --name judge_s42 --width 16 --schedule onecycle --lr 1e-2 ${BUDGET:---epochs 5}"  # sees no generated image
+  go "train the judge"
+  for s in $FEW; do
+    step "train.py $m --method robgan --judge judge_s42 --name robgan_finetuned_s$s --finetune-epochs 1 --seed $s"
+    step "train.py $m --method robgan --judge judge_s42 --seed $s"
+    step "train.py $m --method at --name robgan_without_s$s --seed $s"
+  done
+  go "train"
+  step "attack.py --dir $DIR/mnist --untargeted --name robgan --eps 0.3 --restarts 10 --n $((N * 2 / 5)) --models $(SEEDS=$FEW over_seeds robgan_without robgan robgan_finetuned)"
+  go "attack"
+  report
+}
+
 over_seeds() {  # NAME... to the names of all their seeds
   local name s
   for name in "$@"; do for s in $SEEDS; do printf '%s_s%s ' "$name" "$s"; done; done

@@ -1485,14 +1485,19 @@ def draw_generator_training(runs, label, path):
     save_figure(fig, path)
 
 
-def draw_robust_training(groups, path):
-    """{label: runs} to a panel each: val, clean and under PGD, by epoch."""
-    plt = start_drawing()
-    columns = min(len(groups), 4)
+def panels(groups, most, width, height, **how):
+    """A figure with a panel of so many inches for each group, at most so many a row: (figure, axes (rows, columns)); spare ones are switched off."""
+    columns = min(len(groups), most)
     rows = math.ceil(len(groups) / columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(2.9 * columns + 0.6, 2.7 * rows + 0.5), layout="constrained", squeeze=False, sharey=True)
+    fig, axes = start_drawing().subplots(rows, columns, figsize=(width * columns + 0.7, height * rows + 0.5), layout="constrained", squeeze=False, **how)
     for ax in axes.flat[len(groups) :]:
         ax.axis("off")
+    return fig, axes
+
+
+def draw_robust_training(groups, path):
+    """{label: runs} to a panel each: val, clean and under PGD, by epoch."""
+    fig, axes = panels(groups, 4, 2.9, 2.7, sharey=True)
     for ax, (label, runs) in zip(axes.flat, groups.items()):
         for k, run in enumerate(runs):
             x = [epoch["epoch"] for epoch in run["epochs"]]
@@ -1599,12 +1604,7 @@ def draw_budget(groups, path):
 
 def draw_confusion(groups, path):
     """{method: runs} to one confusion matrix each (first seed, test_hard)."""
-    plt = start_drawing()
-    columns = min(len(groups), 5)
-    rows = math.ceil(len(groups) / columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(3.1 * columns + 0.8, 3.4 * rows + 0.5), layout="constrained", squeeze=False)
-    for ax in axes.flat[len(groups) :]:
-        ax.axis("off")
+    fig, axes = panels(groups, 5, 3.1, 3.4)
     for ax, (method, runs) in zip(axes.flat, groups.items()):
         counts = torch.tensor(runs[0]["final"]["test_hard"]["confusion"], dtype=torch.double)
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)

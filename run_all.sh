@@ -44,6 +44,27 @@ setup() {
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt || fail "pip could not install requirements.txt; its message is above"
 }
 
+# ---- one at a time: descriptor 9 holds the lock, and so do the steps, which a killed run_all.sh leaves behind; the system frees it with the last
+alone() {
+  [ -z "${LOCKED:-}" ] || return 0
+  mkdir -p "$DIR"
+  exec 9>> "$DIR/.run_all.lock"
+  "$PYTHON" -c '
+import fcntl, sys
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit(1)
+except OSError:
+    pass  # a file system without locks' ||
+    fail "another run_all.sh (process $(cat "$DIR/.run_all.lock")) or a step that it left behind is at work in $DIR; wait for it"
+  LOCKED=$$
+  echo $$ > "$DIR/.run_all.lock"
+  [ "${FRESH:-0}" != 1 ] || rm -rf "$DONE"
+  mkdir -p "$DONE"
+  rm -f "$DONE"/log.*  # of killed steps
+}
+
 # ---- steps: queue them with `step`, run the queue side by side with `go`
 QUEUE=()
 step() { QUEUE+=("$*"); }
@@ -250,18 +271,16 @@ report() {  # results/report.md: what the scripts say of their own results, one 
       printf '\n## %s\n\n' "${part%%:*}"
       "$PYTHON" ${part#*:} --dir "$DIR" --report
     done
-  } > "$DIR/report.md.part"
-  mv "$DIR/report.md.part" "$DIR/report.md"
+  } > "$DIR/report.md.$$.part"
+  mv "$DIR/report.md.$$.part" "$DIR/report.md"
   echo "$STAGE: wrote $DIR/report.md, $((SECONDS / 60)) min $((SECONDS % 60)) s so far"
 }
 
 for STAGE in ${@:-$STAGES}; do
   case " $STAGES report test " in *" $STAGE "*) ;; *) fail "there is no stage '$STAGE'; choose from: $STAGES report test" ;; esac
 done
-[ "${FRESH:-0}" = 1 ] && rm -rf "$DONE"
 trap 'kill $(jobs -p) 2> /dev/null; wait; echo "run_all.sh: interrupted; run the same command again to continue" >&2; exit 130' INT TERM
 setup
-mkdir -p "$DONE"
 for STAGE in ${@:-$STAGES}; do
-  if [ "$STAGE" = test ]; then tests; else "$STAGE"; fi
+  case $STAGE in test) tests ;; report) report ;; *) alone; "$STAGE" ;; esac
 done

@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (INK, SPLITS, Attacked, Parser, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits, markdown, mean_sd,
+from common import (INK, SPLITS, Attacked, Parser, alone, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits, markdown, mean_sd,
                     pgd, random_start, real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
 
 CHUNK = 256  # images attacked at once: what fits in the cache of one core
@@ -962,19 +962,26 @@ def main(argv=None):
     if args.report:
         return report(args)
     device = setup(args)
+    path = args.dir / f"attack_{f'{args.src}to{args.tgt}' if args.mode == 'targeted' else args.name or args.mode}.json"
+    with alone(path):
+        passed = run_mode(args, device, path)
+    if not passed:
+        sys.exit(1)
+
+
+def run_mode(args, device, path):
+    """Carry out one mode and write it down; False where --check finds that an attack cannot be trusted."""
     models, split = load(args, device)
     settings = {"models": args.models, "split": args.split, "seed": args.seed, **{flag: getattr(args, flag) for flag in MODES[args.mode]}}
     print(" ".join(f"{k}={v}" for k, v in {"mode": args.mode, "dir": args.dir, **settings, "device": device}.items()), flush=True)
     start = time.time()
     record, seconds = RUNS[args.mode](models, split, args)
-    path = args.dir / f"attack_{f'{args.src}to{args.tgt}' if args.mode == 'targeted' else args.name or args.mode}.json"
     facts = {"seconds": round(time.time() - start, 1), "by_step": seconds, "torch": torch.__version__, "threads": args.threads, "device": str(device)}
     record = {"schema": 1, "script": "attack.py", "mode": args.mode, "args": settings, **record, "run": facts}
     save_json(record, path)
     REPORTS[args.mode](record, args)
     print(f"wrote {path} and its figures in {time.time() - start:.1f}s")
-    if not record.get("passed", True):
-        sys.exit(1)
+    return record.get("passed", True)
 
 
 if __name__ == "__main__":

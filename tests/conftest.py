@@ -41,6 +41,11 @@ def write_world(folder, n=200, size=28):
     common.save_json({"schema": 1, "script": "make_data.py", "recipe": "background", "corr": 0.9, "seed": 42, "limit": None}, Path(folder) / "meta.json")
 
 
+def contents(folder):
+    """{path: bytes, None for a folder} of everything inside but the locks of killed runs."""
+    return {p: p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*") if p.suffix != ".lock"}
+
+
 @pytest.fixture
 def tiny():
     return write_world

@@ -13,7 +13,9 @@ import math
 import os
 import pickle
 import re
+import struct
 import sys
+import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -163,10 +165,10 @@ class Parser(argparse.ArgumentParser):
 def common_args(parser, seed_of):
     """The flags that mean the same thing in all four scripts."""
     group = parser.add_argument_group("the same in every script")
-    group.add_argument("--dir", type=_folder, default=Path("results"), help="the world: folder of splits and results (default: results)")
+    group.add_argument("--dir", type=folder_name, default=Path("results"), help="the world: folder of splits and results (default: results)")
     group.add_argument("--seed", type=whole(0), default=42, help=f"seed of {seed_of} (default: 42)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes CUDA or MPS where there is one")
-    group.add_argument("--threads", type=whole(1), default=1, help="CPU threads; results repeat exactly for the same number (default: 1)")
+    group.add_argument("--threads", type=whole(1, 1024), default=1, help="CPU threads; results repeat exactly for the same number (default: 1)")
     group.add_argument("--report", action="store_true", help="compute nothing: redraw the figures and print the tables from the JSON in --dir")
     return group
 
@@ -182,10 +184,24 @@ def real(least, most=math.inf, open_low=False):
     return _number(float, math.nextafter(least, math.inf) if open_low else least, most, f"a number {span}")
 
 
-def _folder(text):
+def folder_name(text):
+    """An argparse type: a folder, whether it is there or not."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the folder has no name")
+    try:
+        taken = Path(text).exists() and not Path(text).is_dir()
+    except OSError as e:  # a name that is too long, say
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} cannot be a folder: {e.strerror}") from e
+    if taken:
+        raise argparse.ArgumentTypeError(f"{text} is a file, not a folder")
     return Path(text)
+
+
+def model_name(text):
+    """An argparse type: NAME of DIR/NAME.pt, or FOLDER/NAME."""
+    if not re.fullmatch(r".{0,199}[^/\s]", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not the name of a checkpoint")
+    return text
 
 
 def _number(kind, least, most, wanted):
@@ -342,31 +358,42 @@ def save_figure(fig, path):
         part.write_bytes(memory.getbuffer())
 
 
-def load_json(path, mend):
+def load_json(path, mend, *keys):
+    """A dictionary that has at least these keys; NaN is no JSON of ours."""
     try:
-        record = json.loads(Path(path).read_text())
+        record = json.loads(Path(path).read_text(), parse_constant=int)  # int("NaN") is a ValueError
     except FileNotFoundError:
         die(f"{path} is missing", mend)
     except OSError as e:
         die(f"cannot read {path}: {e.strerror}", mend)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
         die(f"{path} is not a whole JSON file of ours", mend)
+    return with_keys(record, keys, path, mend)
+
+
+def with_keys(record, keys, path, mend):
+    for key in keys:
+        if key not in record:
+            die(f"{path} has no {key}", mend)
     return record
 
 
 def load_pt(path, mend):
     """A dictionary of tensors and plain values; code inside the file is never run."""
     if not Path(path).is_file():
-        die(f"{path} is missing", mend)
+        die(f"{path} is {'a folder' if Path(path).is_dir() else 'missing'}", mend)
     try:
-        record = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on a file that is refused below
+            record = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         die(f"{path} holds something other than tensors and plain values, so it was not loaded", mend)
     except PermissionError as e:
         die(f"cannot read {path}: {e.strerror}", mend)
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError):
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError, AssertionError, ArithmeticError, MemoryError,
+            struct.error):
         die(f"{path} is truncated or not a .pt file", mend)
     if not isinstance(record, dict):
         die(f"{path} holds a {type(record).__name__}, not a dictionary", mend)
@@ -396,7 +423,7 @@ def load_splits(folder, names=SPLITS, device="cpu"):
         return {name: _load_split(folder / f"{name}.pt", device) for name in names}
     whole = _load_split(folder / "train.pt", device)
     n, tenth = len(whole.labels), len(whole.labels) // 10
-    if tenth == 0:
+    if tenth < 4:
         die(f"{folder}/train.pt has {n} images, too few to split val and test off", "add val.pt, test_hard.pt and test_unbiased.pt")
     print(f"{folder} has no {', '.join(absent)}: {tenth:,} of the {n:,} images of train.pt each become val and test", flush=True)
     order = torch.randperm(n, generator=stream(0, "split off")).to(device)
@@ -428,7 +455,7 @@ def _load_split(path, device):
         t = record.get(key)
         if t is None and not needed:
             continue
-        if not torch.is_tensor(t) or t.dtype not in dtypes or t.shape != shape:
+        if not torch.is_tensor(t) or t.dtype not in dtypes or t.shape != shape or t.layout != torch.strided or t.is_meta:
             found = f"{str(t.dtype)[6:]} {tuple(t.shape)}" if torch.is_tensor(t) else type(t).__name__
             die(f"{path}: {key} is {found} but should be {str(dtypes[0])[6:]} {shape}", mend)
         if key in ("labels", "colors") and not 0 <= int(t.min()) <= int(t.max()) <= 999:
@@ -447,6 +474,12 @@ def load_model(folder, name, device="cpu"):
     record = load_pt(path, mend)
     try:
         args = record["args"]
+        if lacking := {"method", "seed"} - args.keys():
+            raise ValueError(f"its args have no {' and no '.join(sorted(lacking))}")
+        if args["model"] not in MODELS:
+            raise ValueError(f"there is no model {args['model']!r}")
+        if not all(value.isfinite().all() for value in record["weights"].values()):
+            raise ValueError("its weights are not finite")
         model = build_model(args["model"], args["width"], record["classes"], record["size"], args.get("grayscale", False))
         model.load_state_dict(record["weights"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:

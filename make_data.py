@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import (PALETTES, SPLITS, Parser, alone, common_args, die, load_json, load_pt, markdown, paint, real, run, save_figure,
+from common import (PALETTES, SPLITS, Parser, alone, common_args, die, folder_name, load_json, load_pt, markdown, paint, real, run, save_figure,
                     save_json, setup, start_drawing, stream, whole, whole_file, write_pt)
 
 RAW = Path(__file__).resolve().parent / "results" / "raw"
@@ -170,9 +170,9 @@ def read_mnist(folder, limit):
     for half, most in (("train", limit), ("t10k", limit and max(limit // 6, 10))):
         gray = parse_idx(f"{half}-images", files[f"{half}-images-idx3-ubyte"], 3)
         labels = parse_idx(f"{half}-labels", files[f"{half}-labels-idx1-ubyte"], 1).long()
-        if len(gray) != len(labels) or labels.max() > 9 or min(gray.shape[1:]) < 8:
+        if len(gray) != len(labels) or labels.max() > 9 or min(gray.shape[1:]) < 8 or len(gray) < (100 if half == "train" else 10):
             die(f"{half}: {len(gray)} images of {tuple(gray.shape[1:])} pixels with {len(labels)} labels up to {int(labels.max())}",
-                "make_data.py paints one label per image, classes 0 to 9, 8x8 pixels or more")
+                "make_data.py paints one label per image, classes 0 to 9, 8x8 pixels or more, 100 images or more to train on and 10 to test on")
         halves += [gray[:most], labels[:most]]
     return halves, is_mnist, source
 
@@ -231,7 +231,7 @@ def draw_samples(splits, meta, path):
 
 
 def report(args):
-    meta = load_json(args.dir / "meta.json", f"run: python make_data.py --dir {args.dir}")
+    meta = load_json(args.dir / "meta.json", f"run: python make_data.py --dir {args.dir}", "recipe", "size", "counts", "own_colour_share")
     if all((args.dir / f"{name}.pt").is_file() for name in SPLITS):
         draw_samples({name: load_pt(args.dir / f"{name}.pt", "run: python make_data.py") for name in SPLITS}, meta, args.dir / "figures" / "samples.png")
     print("![Sample pictures of each digit and split](figures/samples.png)\n")
@@ -246,7 +246,7 @@ def get_args(argv=None):
     p.add_argument("--recipe", choices=RECIPES, default="background", help="how a digit is painted (default: background)")
     p.add_argument("--corr", type=real(0, 1), help="share of training digits on their own colour (default: 0.95; flat: 0.99; digit: 1)")
     p.add_argument("--sigma2", type=real(0, 1), help="digit: variance of the stroke's colour around its mean, pixels in [0, 1] (default: 0.02)")
-    p.add_argument("--mnist", type=Path, help="folder with your own four IDX files, gzipped or not")
+    p.add_argument("--mnist", type=folder_name, help="folder with your own four IDX files, gzipped or not")
     p.add_argument("--limit", type=whole(100), help="paint only that many training images, and a sixth as many test images")
     common_args(p, seed_of="the split and the colours")
     args = p.parse_args(argv)

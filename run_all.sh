@@ -28,7 +28,9 @@ DONE=$DIR/.done
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # busy threads of side-by-side processes on few cores stall each other
 
 fail() { echo "run_all.sh: $*" >&2; exit 2; }
-case $JOBS in '' | *[!0-9]* | 0) fail "JOBS is '$JOBS'; give a number from 1" ;; esac
+case $JOBS in *[!0-9]* | 0* | ????*) fail "JOBS is '$JOBS'; give a number from 1 to 999" ;; esac
+case ${QUICK:-0}${FRESH:-0} in [01][01]) ;; *) fail "QUICK is '${QUICK:-}' and FRESH is '${FRESH:-}'; both are 0 or 1" ;; esac
+[ -z "${PYTHON:-}" ] || command -v "$PYTHON" > /dev/null || fail "PYTHON is '$PYTHON', which cannot be run; leave it out to find one"
 
 # ---- setup: $PYTHON if you name one, else the first python here that can import what we need, else a fresh .venv
 setup() {
@@ -276,11 +278,12 @@ report() {  # results/report.md: what the scripts say of their own results, one 
   echo "$STAGE: wrote $DIR/report.md, $((SECONDS / 60)) min $((SECONDS % 60)) s so far"
 }
 
-for STAGE in ${@:-$STAGES}; do
-  case " $STAGES report test " in *" $STAGE "*) ;; *) fail "there is no stage '$STAGE'; choose from: $STAGES report test" ;; esac
+[ $# -gt 0 ] || set -- $STAGES
+for STAGE in "$@"; do
+  case " $STAGES report test " in *" ${STAGE// /_} "*) ;; *) fail "there is no stage '$STAGE'; choose from: $STAGES report test" ;; esac
 done
 trap 'kill $(jobs -p) 2> /dev/null; wait; echo "run_all.sh: interrupted; run the same command again to continue" >&2; exit 130' INT TERM
 setup
-for STAGE in ${@:-$STAGES}; do
+for STAGE in "$@"; do
   case $STAGE in test) tests ;; report) report ;; *) alone; "$STAGE" ;; esac
 done

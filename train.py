@@ -26,7 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (CNNS, INK, MODELS, SPLITS, Parser, alone, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits,
-                    luma, markdown, mean_sd, pgd, predict, real, run, save_figure, save_json, save_pt, setup, split_off, start_drawing, stream, whole, wilson)
+                    luma, markdown, mean_sd, pgd, predict, real, run, save_figure, save_json, save_pt, setup, split_off, start_drawing, stream, whole, wilson,
+                    with_keys)
 
 EVAL_SPLITS = SPLITS[1:]
 
@@ -584,8 +585,8 @@ def train(model, splits, args, device, part=None):
                 rate = (i + 1) * args.batch / (time.time() - began)
                 print(f"\repoch {epoch:2d}/{args.epochs}  {rate:,.0f} images/s  {(n - (i + 1) * args.batch) / rate:4.0f}s left in this epoch ", end="", flush=True)
         loss = total.item() / n
-        if not math.isfinite(loss):
-            die(f"the loss is {loss} in epoch {epoch}", f"try a smaller --lr than {args.lr:g}")
+        if not (math.isfinite(loss) and all(p.isfinite().all() for p in model.parameters())):
+            die(f"the loss is {loss} in epoch {epoch}, or its gradient not finite", f"try a smaller --lr than {args.lr:g}")
         scores = {name: score(predict(model, splits[name]), splits[name]) for name in ("val", "test_hard")}
         facts = objective.facts(model, args) if hasattr(objective, "facts") else {}
         epochs.append({"epoch": epoch, "loss": loss, "val": scores["val"]["acc"], "val_aligned": scores["val"]["aligned"],
@@ -620,7 +621,9 @@ def restore(part, parts, this_run):
         print(f"--resume: {part} is not there, so the run starts with its first epoch", flush=True)
         return [], {}
     saved = load_pt(part, "delete it to start over")
-    before = saved.get("args") or {}
+    before = saved.get("args")
+    if not isinstance(before, dict):
+        die(f"{part} was not left by train.py", "delete it to start over")
     changed = [f"--{k.replace('_', '-')} was {before.get(k)}" for k, v in this_run["args"].items() if before.get(k) != v]
     if changed:
         die(f"{part} was left by a run with other settings ({', '.join(changed)})", "give the same flags to continue it, or leave --resume out to start over")
@@ -629,10 +632,11 @@ def restore(part, parts, this_run):
     try:
         for name, thing in parts.items():
             thing.load_state_dict(saved[name])
-    except (LookupError, TypeError, ValueError, RuntimeError) as e:
+        epochs, kept = [*saved["epochs"]], {**saved["kept"]}
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         die(f"{part} does not fit this run ({(str(e) or type(e).__name__).splitlines()[0]})", "leave --resume out to start over")
-    print(f"--resume: continuing after epoch {len(saved['epochs'])}", flush=True)
-    return saved["epochs"], saved["kept"]
+    print(f"--resume: continuing after epoch {len(epochs)}", flush=True)
+    return epochs, kept
 
 
 # ---------------------------------------------------------------- scoring
@@ -790,7 +794,10 @@ def read_records(folder):
     world, records = world_of(folder), []
     for path in sorted(folder.glob("*.json")):
         record = load_json(path, f"delete it, or run again: python train.py --dir {folder}")
-        if record.get("script") != "train.py" or record["args"]["method"] not in METHODS:
+        if record.get("script") != "train.py":
+            continue
+        with_keys(record, ("args", "world", "final", "probe", "epochs", "params"), path, "delete it, or run it again")
+        if record["args"]["method"] not in METHODS:
             continue
         if record["world"] != world:
             print(f"train.py: {path} was trained on another painting of {folder}, so it is left out", file=sys.stderr)
@@ -1271,11 +1278,11 @@ def get_args(argv=None):
         p.error("--batch 1 is too small for batch norm; give a ResNet 2 or more")
     if args.method == "at" and args.clean_epochs >= args.epochs:
         p.error(f"--clean-epochs {args.clean_epochs} leaves nothing of --epochs {args.epochs}, which counts both phases; give it more")
-    args.name = args.name or f"{args.method}_s{args.seed}"
+    args.name = f"{args.method}_s{args.seed}" if args.name is None else args.name
     for flag, name in (("--name", args.name), ("--init", args.init), ("--eval", args.eval)):
         if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
             p.error(f"{flag} {name!r} must be letters, digits and _ . + - only, since files in --dir are named after it")
-    if args.name.lower() in ("meta", "gradcam", *SPLITS) or args.name.lower().startswith(("attack_", "gradcam_")):
+    if args.name.lower() in ("meta", "gradcam", *SPLITS) or args.name.lower().startswith(("attack_", "gradcam_")) or args.name.lower().endswith(".part"):
         p.error(f"--name {args.name} would overwrite another file of --dir; choose another name")
     return args
 
@@ -1301,7 +1308,7 @@ def train_or_score(args, device):
     if args.eval:
         model, checkpoint = load_model(args.dir, args.eval, device)
         path = args.dir / f"{args.eval}.json"
-        record = load_json(path, "the model itself is there; restore its JSON, or train it again under another --name")
+        record = load_json(path, "the model itself is there; restore its JSON, or train it again under another --name", "args", "epochs", "name")
         check_fit(splits, checkpoint["classes"], checkpoint["size"], args)
         record |= evaluate(model, splits)
         save_json(record, path)
@@ -1355,8 +1362,13 @@ def start_from(name, model, args):
 
 
 def check_fit(splits, classes, size, args):
-    """Every split must have the training split's picture size and no class beyond its own."""
+    """Every split must have the training split's picture size, no class beyond its own, and enough images for what is done with it."""
+    for flag in ("crop", "cutout"):
+        if flag in METHODS[args.method].flags and getattr(args, flag) >= min(size):
+            die(f"--{flag} {getattr(args, flag)} leaves nothing of {size[0]}x{size[1]} pixels", "try 2")
     for name, split in splits.items():
+        if len(split.labels) < (least := {"train": 2, "test_unbiased": 4}.get(name, 1)):  # for batch norm, and for the probes
+            die(f"{args.dir}/{name}.pt has too few images, {len(split.labels)}", f"give it {least} or more")
         if list(split.images.shape[2:]) != list(size):
             die(f"{args.dir}/{name}.pt has images of {tuple(split.images.shape[2:])} pixels but the net is built for {tuple(size)}", "make the splits from one source")
         if int(split.labels.max()) >= classes:

@@ -81,20 +81,19 @@ def call(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def mistake(tmp_path, monkeypatch, capfd):
-    """Assert that a command ends with exit code 2 and one line that says `says`, and that no file in its folder has changed."""
+    """Assert that a command ends with exit code 2 and one line that says `says`, and that nothing in its folder has changed."""
 
-    def fails(command, says):
-        script, *rest = command.split()
-        monkeypatch.chdir(tmp_path)
+    def fails(command, says, folder=tmp_path):
+        script, *rest = command.split() if isinstance(command, str) else command
+        monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", [script, *rest])
-        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        before = contents(folder)
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             common.run(importlib.import_module(script.removesuffix(".py")).main)
         said = capfd.readouterr()
-        lines = [line for line in said.err.splitlines() if not line.startswith(("usage: ", " "))]  # argparse prints its usage first
-        assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(script) and says in lines[0], said.err
+        assert stop.value.code == 2 and said.err.count("\n") == 1 and said.err.startswith(script) and says in said.err, said.err
         assert "code inside" not in said.out
-        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+        assert contents(folder) == before
 
     return fails

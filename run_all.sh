@@ -2,9 +2,11 @@
 # Regenerates every table and figure of results/report.md on real MNIST.
 #
 #   bash run_all.sh                 every stage, in order
-#   bash run_all.sh STAGE...        only these stages: lazy evidence cures ablations biased lntl robust
+#   bash run_all.sh STAGE...        only these stages: lazy evidence cures ablations biased lntl robust robgan
 #   bash run_all.sh report          write report.md again from the results that are there
 #   bash run_all.sh test            set up, then run the tests
+#   bash run_all.sh --list STAGE... what remains to be done, a command a line behind its level; a level needs those below it
+#   bash run_all.sh --step SCRIPT   one such command: python SCRIPT, its mark in DIR/.done
 #   QUICK=1 bash run_all.sh         everything in a few minutes on a small subset, into results/quick
 #   FRESH=1 bash run_all.sh         start over instead of continuing
 #   JOBS=4 bash run_all.sh          steps side by side (default: one per core), one thread each
@@ -15,7 +17,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-STAGES="lazy evidence cures ablations biased lntl robust"
+STAGES="lazy evidence cures ablations biased lntl robust robgan"
 DIR=results
 JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
 SEEDS="42 43 44 45 46" FEW="42 43 44"  # of the headline, and of side tables
@@ -64,12 +66,12 @@ except OSError:
   echo $$ > "$DIR/.run_all.lock"
   [ "${FRESH:-0}" != 1 ] || rm -rf "$DONE"
   mkdir -p "$DONE"
-  rm -f "$DONE"/log.*  # of killed steps
+  find "$DONE" -name 'log.*' -mtime +1 -delete  # of killed steps; a younger one may be of a --step elsewhere
 }
 
 # ---- steps: queue them with `step`, run the queue side by side with `go`
 QUEUE=()
-step() { QUEUE+=("$*"); }
+step() { set -- $*; QUEUE+=("$*"); }  # one blank between words, as --step will see them
 
 mark() {  # the file that says this command was run by this code: every script upstream of it counts
   local code
@@ -98,9 +100,16 @@ one() {  # one step; what it printed is shown if it fails
   fi
 }
 
+LIST=0 LEVEL=0
 go() {  # runs the queue, JOBS steps at a time; after a failure nothing new is started and finished steps are kept
   local todo=() command k=0
   for command in "${QUEUE[@]}"; do [ -e "$(mark "$command")" ] || todo+=("$command"); done
+  if [ $LIST = 1 ]; then
+    [ ${#todo[@]} = 0 ] || LEVEL=$((LEVEL + 1))
+    for command in ${todo[@]+"${todo[@]}"}; do echo "$LEVEL ${QUICK:+QUICK=$QUICK }bash run_all.sh --step $command"; done
+    QUEUE=()
+    return
+  fi
   echo "$STAGE: $1: ${#todo[@]} steps to do, $((${#QUEUE[@]} - ${#todo[@]})) done before, $((SECONDS / 60)) min $((SECONDS % 60)) s so far"
   QUEUE=()
   rm -f "$DONE/failed"
@@ -265,6 +274,7 @@ over_seeds() {  # NAME... to the names of all their seeds
 
 report() {  # results/report.md: what the scripts say of their own results, one after the other
   local part
+  [ $LIST = 0 ] || return 0
   {
     echo "# The lazy artist: what was measured"
     for part in "The world:make_data.py" "Does it cheat, and what cures it?:train.py" "Where does it look?:gradcam.py" \
@@ -278,10 +288,19 @@ report() {  # results/report.md: what the scripts say of their own results, one 
   echo "$STAGE: wrote $DIR/report.md, $((SECONDS / 60)) min $((SECONDS % 60)) s so far"
 }
 
+if [ "${1:-}" = --step ]; then
+  setup
+  mkdir -p "$DONE"
+  shift
+  [ -e "$(mark "$*")" ] || one "$*" "" || exit 1
+  exit 0
+fi
+if [ "${1:-}" = --list ]; then LIST=1; shift; fi
 [ $# -gt 0 ] || set -- $STAGES
 for STAGE in "$@"; do
   case " $STAGES report test " in *" ${STAGE// /_} "*) ;; *) fail "there is no stage '$STAGE'; choose from: $STAGES report test" ;; esac
 done
+if [ $LIST = 1 ]; then for STAGE in "$@"; do "$STAGE"; done; exit 0; fi
 trap 'kill $(jobs -p) 2> /dev/null; wait; echo "run_all.sh: interrupted; run the same command again to continue" >&2; exit 130' INT TERM
 setup
 for STAGE in "$@"; do

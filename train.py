@@ -8,12 +8,17 @@ Writes  DIR/NAME.pt, DIR/NAME.json; with --report DIR/figures/*.png
     python train.py --method grl --gamma 0.1 --seed 43
     python train.py --eval jitter_s42                  # score a saved model again, without training
     python train.py --report                           # figures and tables of every run in --dir
+    torchrun --standalone --nproc_per_node=2 train.py  # one model in two processes, each with its share of every batch
 """
 
 import argparse
+import contextlib
+import copy
+import datetime
 import functools
 import itertools
 import math
+import os
 import re
 import sys
 import textwrap
@@ -22,14 +27,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (CNNS, INK, MODELS, SPLITS, Parser, alone, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits,
-                    luma, markdown, mean_sd, pgd, predict, real, run, save_figure, save_json, save_pt, setup, split_off, start_drawing, stream, whole, wilson,
-                    with_keys)
+from common import (CNNS, INK, MODELS, RANK, SPLITS, Parser, Split, alone, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt,
+                    load_splits, luma, markdown, mean_sd, model_name, pgd, predict, real, run, save_figure, save_json, save_pt, setup, split_off, start_drawing, stream,
+                    whole, wilson, with_keys)
 
 EVAL_SPLITS = SPLITS[1:]
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes that train this model together, of which this is number RANK
 
 
 class Batch(NamedTuple):
@@ -38,6 +45,7 @@ class Batch(NamedTuple):
     colour: torch.Tensor | None  # int64 (B,): the class that owns the background colour
     index: torch.Tensor  # int64 (B,): which training images these are
     progress: float  # share of the training that is over, 0 to 1
+    weight: float = 1.0  # of these images among those of all processes, 0 to 1
 
 
 # ---------------------------------------------------------------- colour jitter, batched
@@ -198,8 +206,8 @@ class GRL(BiasBal):
             loss = self(model, batch, args, gen)
         seen = features.value[: len(batch.y)]  # jitter also shows recoloured copies, behind the images themselves
         for _ in range(self.updates - 1):
-            update(optimiser, self.colour_loss(seen.detach(), batch))  # the net has no gradient here, so it stays as it is
-        update(optimiser, loss + self.colour_loss(Reverse.apply(seen, args.gamma * max(0, (batch.progress - 0.2) / 0.8)), batch))
+            update(optimiser, self.colour_loss(seen.detach(), batch), weight=batch.weight)  # the net has no gradient here, so it stays as it is
+        update(optimiser, loss + self.colour_loss(Reverse.apply(seen, args.gamma * max(0, (batch.progress - 0.2) / 0.8)), batch), weight=batch.weight)
         return loss.detach()
 
     def colour_loss(self, features, batch):
@@ -438,7 +446,7 @@ class AT(nn.Module):
         self.classes, self.val = model.fc.out_features, splits["val"]
 
     def step(self, objective, model, batch, optimiser, args, gen):
-        return update(optimiser, self(model, batch, args, gen), args.clip_grad)
+        return update(optimiser, self(model, batch, args, gen), args.clip_grad, batch.weight)
 
     def forward(self, model, batch, args, gen):
         x, soft = augment(batch, self.classes, args, gen)
@@ -477,27 +485,216 @@ class AT(nn.Module):
         return ("clean", None) if epoch <= args.clean_epochs else ("", "val_pgd")
 
 
+# ---------------------------------------------------------------- Rob-GAN: a generator beside adversarial training
+
+
+class Generator(nn.Module):
+    """Pictures (B,3,H,W) in [0, 1] from latents (B,latent) and classes int64 (B,); one `channel` for a grey world, else three."""
+
+    def __init__(self, classes, size, channels, latent=64, width=64):
+        super().__init__()
+        self.classes, self.size, self.latent = classes, size, latent
+        h, w = (math.ceil(side / 4) for side in size)
+        self.start = nn.Sequential(nn.Linear(latent + classes, width * h * w), nn.Unflatten(1, (width, h, w)), nn.BatchNorm2d(width), nn.ReLU())
+        self.grow = nn.Sequential(nn.ConvTranspose2d(width, width // 2, 4, 2, 1), nn.BatchNorm2d(width // 2), nn.ReLU(),
+                                  nn.ConvTranspose2d(width // 2, width // 4, 4, 2, 1), nn.BatchNorm2d(width // 4), nn.ReLU(),
+                                  nn.Conv2d(width // 4, channels, 3, padding=1), nn.Sigmoid())
+
+    def forward(self, z, y):
+        x = self.grow(self.start(torch.cat([z, F.one_hot(y, self.classes).to(z.dtype)], 1)))
+        return x[:, :, : self.size[0], : self.size[1]].expand(-1, 3, -1, -1)
+
+    def draw(self, y, gen):
+        """One picture for each class of y (B,)."""
+        return self(torch.randn(len(y), self.latent, generator=gen, device=y.device), y)
+
+
+class RobGAN(AT):
+    """Rob-GAN (Liu & Hsieh, 2019): the net that is trained adversarially is also the body of a discriminator, and a generator learns against it.
+
+    Every step attacks a batch and learns its classes as `at` does, compares as many generated images with the real ones, and updates the
+    generator once. In the last --finetune-epochs the net learns the classes of attacked real and attacked generated images only.
+
+    Departures, each against a collapse seen without it: the discriminator's own head compares real with generated of the same class
+    (relativistic loss with gradient penalties on both, R1 + R2; Huang et al., 2024), reads the last feature map and not a mean of it,
+    and sees neither side attacked; the generator is asked to look real for its class (projection; Miyato & Koyama, 2018), not to be
+    classified well; there is no batch norm in the discriminator. Samples come from averaged weights of the generator.
+    """
+
+    lr_scale, betas = 1, (0.0, 0.99)  # of the generator and the discriminator's own head
+    decay = 0.998  # of the averaged weights
+    alarm = {"diversity": 0.7, "diversity_worst": 0.4}  # below these, within-class diversity counts as collapsing
+
+    def __init__(self, model, splits, args):
+        super().__init__(model, splits, args)
+        if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+            die(f"--method robgan cannot use --model {args.model}: batch norm shows a discriminator which batch is generated", "choose simplecnn or saturatedcnn")
+        data = splits["train"]
+        self.some = Split(*(None if part is None else part[: self.watch["n"]] for part in data))
+        n = len(splits["test_unbiased"].labels)  # as many training images are compared with these
+        for name, labels in (("train", self.some.labels), ("test_unbiased", splits["test_unbiased"].labels), ("train", data.labels[:n])):
+            if (labels.bincount(minlength=self.classes) < 2).any():
+                die(f"--method robgan compares images within a class, but a class has fewer than two of the first {len(labels)} in {args.dir}/{name}.pt",
+                    "shuffle the images or add some")
+        judge, about = load_model(args.dir, args.judge, data.images.device)
+        if (about["classes"], list(about["size"])) != (self.classes, list(data.images.shape[2:])):
+            die(f"--judge {args.judge} is built for {about['classes']} classes and {tuple(about['size'])} pixels, unlike {args.dir}/train.pt", "choose one trained here")
+        self.judge = functools.partial(judged, judge)
+        self.channels = 1 if (self.some.images == self.some.images[:, :1]).all() else 3
+        self.generator = Generator(self.classes, data.images.shape[2:], self.channels)
+        self.average = copy.deepcopy(self.generator).requires_grad_(False).eval()
+        self.head = nn.Sequential(nn.Linear(model.fc.in_features, 128), nn.LeakyReLU(0.2))
+        self.real, self.belongs = nn.Linear(128, 1), nn.Embedding(self.classes, 128)
+        self.register_buffer("tally", torch.zeros(3), persistent=False)  # losses of discriminator and generator, steps of this epoch
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.long))
+        self.spread = within_class(self.judge(self.some.x(slice(None)))[1], self.some.labels, self.classes)
+
+    def step(self, objective, model, batch, optimiser, args, gen):
+        if self.finetunes(batch.progress, args):
+            both = batch._replace(x=torch.cat([batch.x, self.average.draw(batch.y, gen)]), y=batch.y.repeat(2))
+            return super().step(objective, model, both, optimiser, args, gen)
+        learned = self(model, batch, args, gen)
+        with torch.no_grad():
+            fake = self.generator.draw(batch.y, gen)
+        x = torch.cat([batch.x, fake]).requires_grad_()
+        score = self.score(model, x, batch.y.repeat(2))
+        (slope,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+        real, fake = score.chunk(2)
+        against = F.softplus(fake - real).mean() + args.penalty * slope.square().sum((1, 2, 3)).mean()  # mean over 2B, halved twice: gamma / 2 (R1 + R2)
+        update(optimiser, learned + args.gan * against, args.clip_grad)
+        with frozen(model, self.head, self.real, self.belongs):
+            fake = self.score(model, self.generator.draw(batch.y, gen), batch.y)
+            with torch.no_grad():
+                real = self.score(model, batch.x, batch.y)
+            towards = update(optimiser, F.softplus(real - fake).mean())
+        self.follow()
+        self.tally += torch.stack([against.detach(), towards, torch.ones_like(towards)])
+        return learned.detach()
+
+    def score(self, model, x, y):
+        """How real x (B,3,H,W) looks for class y (B,): float (B,)."""
+        with InputOf(model.fc) as features:
+            model(x)
+        h = self.head(features.value)
+        return self.real(h)[:, 0] + (self.belongs(y) * h).sum(1)
+
+    @torch.no_grad()
+    def follow(self):
+        """The averaged generator moves a little towards the present one."""
+        self.steps += 1
+        share = 1 - min(self.decay, self.steps.item() / (self.steps.item() + 10))
+        for slow, fast in zip(self.average.parameters(), self.generator.parameters()):
+            slow.lerp_(fast, share)
+        for slow, fast in zip(self.average.buffers(), self.generator.buffers()):
+            slow.copy_(fast)
+
+    def finetunes(self, progress, args):
+        return progress * args.epochs >= args.epochs - args.finetune_epochs - 1e-9
+
+    @torch.no_grad()
+    def sample(self, y, gen):
+        """Averaged generator's pictures uint8 (N,3,H,W), as files hold them."""
+        pictures = [self.average.draw(part, gen).mul(255).round_().to(torch.uint8) for part in y.split(1000)]
+        return torch.cat(pictures).contiguous(memory_format=torch.channels_last)
+
+    def facts(self, model, args):
+        """AT's, the losses, what the judge says of samples, and a grid of them; an alarm in plain words when diversity is going."""
+        y = self.some.labels
+        pictures = Split(self.sample(y, stream(args.seed, "samples to watch", y.device)), y, None, None)
+        said, z = self.judge(pictures.x(slice(None)))
+        diversity = within_class(z, y, self.classes) / self.spread
+        self.epoch += 1
+        draw_samples(pictures, self.classes, f"after epoch {self.epoch} of {args.epochs}", args.dir / "figures" / f"{args.name}_epoch_{self.epoch:02d}.png")
+        against, towards, steps = self.tally.tolist()
+        self.tally.zero_()
+        losses = {"loss_d": against / steps, "loss_g": towards / steps} if steps else {}
+        facts = super().facts(model, args) | losses | {"agreement": (said == y).double().mean().item(),
+                                                       "diversity": diversity.mean().item(), "diversity_worst": diversity.min().item()}
+        if any(facts[key] < least for key, least in self.alarm.items()):
+            print(f"ALARM: the generator is collapsing: its pictures of class {int(diversity.argmin())} differ from each other {diversity.min():.0%} as much as real ones do "
+                  f"(all classes: {diversity.mean():.0%}); try a larger --penalty or a smaller --lr")
+        return facts
+
+    def finish(self, model, splits, args):
+        """What the samples are worth; the generator, in half precision, and pictures. `model` is the trained net."""
+        test, device = splits["test_unbiased"], splits["test_unbiased"].labels.device
+        n = min(10_000, len(test.labels), len(splits["train"].labels))
+        gen = stream(args.seed, "samples", device)
+        first = torch.stack([(splits["train"].labels == k).nonzero()[0, 0] for k in range(self.classes)])
+        real = splits["train"].labels[:n]
+        sources = {  # the same classes as in the n first training images, but for the test images
+            "generated": Split(self.sample(real, gen), real, None, None),
+            "real": Split(test.images[:n], test.labels[:n], None, None),
+            "collapsed": Split(splits["train"].images[first[real]], real, None, None)}  # one sharp image per class
+        more = {"generated": lambda y: self.sample(y, gen), "real": None, "collapsed": lambda y: splits["train"].images[first[y]]}
+        reference = Split(splits["train"].images[:n], real, None, None)
+        features = self.judge(reference.x(slice(None)))[1]
+        measured = {name: compare(source, reference, features, self.judge, self.classes) for name, source in sources.items()}
+        for name, make in more.items():
+            measured[name]["trained_on"] = self.train_on(make, splits, args, name)
+        measured["generated"]["nearest"], pairs = nearest(sources["generated"], splits["train"])
+        measured["real"]["nearest"], _ = nearest(sources["real"], splits["train"])
+        several = torch.cat([(real == k).nonzero()[:4, 0] for k in range(self.classes)])
+        x, y = sources["generated"].x(several), real[several]
+        attacked = pgd(model, x, y, args.eps, 50, gen, step_size=args.eps / 4, decay=True).x
+        with torch.no_grad():
+            said = [model(pictures).argmax(1).tolist() for pictures in (reference.x(several), x, attacked)]
+        shown = {"real": reference.images[several], "generated": sources["generated"].images[several], "attacked": attacked.mul(255).round_().to(torch.uint8), **pairs}
+        return {"record": {"generator": {"params": sum(p.numel() for p in self.generator.parameters()), "n": n, "judge": args.judge, "measured": measured}},
+                "checkpoint": {"generator": {name: value.half() if value.is_floating_point() else value for name, value in self.average.state_dict().items()},
+                               "shown": {name: pictures[:, : self.channels].cpu().contiguous() for name, pictures in shown.items()}, "said": said}}
+
+    def train_on(self, make, splits, args, name):
+        """Accuracy on real test images of a fresh classifier that was trained on these pictures instead of the training images (Ravuri & Vinyals, 2019)."""
+        print(f"a classifier trained on {name} images only:")
+        plain = get_args("--width 16 --epochs 2 --schedule onecycle --lr 1e-2".split())
+        plain.dir, plain.seed = args.dir, args.seed + 1
+        data = splits["train"] if make is None else splits["train"]._replace(images=make(splits["train"].labels))
+        torch.manual_seed(plain.seed)
+        net = fresh_net(plain, self.classes, data.images.shape[2:]).to(data.images.device)
+        train(net, {**splits, "train": data}, plain, data.images.device)
+        return (predict(net, splits["test_unbiased"]) == splits["test_unbiased"].labels).double().mean().item()
+
+    def phase(self, epoch, args):
+        if epoch <= args.clean_epochs:
+            return "clean", None
+        return ("joint" if epoch <= args.epochs - args.finetune_epochs and args.finetune_epochs else "", "val_pgd")
+
+
 class Method(NamedTuple):
     objective: object  # loss(model, batch, args, gen), or an nn.Module with that forward, built from (model, splits, args)
     told: str  # what the training is told about the bias
     flags: tuple = ()  # flags of its own; other methods' flags change nothing for it
+    spreads: bool = False  # can several processes share a batch: the loss is a mean over images and nothing is remembered of them
 
 
 JITTER_FLAGS = ("alpha", "jitter", "grain", "classify", "fade", "divergence", "temperature")
 AT_FLAGS = ("attack", "eps", "steps", "step_size", "clean_epochs", "eps_ramp", "beta", "crop", "flip", "rotation", "recolour", "grain", "cutout", "mixup",
             "label_smoothing", "clip_grad")
 METHODS = {  # in three tiers: told nothing, told the kind of bias, told every image's colour
-    "baseline": Method(baseline, "nothing"),
+    "baseline": Method(baseline, "nothing", spreads=True),
     "lff": Method(LfF, "nothing"),
     "jtt": Method(JTT, "nothing", ("first_epochs", "upweight")),
-    "at": Method(AT, "nothing", AT_FLAGS),
-    "jitter": Method(jitter, "the kind of bias", JITTER_FLAGS),
+    "at": Method(AT, "nothing", AT_FLAGS, spreads=True),
+    "robgan": Method(RobGAN, "nothing", (*AT_FLAGS, "finetune_epochs", "gan", "penalty", "judge")),
+    "jitter": Method(jitter, "the kind of bias", JITTER_FLAGS, spreads=True),
     "lntl": Method(LNTL, "the kind of bias", ("entropy", "gamma", "two_updates")),
-    "grl": Method(GRL, "colour labels", ("gamma", "conditional")),
-    "combined": Method(Combined, "colour labels", (*JITTER_FLAGS, "gamma", "conditional")),
-    "biasbal": Method(BiasBal, "colour labels"),
+    "grl": Method(GRL, "colour labels", ("gamma", "conditional"), spreads=True),
+    "combined": Method(Combined, "colour labels", (*JITTER_FLAGS, "gamma", "conditional"), spreads=True),
+    "biasbal": Method(BiasBal, "colour labels", spreads=True),
     "groupdro": Method(GroupDRO, "colour labels", ("group_step",)),
 }
+
+
+@contextlib.contextmanager
+def frozen(*parts):
+    """Inside `with`, these modules learn nothing."""
+    for part in parts:
+        part.requires_grad_(False)
+    yield
+    for part in parts:
+        part.requires_grad_(True)
 
 
 class InputOf:
@@ -527,17 +724,61 @@ def early_layer(model):
 
 def one_step(objective, model, batch, optimiser, args, gen):
     """The step of every method that does not bring its own."""
-    return update(optimiser, objective(model, batch, args, gen))
+    return update(optimiser, objective(model, batch, args, gen), weight=batch.weight)
 
 
-def update(optimiser, loss, clip=0):
-    """One step down; with `clip` the gradient's norm over all weights is at most that."""
+def update(optimiser, loss, clip=0, weight=1.0):
+    """One step down; with `clip` the gradient's norm over all weights is at most that. `weight` is this process's share of the loss."""
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
+    if WORLD > 1:
+        add_up([p.grad.mul_(weight) for group in optimiser.param_groups for p in group["params"] if p.grad is not None])
     if clip:
         nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip)
     optimiser.step()
     return loss.detach()
+
+
+@contextlib.contextmanager
+def in_bf16(model, args):
+    """With --amp, convolutions and matrix products in bfloat16; weights, logits and losses stay float32. Scores never pass through here."""
+    if not args.amp:
+        yield
+        return
+    hook = model.register_forward_hook(lambda _, inputs, logits: logits.float())
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
+        yield
+    hook.remove()
+
+
+def join(args, device, n):
+    """Meet the other processes that torchrun started: gloo on CPUs, nccl on GPUs, one each. One that fails does not keep the others waiting."""
+    if not METHODS[args.method].spreads:
+        die(f"--method {args.method} needs whole batches in one process", "run it without torchrun, or choose from " + ", ".join(m for m in METHODS if METHODS[m].spreads))
+    if args.model.startswith("resnet"):
+        smallest = min(args.batch, n % args.batch or args.batch)
+        if smallest < 2 * WORLD:
+            die(f"--batch {args.batch} makes a batch of {smallest} for {WORLD} processes, too few for batch norm", "choose another --batch")
+        print(f"batch norm sees the images of one of the {WORLD} processes at a time")
+    if device.type == "mps" or (device.type == "cuda" and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"])):
+        die(f"there are fewer GPUs for --device {device.type} than processes", "start fewer, or use --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=5))
+
+
+def share(index):
+    """The images of a batch that are this process's, int64 (b,), and their weight; where there are too few, one image with weight 0."""
+    mine = index.tensor_split(WORLD)[RANK]
+    return (mine, len(mine) / len(index)) if len(mine) else (index[:1], 0.0)
+
+
+def add_up(tensors):
+    """Replace each tensor by its sum over all processes, in one message."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(part.view(t.shape))
 
 
 def make_schedule(optimiser, args, steps):
@@ -562,7 +803,8 @@ def train(model, splits, args, device, part=None):
     step = getattr(objective, "step", None) or one_step
     groups = [{"params": list(model.parameters()), "lr": args.lr}]
     if isinstance(objective, nn.Module) and any(True for _ in objective.parameters()):
-        groups.append({"params": list(objective.parameters()), "lr": args.lr * getattr(objective, "lr_scale", 1)})
+        groups.append({"params": list(objective.parameters()), "lr": args.lr * getattr(objective, "lr_scale", 1),
+                       "betas": getattr(objective, "betas", (0.9, 0.999))})
     optimiser = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
     sizes = [args.batch] * (n // args.batch) + [n % args.batch] * (n % args.batch > 0)
     if len(sizes) > 1 and sizes[-1] == 1:
@@ -574,21 +816,26 @@ def train(model, splits, args, device, part=None):
     epochs, kept = restore(part, parts, this_run) if part is not None and args.resume else ([], {})
     for epoch in range(len(epochs) + 1, args.epochs + 1):
         began, total = time.time(), torch.zeros((), device=device)
-        gen = stream(args.seed, f"epoch {epoch}", device)
+        gen = stream(args.seed, f"epoch {epoch}" + f" of process {RANK}" * (RANK > 0), device)
         order = draw_order(data, args, stream(args.seed, f"order {epoch}")).to(device)
         model.train()
         for i, index in enumerate(order.split(sizes)):
-            batch = Batch(data.x(index), data.labels[index], None if data.colors is None else data.colors[index], index, schedule.last_epoch / steps)
-            total += step(objective, model, batch, optimiser, args, gen) * len(index)
+            mine, weight = share(index)
+            batch = Batch(data.x(mine), data.labels[mine], None if data.colors is None else data.colors[mine], mine, schedule.last_epoch / steps, weight)
+            with in_bf16(model, args):
+                total += step(objective, model, batch, optimiser, args, gen) * (len(index) * weight)
             schedule.step()
             if sys.stdout.isatty() and i % 50 == 49:
                 rate = (i + 1) * args.batch / (time.time() - began)
                 print(f"\repoch {epoch:2d}/{args.epochs}  {rate:,.0f} images/s  {(n - (i + 1) * args.batch) / rate:4.0f}s left in this epoch ", end="", flush=True)
+        if WORLD > 1:
+            add_up([total])
         loss = total.item() / n
         if not (math.isfinite(loss) and all(p.isfinite().all() for p in model.parameters())):
             die(f"the loss is {loss} in epoch {epoch}, or its gradient not finite", f"try a smaller --lr than {args.lr:g}")
         scores = {name: score(predict(model, splits[name]), splits[name]) for name in ("val", "test_hard")}
-        facts = objective.facts(model, args) if hasattr(objective, "facts") else {}
+        with in_bf16(model, args):
+            facts = objective.facts(model, args) if hasattr(objective, "facts") else {}
         epochs.append({"epoch": epoch, "loss": loss, "val": scores["val"]["acc"], "val_aligned": scores["val"]["aligned"],
                        "val_conflicting": scores["val"]["conflicting"], "test_hard": scores["test_hard"]["acc"],
                        **facts})
@@ -599,8 +846,11 @@ def train(model, splits, args, device, part=None):
         print(f"{chr(13) * sys.stdout.isatty()}epoch {epoch:2d}/{args.epochs}  loss {loss:.4f}  val {scores['val']['acc']:.3f}  aligned {fmt(scores['val']['aligned'])}"
               f"  conflicting {fmt(scores['val']['conflicting'])}  test_hard {scores['test_hard']['acc']:.3f}"
               + "".join(f"  {name} {value:.3f}" for name, value in facts.items()) + f"  {time.time() - began:5.1f}s", flush=True)
-        if part is not None:
+        if part is not None and RANK == 0:
             save_pt({**this_run, "epochs": epochs, "kept": kept, **{name: thing.state_dict() for name, thing in parts.items()}}, part)
+    if hasattr(objective, "finish"):
+        model.load_state_dict(kept[""]["weights"])
+        kept[""] |= objective.finish(model, splits, args)
     return epochs, kept
 
 
@@ -728,6 +978,66 @@ def fit_linear(z, y, z_test, y_test, l2=1e-3):
     optimiser.step(closure)
     with torch.no_grad():
         return ((z_test @ weight[1:] + weight[0]).argmax(1) == y_test).double().mean().item()
+
+
+@torch.inference_mode()
+def judged(judge, x):
+    """What a trained classifier says of x (N,3,H,W): (classes int64 (N,), penultimate features float (N,F))."""
+    said, values = [], []
+    with InputOf(judge.fc) as features:
+        for part in x.split(1000):
+            said.append(judge(part).argmax(1))
+            values.append(features.value)
+    return torch.cat(said), torch.cat(values)
+
+
+def within_class(z, y, classes):
+    """Mean distance between two features of the same class, float (classes,); z (N,F), y int64 (N,)."""
+    pairs = [torch.pdist(z[y == k]) for k in range(classes)]
+    return torch.stack([d.mean() if len(d) else d.new_zeros(()) for d in pairs])
+
+
+def compare(made, real, z_real, judge, classes):
+    """How pictures compare with real ones of the same classes in a judge's features: {measure: value}. `made` and `real` are Splits, z_real float (N,F)."""
+    said, z = judge(made.x(slice(None)))
+    share = torch.bincount(said, minlength=classes).double() / len(said)
+    diversity = (within_class(z, made.labels, classes) / within_class(z_real, real.labels, classes)).double()
+    precision, recall = precision_recall(z[:5000], z_real[:5000])
+    return {"agreement": (said == made.labels).double().mean().item(), "class_entropy": -(share * share.clamp(min=1e-12).log()).sum().item(),
+            "diversity": diversity.mean().item(), "diversity_worst": diversity.min().item(), "diversity_per_class": diversity.tolist(),
+            "frechet": frechet(z, z_real), "precision": precision, "recall": recall}
+
+
+def frechet(a, b):
+    """Frechet distance between Gaussians fitted to two sets of features (Dowson & Landau, 1982; Heusel et al., 2017): |m - n|^2 + tr(A + B - 2 (AB)^1/2)."""
+    a, b = a.double(), b.double()
+    root = lambda s: (lambda value, vector: (vector * value.clamp(min=0).sqrt()) @ vector.T)(*torch.linalg.eigh(s))
+    s, t = a.T.cov(), b.T.cov()
+    half = root(s)
+    overlap = torch.linalg.eigvalsh(half @ t @ half).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + s.trace() + t.trace() - 2 * overlap).item()
+
+
+def precision_recall(made, real, k=3):
+    """Improved precision and recall (Kynkaanniemi et al., 2019): how often one set lies within the other's k-nearest-neighbour balls."""
+    reach = lambda z: torch.cdist(z, z).kthvalue(k + 1, 1).values  # the nearest is the point itself
+    between = torch.cdist(made, real)
+    covered = lambda hits: hits.any(1).double().mean().item()
+    return covered(between <= reach(real)), covered((between <= reach(made)[:, None]).T)
+
+
+def nearest(made, train_split, n=5000, closest=10):
+    """({quantiles of the distance to the nearest training image, L2, pixels in [0, 1]}, the `closest` pairs as pictures)."""
+    flat = lambda split, index: split.x(index).mean(1).flatten(1)  # (N,HW), the mean of the channels
+    a, found = flat(made, slice(n)), []
+    for i in range(0, len(train_split.labels), 6000):
+        found.append(torch.cdist(a, flat(train_split, slice(i, i + 6000))).min(1))
+    distance, chunk = torch.stack([f.values for f in found]).min(0)
+    index = chunk * 6000 + torch.stack([f.indices for f in found]).gather(0, chunk[None])[0]
+    few = distance.argsort()[:closest]
+    low, median = distance.quantile(distance.new_tensor([0.01, 0.5])).tolist()
+    return ({"n": len(a), "one_percent": low, "median": median, "closest": distance[few].tolist()},
+            {"close": made.images[few], "training": train_split.images[index[few]]})
 
 
 # ---------------------------------------------------------------- the write-up
@@ -1055,6 +1365,7 @@ def report(args):
     for recipe in SWEEPS:
         report_sweep(args.dir, recipe)
     report_robust(args.dir)
+    report_robgan(args.dir)
 
 
 def report_robust(folder):
@@ -1076,6 +1387,115 @@ def report_robust(folder):
     draw_robust_training(found, folder / "figures" / "robust_training.png")
     print("![Clean and attacked accuracy of val by epoch](figures/robust_training.png)\n")
     print("*Accuracy of val by epoch, clean and under PGD, one line a seed. Dotted: the epoch kept. A dashed line that drops while the solid one stays is catastrophic overfitting.*\n")
+
+
+MEASURES = {  # of RobGAN.finish: (what it says, what is wanted)
+    "agreement": "label agreement: the judge reads the class that was asked for", "class_entropy": "class entropy of the judge's answers, nats",
+    "diversity": "within-class diversity: mean feature distance of two pictures of a class, over that of real ones",
+    "diversity_worst": "the same, worst class", "frechet": "Frechet distance to real training images, judge's features", "precision": "precision (k-NN, k = 3)",
+    "recall": "recall", "trained_on": "accuracy on real test images of a classifier trained on these only"}
+
+
+def report_robgan(folder):
+    """Did the generator collapse? Every measure beside real images and a collapsed control; nothing where there is no generator."""
+    folders = [folder, *(path.parent for path in sorted(folder.glob("*/meta.json")) if world_of(path.parent).get("recipe") == "gray")]
+    found = [(where, label, runs) for where in folders for label, runs in read_runs(where).items() if "generator" in runs[0]]
+    for where, label, runs in found:
+        first, title = runs[0], "" if where == folder else f"{where.name}: "
+        g, stem = first["generator"], f"{'' if where == folder else where.name + '/'}figures/{first['name']}"
+        print(f"### Rob-GAN ({title}`{label}`)\n")
+        print(f"{g['n']:,} pictures from a generator with {g['params']:,} parameters, judged by `{g['judge']}`, which never saw one. Real: test images, measured in the same way. "
+              "Collapsed: one sharp training image per class, what a generator that ignores its latent would show.\n")
+        print(markdown(["measure", "generated", "real", "collapsed"], [
+            [what, *(over_seeds(runs, "generator", "measured", source, key) for source in ("generated", "real", "collapsed"))] for key, what in MEASURES.items()]
+            + [["distance to the nearest training image, median (1 % quantile), L2", *(
+                f"{m['nearest']['median']:.2f} ({m['nearest']['one_percent']:.2f})" for m in (g["measured"]["generated"], g["measured"]["real"])), "0"]]))
+        draw_generator_training(runs, label, where / "figures" / f"{first['name']}_training.png")
+        print(f"![Diversity and losses by epoch]({stem}_training.png)\n\n*Diversity within a class and label agreement of samples, and both losses, by epoch, one line a seed. The dotted lines are the alarms.*\n")
+        path = where / f"{first['name']}.pt"
+        shown = load_pt(path, "train it again") if path.exists() else {}
+        if "shown" in shown:
+            draw_generated(shown, f"{title}{label}", where / "figures" / f"{first['name']}_samples.png")
+            print(f"![Real, generated and attacked]({stem}_samples.png)\n\n*Four pictures a class: real, generated, and generated ones attacked at eps {first['args']['eps']:g}; below each the answer of the trained net, red where it is wrong.*\n")
+            draw_closest(shown["shown"], g["measured"]["generated"]["nearest"]["closest"], where / "figures" / f"{first['name']}_closest.png")
+            print(f"![The ten closest pairs]({stem}_closest.png)\n\n*Has it memorised? The ten samples closest to any training image, above, and that image, below, with their L2 distance.*\n")
+
+
+def tiles(pictures, columns):
+    """Pictures (N,C,H,W) in rows of `columns` as one array (rows*H, columns*W, C) for imshow, C 1 or 3."""
+    n, c, h, w = pictures.shape
+    return pictures.reshape(n // columns, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(n // columns * h, columns * w, c).numpy()
+
+
+def draw_samples(samples, classes, when, path):
+    """A Split of samples to a grid: a row per class, ten pictures each."""
+    plt = start_drawing()
+    index = [(samples.labels == k).nonzero()[:, 0][:10] for k in range(classes)]
+    index = torch.cat([i[torch.arange(10) % len(i)] for i in index])
+    h, w = samples.images.shape[2:]
+    fig, ax = plt.subplots(figsize=(4, 0.4 * classes * h / w + 0.5), layout="constrained")
+    ax.imshow(tiles(samples.images[index].cpu(), 10))
+    ax.set(xticks=[], yticks=[h * (k + 0.5) for k in range(classes)], yticklabels=range(classes), ylabel="class")
+    ax.set_title(f"What the generator draws {when}", fontsize=10)
+    save_figure(fig, path)
+
+
+def draw_generated(shown, label, path):
+    """Four pictures a class, three times: real, generated, generated and attacked; red where the net is wrong."""
+    plt = start_drawing()
+    kinds = ("real", "generated", "attacked")
+    k = len(shown["said"][0])
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 0.72 * k / 4 + 0.7), layout="constrained")
+    for ax, kind, said in zip(axes, kinds, shown["said"]):
+        pictures = shown["shown"][kind]
+        h, w = pictures.shape[2:]
+        ax.imshow(tiles(pictures, 4), cmap="gray", vmin=0, vmax=255)
+        for i, answer in enumerate(said):
+            ax.text(w * (i % 4 + 0.97), h * (i // 4 + 0.97), answer, ha="right", va="bottom", fontsize=8, color="#56B4E9" if answer == i // 4 else "#FF5544",
+                    weight="normal" if answer == i // 4 else "bold")
+        ax.set(xticks=[], yticks=[h * (row + 0.5) for row in range(k // 4)], yticklabels=range(k // 4))
+        ax.set_title({"attacked": "generated, then attacked"}.get(kind, kind), fontsize=10)
+    axes[0].set_ylabel("class asked for")
+    fig.suptitle(f"{label}\nIn the corner: the answer of the trained net, bold red where it is not the class", fontsize=9)
+    save_figure(fig, path)
+
+
+def draw_closest(shown, distances, path):
+    """The samples nearest to a training image, above, and that image, below."""
+    plt = start_drawing()
+    fig, axes = plt.subplots(2, len(distances), figsize=(0.95 * len(distances) + 0.6, 2.7), layout="constrained", squeeze=False)
+    for line, kind in zip(axes, ("close", "training")):
+        for ax, picture, distance in zip(line, shown[kind], distances):
+            ax.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+            ax.set(xticks=[], yticks=[])
+            if kind == "close":
+                ax.set_title(f"{distance:.2f}", fontsize=8)
+        line[0].set_ylabel({"close": "generated", "training": "training"}[kind], fontsize=8)
+    fig.suptitle("The ten samples closest to a training image (above: L2 distance, pixels in [0, 1])", fontsize=9)
+    save_figure(fig, path)
+
+
+def draw_generator_training(runs, label, path):
+    """Two panels by epoch, one line a seed: what the samples are like, and the losses."""
+    plt = start_drawing()
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    lines = (("agreement", "label agreement", INK["jitter"], "-"), ("diversity", "diversity within a class", INK["combined"], "-"),
+             ("diversity_worst", "the same, worst class", INK["grl"], "--")), (("loss_d", "discriminator", INK["baseline"], "-"), ("loss_g", "generator", INK["jitter"], "--"))
+    for ax, kinds in zip(axes, lines):
+        for key, name, ink, style in kinds:
+            for k, run in enumerate(runs):
+                points = [(epoch["epoch"], epoch[key]) for epoch in run["epochs"] if key in epoch]
+                ax.plot(*zip(*points), color=ink, ls=style, marker=".", label=None if k else name)
+            if key in RobGAN.alarm:
+                ax.axhline(RobGAN.alarm[key], color=ink, ls=":", lw=0.8)
+        ax.set(xlabel="epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8, loc="lower right" if ax is axes[0] else "best")
+    axes[0].set(ylim=(0, 1.1), ylabel="share; diversity of real images = 1")
+    axes[1].set(ylabel="relativistic loss, nats (0.69: no difference)", ylim=(0, None))
+    fig.suptitle(f"{label}: does the generator keep its variety?", fontsize=10)
+    save_figure(fig, path)
 
 
 def draw_robust_training(groups, path):
@@ -1242,6 +1662,10 @@ def get_args(argv=None):
     g.add_argument("--clean-epochs", type=whole(0, 10_000), default=0, help="at: plain training first; its model is saved as well, with _clean in its name (default: 0)")
     g.add_argument("--eps-ramp", type=real(0, 1), default=0.0, help="at: share of the adversarial epochs in which the radius grows from 0 (default: 0)")
     g.add_argument("--beta", type=real(0), default=0.0, help="at: weight of TRADES' KL term; 0 is plain adversarial training (default: 0)")
+    g.add_argument("--finetune-epochs", type=whole(0, 10_000), default=0, help="robgan: last epochs, in which the net learns from attacked real and generated images only (default: 0)")
+    g.add_argument("--gan", type=real(0), default=1.0, help="robgan: weight of telling real from generated (default: 1)")
+    g.add_argument("--penalty", type=real(0), default=1.0, help="robgan: weight of the discriminator's gradient penalties, gamma of R1 + R2 (default: 1)")
+    g.add_argument("--judge", type=model_name, default="baseline_s42", metavar="NAME", help="robgan: an independently trained classifier in --dir, which judges the samples (default: baseline_s42)")
     g.add_argument("--shuffle-labels", action="store_true", help="train on permuted labels: a null model, which can know nothing of digits")
     g.add_argument("--group-step", type=real(0, 10), default=0.01, help="groupdro: step of the group weights (default: 0.01)")
     g.add_argument("--first-epochs", type=whole(1, 1000), default=1, help="jtt: epochs of the first net (default: 1)")
@@ -1261,6 +1685,7 @@ def get_args(argv=None):
     g.add_argument("--schedule", choices=("constant", "onecycle", "cosine"), default="constant", help="of the learning rate (default: constant)")
     g.add_argument("--weight-decay", type=real(0, 10), default=1e-4, help="of AdamW (default: 0.0001)")
     g.add_argument("--balance-groups", action="store_true", help="draw images with every (digit, colour) group equally likely; this tells any method the colours")
+    g.add_argument("--amp", action="store_true", help="bfloat16 autocast in training (not in scoring); a ResNet gains where the processor has bfloat16, SimpleCNN does not")
     g.add_argument("--batch", type=whole(1, 100_000), default=128, help="images per step (default: 128)")
     g = p.add_argument_group("net")
     g.add_argument("--model", choices=MODELS, default="simplecnn",
@@ -1276,8 +1701,10 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if args.batch == 1 and args.model.startswith("resnet"):
         p.error("--batch 1 is too small for batch norm; give a ResNet 2 or more")
-    if args.method == "at" and args.clean_epochs >= args.epochs:
+    if args.method in ("at", "robgan") and args.clean_epochs >= args.epochs:
         p.error(f"--clean-epochs {args.clean_epochs} leaves nothing of --epochs {args.epochs}, which counts both phases; give it more")
+    if args.method == "robgan" and args.clean_epochs + args.finetune_epochs >= args.epochs:
+        p.error(f"--finetune-epochs {args.finetune_epochs} leaves the generator nothing of --epochs {args.epochs}; give it more")
     args.name = f"{args.method}_s{args.seed}" if args.name is None else args.name
     for flag, name in (("--name", args.name), ("--init", args.init), ("--eval", args.eval)):
         if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
@@ -1296,6 +1723,10 @@ def print_scores(record):
 
 def main(argv=None):
     args = get_args(argv)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+        if args.report or args.eval:
+            return None
     if args.report:
         return report(args)
     device = setup(args)
@@ -1322,6 +1753,8 @@ def train_or_score(args, device):
         die(f"--method {args.method} needs colour labels, but {args.dir}/train.pt has no colors", "choose a method that does without, such as jitter")
     if METHODS[args.method].told == "colour labels" and int(splits["train"].colors.max()) >= classes:
         die(f"{args.dir}/train.pt has colours beyond its {classes} classes", "choose a method that does without colour labels, such as jitter")
+    if WORLD > 1:
+        join(args, device, len(splits["train"].labels))
     if args.shuffle_labels:
         order = torch.randperm(len(splits["train"].labels), generator=stream(args.seed, "shuffled labels"))
         splits["train"] = splits["train"]._replace(labels=splits["train"].labels[order.to(device)])
@@ -1333,12 +1766,16 @@ def train_or_score(args, device):
         start_from(args.init, model, args)
     part = args.dir / f"{args.name}.part.pt"
     epochs, kept = train(model, splits, args, device, part)
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if RANK > 0:
+        return
     for phase, best in kept.items():
         model.load_state_dict(best["weights"])
         name, flags = name_of(args.name, phase), settings(args) | ({"phase": phase} if phase else {})
-        scores = evaluate(model, splits)
-        facts = {"seconds": round(time.time() - start, 1), "torch": torch.__version__, "threads": args.threads, "device": str(device)}
-        save_pt({"weights": best["weights"], "args": flags, "classes": classes, "size": size}, args.dir / f"{name}.pt")
+        scores = evaluate(model, splits) | best.get("record", {})
+        facts = {"seconds": round(time.time() - start, 1), "torch": torch.__version__, "threads": args.threads, "processes": WORLD, "device": str(device)}
+        save_pt({"weights": best["weights"], "args": flags, "classes": classes, "size": size, **best.get("checkpoint", {})}, args.dir / f"{name}.pt")
         record = {"schema": 1, "script": "train.py", "name": name, "args": flags, "world": world,
                   "params": sum(p.numel() for p in model.parameters()), "selected_on": best["on"], "selected_epoch": best["epoch"], **scores, "epochs": epochs, "run": facts}
         save_json(record, args.dir / f"{name}.json")

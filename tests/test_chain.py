@@ -78,6 +78,17 @@ def test_a_changed_script_runs_again_with_all_that_reads_its_results(sandbox):
     assert {line.split()[0] for line in sandbox.ran()[before:]} == {"train.py", "gradcam.py", "attack.py"}
 
 
+def test_a_listed_step_is_a_command_of_its_own_and_leaves_its_mark(sandbox):
+    listed = sandbox("--list", "lazy").stdout.splitlines()
+    assert sandbox.ran() == [] and [line[0] for line in listed] == sorted(line[0] for line in listed) and {line[0] for line in listed} == {"1", "2", "3"}
+    for line in listed[:3]:  # in any order within a level, on any machine that shares the folder
+        done = subprocess.run(["bash", "-c", line[2:]], cwd=sandbox.folder, env={**os.environ, "PYTHON": os.sys.executable}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert [line.partition("--step ")[2] for line in listed[:3]] == sandbox.ran()
+    remaining = sandbox("--list", "lazy").stdout.splitlines()
+    assert [line.partition(" ")[2] for line in remaining] == [line.partition(" ")[2] for line in listed[3:]] and remaining[0][0] == "1"
+
+
 @pytest.mark.slow
 def test_quick_makes_a_report_from_real_mnist():
     assert shell(QUICK="1").returncode == 0

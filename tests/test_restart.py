@@ -381,7 +381,6 @@ def test_run_all_killed_with_its_steps_repeats_no_finished_one(stages):
     out, err = again.communicate()
     assert again.returncode == 0 and f"{done} done before" in out, out + err
     assert len(stages.lines("ended")) - 9 <= 2, "at most the steps that were under way"  # 9 steps in all
-    assert not list(stages.folder.glob("results/quick/.done/log.*"))
 
 
 def test_run_all_killed_alone_leaves_steps_that_are_waited_for(stages):

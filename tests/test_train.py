@@ -50,11 +50,12 @@ def test_pooling_before_relu_changes_nothing():
 
 
 @pytest.mark.parametrize("method", train.METHODS)
-def test_every_method_moves_every_weight_and_stays_finite(method, splits):
+def test_every_method_moves_every_weight_and_stays_finite(method, splits, tmp_path):
+    put_judge(tmp_path)
     torch.manual_seed(0)
     model = common.build_model()
     before = [p.detach().clone() for p in model.parameters()]
-    epochs, _ = train.train(model, splits, args_of(method=method, epochs=1, batch=50), "cpu")
+    epochs, _ = train.train(model, splits, args_of(method=method, epochs=1, batch=50, dir=tmp_path), "cpu")
     assert math.isfinite(epochs[0]["loss"])
     for p, old in zip(model.parameters(), before):
         assert torch.isfinite(p).all() and not torch.equal(p, old)
@@ -348,6 +349,110 @@ def test_adversarial_training_holds_where_plain_training_breaks(tiny, tmp_path):
         held.append(epochs[-1]["val_pgd"])
     assert held[1] > held[0] + 0.2
 
+# ---- Rob-GAN
+
+
+@pytest.fixture
+def judged_world(tiny, tmp_path):
+    """Splits of a tiny world that has a judge, `results/baseline_s42.pt`."""
+    tiny(tmp_path / "results", n=100)
+    put_judge(tmp_path / "results")
+    return common.load_splits(tmp_path / "results")
+
+
+def put_judge(folder):
+    torch.manual_seed(1)
+    net = common.build_model()
+    common.save_pt({"weights": net.state_dict(), "args": train.settings(train.get_args([])), "classes": 10, "size": [28, 28]}, folder / "baseline_s42.pt")
+
+
+def robgan(splits, folder, flags=""):
+    torch.manual_seed(0)
+    args = train.get_args(f"--method robgan --dir {folder / 'results'} --steps 1 {flags}".split())
+    model = common.build_model()
+    return model, train.RobGAN(model, splits, args), args
+
+
+def test_frechet_of_a_stretched_and_shifted_set_is_known():
+    z = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)).double()
+    shift = torch.tensor([1.0, 0, 0, 2.0, 0, 0]).double()
+    move = (0.5 * z.mean(0) + shift).square().sum() + 0.25 * z.var(0).sum()  # z to 1.5 z + shift: |0.5 mean + shift|^2 + 0.5^2 trace
+    assert train.frechet(z, 1.5 * z + shift) == pytest.approx(move.item(), rel=1e-9) and train.frechet(z, z) == pytest.approx(0, abs=1e-9)
+
+
+def test_precision_and_recall_know_the_same_a_collapsed_and_a_foreign_set():
+    real = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    assert train.precision_recall(real, real) == (1.0, 1.0) and train.precision_recall(real + 100, real) == (0.0, 0.0)
+    precision, recall = train.precision_recall(real[:5].repeat(40, 1), real)
+    assert precision == 1.0 and recall < 0.1
+
+
+def test_within_class_is_the_mean_distance_of_pairs():
+    z, y = torch.tensor([[0.0, 0], [3, 4], [0, 0], [7, 0], [0, 1]]), torch.tensor([0, 0, 1, 0, 1])
+    assert train.within_class(z, y, 2).tolist() == pytest.approx([(5 + 7 + math.sqrt(16 + 16)) / 3, 1.0])
+
+
+def test_the_nearest_training_image_of_a_copy_is_itself(judged_world):
+    data = judged_world["train"]
+    copies = data._replace(images=data.images[40:60], labels=data.labels[40:60])
+    told, pairs = train.nearest(copies, data, closest=3)
+    assert told["median"] < 0.05 and told["closest"] == sorted(told["closest"]) and torch.equal(pairs["close"], pairs["training"])
+    inverted = copies._replace(images=255 - copies.images)
+    by_hand = (inverted.x(slice(None)).mean(1)[:, None] - data.x(slice(None)).mean(1)).square().sum((2, 3)).sqrt().min(1).values
+    assert train.nearest(inverted, data)[0]["median"] == pytest.approx(by_hand.quantile(0.5).item(), abs=1e-3)
+
+
+def test_the_penalties_on_both_sides_are_those_of_a_linear_discriminator(judged_world, tmp_path, monkeypatch):
+    model, gan, args = robgan(judged_world, tmp_path, "--penalty 3 --gan 1")
+    slope = torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(gan, "score", lambda model, x, y: (x * slope).sum((1, 2, 3)))
+    monkeypatch.setattr(gan, "forward", lambda *_: torch.zeros((), requires_grad=True))
+    monkeypatch.setattr(gan.generator, "draw", lambda y, gen: judged_world["train"].x(slice(len(y))) + 0 * gan.generator.start[0].bias.sum())
+    optimiser = torch.optim.SGD([*model.parameters(), *gan.parameters()], lr=0.0)
+    gan.step(gan, model, train.Batch(judged_world["train"].x(slice(8)), judged_world["train"].labels[:8], None, None, 0.0), optimiser, args, common.stream(0, "t"))
+    assert gan.tally[0].item() == pytest.approx(math.log(2) + 3 / 2 * 2 * slope.square().sum().item(), rel=1e-4), "real and generated are the same: log 2, and gamma / 2 (R1 + R2)"
+
+
+def test_who_learns_in_which_step(judged_world, tmp_path):
+    model, gan, args = robgan(judged_world, tmp_path, "--epochs 4 --finetune-epochs 1")
+    optimiser = torch.optim.AdamW([*model.parameters(), *gan.parameters()], lr=0.01)
+    batch = train.Batch(judged_world["train"].x(slice(16)), judged_world["train"].labels[:16], None, None, 0.0)
+    now = lambda part: torch.cat([p.detach().flatten().clone() for p in part.parameters()])
+    for progress, learn in ((0.5, (True, True, True, True)), (0.75, (True, False, False, False))):
+        parts = (model, gan.generator, gan.average, gan.head)
+        before = [now(part) for part in parts]
+        gan.step(gan, model, batch._replace(progress=progress), optimiser, args, common.stream(0, "t"))
+        assert tuple(not torch.equal(a, now(part)) for a, part in zip(before, parts)) == learn
+    assert all(p.requires_grad for part in (model, gan.generator, gan.head) for p in part.parameters())
+
+
+def test_a_generator_that_ignores_its_latent_raises_the_alarm(judged_world, tmp_path, monkeypatch, capfd):
+    model, gan, args = robgan(judged_world, tmp_path)
+    data = judged_world["train"]
+    monkeypatch.setattr(gan, "sample", lambda y, gen: data.images[y])  # one picture per class
+    facts = gan.facts(model, args)
+    assert facts["diversity"] == facts["diversity_worst"] == 0 and "ALARM: the generator is collapsing" in capfd.readouterr().out
+    monkeypatch.setattr(gan, "sample", lambda y, gen: data.images)  # reality itself
+    assert gan.facts(model, args)["diversity"] == pytest.approx(1) and "ALARM" not in capfd.readouterr().out
+    assert (tmp_path / "results" / "figures" / "robgan_s42_epoch_02.png").exists()
+
+
+def test_robgan_reports_beside_real_and_collapsed_images(tiny, call, mistake, tmp_path):
+    tiny(tmp_path / "results", n=100)
+    mistake("train.py --method robgan", "baseline_s42.pt is missing")
+    call("train.py --epochs 1")
+    mistake("train.py --method robgan --model resnet18", "batch norm")
+    mistake("train.py --method robgan --finetune-epochs 10", "--finetune-epochs")
+    call("train.py --method robgan --epochs 2 --finetune-epochs 1 --steps 1 --batch 50")
+    measured = json.loads((tmp_path / "results" / "robgan_s42.json").read_text())["generator"]["measured"]
+    assert measured.keys() == {"generated", "real", "collapsed"} and measured["collapsed"]["diversity"] == 0
+    assert measured["real"]["agreement"] == json.loads((tmp_path / "results" / "baseline_s42.json").read_text())["final"]["test_unbiased"]["acc"]
+    said = call("train.py --report").split("### Rob-GAN")[1]
+    for name in re.findall(r"\((figures/.*?\.png)\)", said):
+        assert (tmp_path / "results" / name).exists()
+    assert said.count("figures/") == 3 and "| Frechet distance" in said
+
+
 
 def test_a_grayscale_net_cannot_tell_colours_of_one_brightness(splits):
     model = common.build_model(grayscale=True)
@@ -505,9 +610,11 @@ def same_run(folder, one, other):
     return records[0] == records[1] and all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
-@pytest.mark.parametrize("flags", ["--method lntl --schedule onecycle", "--method lff --schedule cosine", "--method groupdro", "--method jtt"])
+@pytest.mark.parametrize("flags", ["--method lntl --schedule onecycle", "--method lff --schedule cosine", "--method groupdro", "--method jtt",
+                                   "--method robgan --steps 1 --finetune-epochs 1"])
 def test_a_broken_run_resumes_to_the_bytes_of_an_unbroken_one(tiny, call, tmp_path, monkeypatch, flags):
     tiny(tmp_path / "results", n=100)
+    put_judge(tmp_path / "results")
     call(f"train.py {flags} --epochs 3 --name whole")
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stop_after(2, raise_stop, patch)

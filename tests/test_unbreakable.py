@@ -43,6 +43,7 @@ NO_NAMES = ("", "a/../../b", "/etc/passwd", "a b", "-x", "é", ".hidden", LONG)
 BY_HAND = {  # what no type and no list of choices says
     ("train.py", "--name"): (*NO_NAMES, "train", "val", "test_hard", "Test_Unbiased", "meta", "gradcam", "gradcam_hirescam", "attack_7to3",
                              "baseline_s42.part"),
+    ("train.py", "--judge"): ("", " ", "a\nb", "nobody_s1", "results/", "train", "fewer", LONG),
     ("train.py", "--init"): (*NO_NAMES, "nobody_s1"),
     ("train.py", "--eval"): (*NO_NAMES, "nobody_s1"),
     ("make_data.py", "--mnist"): ("", "nowhere", "results/train.pt", LONG),
@@ -51,7 +52,9 @@ BY_HAND = {  # what no type and no list of choices says
     ("attack.py", "--models"): ("", " ", "a\nb", "nobody_s1", "results/", LONG),
     ("attack.py", "--name"): ("", "a/b", "..", "7to3", "pairs", "Check", "é", "a-b", LONG),
 } | {(script, "--dir"): ("", " ", "nowhere", "results/train.pt", LONG) for script in SCRIPTS}
-BESIDE = {("attack.py", "--name"): ["--untargeted"], ("make_data.py", "--dir"): ["--report"]}  # what else the command needs to get there
+BESIDE = {  # what else the command needs to get there
+    ("attack.py", "--name"): ["--untargeted"], ("make_data.py", "--dir"): ["--report"], ("train.py", "--judge"): ["--method", "robgan"]}
+NAMES_THE_FILE = {"nowhere": "nowhere", "nobody_s1": "nobody_s1.pt", "train": "train"}
 
 
 def nonsense(script, flag, action):
@@ -83,19 +86,19 @@ def world(tmp_path_factory):
     for name in ("baseline_s42", "jitter_s42"):
         common.save_pt(checkpoint(name), folder / "results" / f"{name}.pt")
         common.save_json({"schema": 1, "name": name, "args": {}, "epochs": []}, folder / "results" / f"{name}.json")
+    common.save_pt(checkpoint("baseline_s42", classes=5), folder / "results" / "fewer.pt")
     return folder
 
 
-def checkpoint(name="baseline_s42"):
+def checkpoint(name, classes=10):
     torch.manual_seed(0)
-    return {"weights": {k: v.contiguous() for k, v in common.build_model().state_dict().items()}, "classes": 10, "size": [28, 28],
+    return {"weights": {k: v.contiguous() for k, v in common.build_model(classes=classes).state_dict().items()}, "classes": classes, "size": [28, 28],
             "args": {"method": name[:-4], "seed": 42, "model": "simplecnn", "width": 4}}
 
 
 @pytest.mark.parametrize("script, flag, value", VALUES, ids=[f"{s} {f}={v[:20]!r}" for s, f, v in VALUES])
 def test_a_value_that_means_nothing(world, mistake, script, flag, value):
-    says = "nowhere" if value == "nowhere" else "nobody_s1.pt" if value == "nobody_s1" else flag
-    mistake([script, *BESIDE.get((script, flag), ()), f"{flag}={value}"], says, world)
+    mistake([script, *BESIDE.get((script, flag), ()), f"{flag}={value}"], NAMES_THE_FILE.get(value, flag), world)
 
 
 SWITCHES = [(script, flag) for script in SCRIPTS for flag, action in FLAGS[script].items() if action.nargs == 0]
@@ -315,6 +318,10 @@ def test_a_split_of_a_few_images_works_or_is_refused_before_the_work(world, mist
         mistake("train.py --epochs 1 --method at", f"{split}.pt has too few images")
     else:
         call("train.py --epochs 1 --method at")
+    if split in ("train", "test_unbiased"):
+        mistake("train.py --epochs 1 --method robgan", f"{split}.pt")
+    else:
+        call("train.py --epochs 1 --method robgan")
 
 
 # ---------------------------------------------------------------- by the real command line

@@ -27,8 +27,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (INK, SPLITS, Attacked, Parser, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits, markdown, mean_sd,
-                    pgd, random_start, real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
+from common import (INK, SPLITS, Attacked, Parser, alone, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits, markdown, mean_sd,
+                    model_name, pgd, random_start, real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
 
 CHUNK = 256  # images attacked at once: what fits in the cache of one core
 CONFIDENT = 0.9  # target probability of the stricter criterion
@@ -876,7 +876,9 @@ def report(args):
     inside = [path.parent for path in sorted(args.dir.glob("*/meta.json")) if is_plain_mnist(path.parent)]
     found = False
     for folder in (args.dir, *inside):
-        records = [load_json(path, "delete it and run attack.py again") for path in sorted(folder.glob("attack_*.json"))]
+        records = [load_json(path, "delete it and run attack.py again", "mode", "args", "models") for path in sorted(folder.glob("attack_*.json"))]
+        if unknown := [record["mode"] for record in records if record["mode"] not in REPORTS]:
+            die(f"an attack_*.json in {folder} has the mode {unknown[0]!r}", "delete it and run attack.py again")
         for record in sorted(records, key=lambda r: list(MODES).index(r["mode"])):
             for key in {"models", "summary"} & record.keys():
                 record[key] = {name: record[key][name] for name in record["args"]["models"]}  # the file has them by alphabet
@@ -906,7 +908,7 @@ def get_args(argv=None):
     g.add_argument("--sweep", type=real(0, 1, open_low=True), nargs="+", metavar="EPS",
                    help="targeted, --untargeted: radii of the curve; the last one also bounds min-eps")
     g = p.add_argument_group("on what")
-    g.add_argument("--models", nargs="+", default=["baseline_s42", "jitter_s42"], metavar="NAME", help="DIR/NAME.pt (default: baseline_s42 jitter_s42)")
+    g.add_argument("--models", type=model_name, nargs="+", default=["baseline_s42", "jitter_s42"], metavar="NAME", help="DIR/NAME.pt (default: baseline_s42 jitter_s42)")
     g.add_argument("--split", choices=SPLITS, default="test_hard", help="default: test_hard")
     g.add_argument("--name", help="--untargeted: results go to DIR/attack_NAME.json (default: untargeted)")
     g.add_argument("--n", type=whole(1), help="images at most: of digit src, per digit (--pairs, default 50), of the split (--check, default 500)")
@@ -924,7 +926,7 @@ def get_args(argv=None):
         die(f"--src and --tgt are both {args.src}", "choose two digits")
     if len({family_of(name) for name in args.models}) < len(args.models):
         die("--models names two that would share one row", "name each once, or save one of them under another --name")
-    if args.name and (not re.fullmatch(r"[A-Za-z]\w{0,60}", args.name, re.ASCII) or args.name in ("pairs", "check")):
+    if args.name is not None and (not re.fullmatch(r"[A-Za-z]\w{0,60}", args.name, re.ASCII) or args.name.lower() in ("pairs", "check")):
         die(f"--name {args.name!r} must be letters, digits and _, and none of pairs and check", "choose another name")
     args.root = args.dir  # where the paths of the write-up begin
     args.sweep = args.sweep and sorted(set(args.sweep))
@@ -962,19 +964,26 @@ def main(argv=None):
     if args.report:
         return report(args)
     device = setup(args)
+    path = args.dir / f"attack_{f'{args.src}to{args.tgt}' if args.mode == 'targeted' else args.name or args.mode}.json"
+    with alone(path):
+        passed = run_mode(args, device, path)
+    if not passed:
+        sys.exit(1)
+
+
+def run_mode(args, device, path):
+    """Carry out one mode and write it down; False where --check finds that an attack cannot be trusted."""
     models, split = load(args, device)
     settings = {"models": args.models, "split": args.split, "seed": args.seed, **{flag: getattr(args, flag) for flag in MODES[args.mode]}}
     print(" ".join(f"{k}={v}" for k, v in {"mode": args.mode, "dir": args.dir, **settings, "device": device}.items()), flush=True)
     start = time.time()
     record, seconds = RUNS[args.mode](models, split, args)
-    path = args.dir / f"attack_{f'{args.src}to{args.tgt}' if args.mode == 'targeted' else args.name or args.mode}.json"
     facts = {"seconds": round(time.time() - start, 1), "by_step": seconds, "torch": torch.__version__, "threads": args.threads, "device": str(device)}
     record = {"schema": 1, "script": "attack.py", "mode": args.mode, "args": settings, **record, "run": facts}
     save_json(record, path)
     REPORTS[args.mode](record, args)
     print(f"wrote {path} and its figures in {time.time() - start:.1f}s")
-    if not record.get("passed", True):
-        sys.exit(1)
+    return record.get("passed", True)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,16 @@ Everything else lives in the script that needs it. Images are uint8 (N,3,H,W) in
 import argparse
 import contextlib
 import errno
+import glob
 import io
 import json
 import math
 import os
 import pickle
 import re
+import struct
 import sys
+import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -164,10 +167,10 @@ class Parser(argparse.ArgumentParser):
 def common_args(parser, seed_of):
     """The flags that mean the same thing in all four scripts."""
     group = parser.add_argument_group("the same in every script")
-    group.add_argument("--dir", type=_folder, default=Path("results"), help="the world: folder of splits and results (default: results)")
+    group.add_argument("--dir", type=folder_name, default=Path("results"), help="the world: folder of splits and results (default: results)")
     group.add_argument("--seed", type=whole(0), default=42, help=f"seed of {seed_of} (default: 42)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes CUDA or MPS where there is one")
-    group.add_argument("--threads", type=whole(1), default=1, help="CPU threads; results repeat exactly for the same number (default: 1)")
+    group.add_argument("--threads", type=whole(1, 1024), default=1, help="CPU threads; results repeat exactly for the same number (default: 1)")
     group.add_argument("--report", action="store_true", help="compute nothing: redraw the figures and print the tables from the JSON in --dir")
     return group
 
@@ -183,10 +186,24 @@ def real(least, most=math.inf, open_low=False):
     return _number(float, math.nextafter(least, math.inf) if open_low else least, most, f"a number {span}")
 
 
-def _folder(text):
+def folder_name(text):
+    """An argparse type: a folder, whether it is there or not."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the folder has no name")
+    try:
+        taken = Path(text).exists() and not Path(text).is_dir()
+    except OSError as e:  # a name that is too long, say
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} cannot be a folder: {e.strerror}") from e
+    if taken:
+        raise argparse.ArgumentTypeError(f"{text} is a file, not a folder")
     return Path(text)
+
+
+def model_name(text):
+    """An argparse type: NAME of DIR/NAME.pt, or FOLDER/NAME."""
+    if not re.fullmatch(r".{0,199}[^/\s]", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not the name of a checkpoint")
+    return text
 
 
 def _number(kind, least, most, wanted):
@@ -239,22 +256,71 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+                           errno.EFBIG, errno.ENAMETOOLONG):
             raise
         die(f"cannot write {e.filename or 'a file'}: {e.strerror}", "earlier files are intact; free some space or choose another --dir")
 
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yields a name beside `path`; the file takes its place only when it is complete."""
+    """Yields a name beside `path`; the file takes its place only when it is complete. What a killed run left of it goes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if not is_alive(part.name.split(".")[-2]):
+            part.unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
         os.replace(part, path)
+    except OSError as e:
+        if e.filename in (None, str(part)):  # a full disk does not say of which file
+            e.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def is_alive(pid):
+    if os.name != "posix":  # where os.kill would end it
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Inside `with`, no other process writes `path` and what belongs to it; a second one gets a line. A killed process holds no lock."""
+    path = Path(path)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        fcntl = None
+    if fcntl is None or RANK > 0 or not path.parent.is_dir():  # without the folder, what the script reads is missing as well
+        yield
+        return
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        with open(lock, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                die(f"another run is writing {path}", "wait for it, or choose another --dir or --name")
+            except OSError:
+                pass  # a file system without locks
+            if os.fstat(file.fileno()).st_nlink == 0:
+                continue  # the holder before us has just removed it
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
 
 
 def save_json(record, path):
@@ -265,10 +331,14 @@ def save_json(record, path):
 
 
 def save_pt(record, path):
+    with whole_file(path) as part:
+        write_pt(record, part)
+
+
+def write_pt(record, part):
     memory = io.BytesIO()  # torch.save reports a full disk as a RuntimeError; a plain write reports it as what it is
     torch.save(record, memory)
-    with whole_file(path) as part:
-        part.write_bytes(memory.getbuffer())
+    part.write_bytes(memory.getbuffer())
 
 
 def start_drawing():
@@ -284,36 +354,49 @@ def start_drawing():
 def save_figure(fig, path):
     import matplotlib.pyplot as plt
 
-    with whole_file(path) as part:
-        fig.savefig(part, format="png", dpi=150, metadata={"Software": None})
+    memory = io.BytesIO()  # a full disk, as in save_pt
+    fig.savefig(memory, format="png", dpi=150, metadata={"Software": None})
     plt.close(fig)
+    with whole_file(path) as part:
+        part.write_bytes(memory.getbuffer())
 
 
-def load_json(path, mend):
+def load_json(path, mend, *keys):
+    """A dictionary that has at least these keys; NaN is no JSON of ours."""
     try:
-        record = json.loads(Path(path).read_text())
+        record = json.loads(Path(path).read_text(), parse_constant=int)  # int("NaN") is a ValueError
     except FileNotFoundError:
         die(f"{path} is missing", mend)
     except OSError as e:
         die(f"cannot read {path}: {e.strerror}", mend)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
         die(f"{path} is not a whole JSON file of ours", mend)
+    return with_keys(record, keys, path, mend)
+
+
+def with_keys(record, keys, path, mend):
+    for key in keys:
+        if key not in record:
+            die(f"{path} has no {key}", mend)
     return record
 
 
 def load_pt(path, mend):
     """A dictionary of tensors and plain values; code inside the file is never run."""
     if not Path(path).is_file():
-        die(f"{path} is missing", mend)
+        die(f"{path} is {'a folder' if Path(path).is_dir() else 'missing'}", mend)
     try:
-        record = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on a file that is refused below
+            record = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         die(f"{path} holds something other than tensors and plain values, so it was not loaded", mend)
     except PermissionError as e:
         die(f"cannot read {path}: {e.strerror}", mend)
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError):
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError, AssertionError, ArithmeticError, MemoryError,
+            struct.error):
         die(f"{path} is truncated or not a .pt file", mend)
     if not isinstance(record, dict):
         die(f"{path} holds a {type(record).__name__}, not a dictionary", mend)
@@ -337,11 +420,13 @@ def load_splits(folder, names=SPLITS, device="cpu"):
     In a folder of one's own that has train.pt but not all the others, a tenth of it each becomes val and test.
     """
     folder, absent = Path(folder), split_off(folder)
+    if (folder / "meta.json").exists() and load_json(folder / "meta.json", f"run: python make_data.py --dir {folder}").get("unfinished"):
+        die(f"{folder}/meta.json says that make_data.py was stopped, so the splits may be of two worlds", "run it again")
     if not absent:
         return {name: _load_split(folder / f"{name}.pt", device) for name in names}
     whole = _load_split(folder / "train.pt", device)
     n, tenth = len(whole.labels), len(whole.labels) // 10
-    if tenth == 0:
+    if tenth < 4:
         die(f"{folder}/train.pt has {n} images, too few to split val and test off", "add val.pt, test_hard.pt and test_unbiased.pt")
     print(f"{folder} has no {', '.join(absent)}: {tenth:,} of the {n:,} images of train.pt each become val and test", flush=True)
     order = torch.randperm(n, generator=stream(0, "split off")).to(device)
@@ -373,7 +458,7 @@ def _load_split(path, device):
         t = record.get(key)
         if t is None and not needed:
             continue
-        if not torch.is_tensor(t) or t.dtype not in dtypes or t.shape != shape:
+        if not torch.is_tensor(t) or t.dtype not in dtypes or t.shape != shape or t.layout != torch.strided or t.is_meta:
             found = f"{str(t.dtype)[6:]} {tuple(t.shape)}" if torch.is_tensor(t) else type(t).__name__
             die(f"{path}: {key} is {found} but should be {str(dtypes[0])[6:]} {shape}", mend)
         if key in ("labels", "colors") and not 0 <= int(t.min()) <= int(t.max()) <= 999:
@@ -392,6 +477,12 @@ def load_model(folder, name, device="cpu"):
     record = load_pt(path, mend)
     try:
         args = record["args"]
+        if lacking := {"method", "seed"} - args.keys():
+            raise ValueError(f"its args have no {' and no '.join(sorted(lacking))}")
+        if args["model"] not in MODELS:
+            raise ValueError(f"there is no model {args['model']!r}")
+        if not all(value.isfinite().all() for value in record["weights"].values()):
+            raise ValueError("its weights are not finite")
         model = build_model(args["model"], args["width"], record["classes"], record["size"], args.get("grayscale", False))
         model.load_state_dict(record["weights"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:

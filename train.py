@@ -31,8 +31,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (CNNS, INK, MODELS, RANK, SPLITS, Parser, Split, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits,
-                    luma, markdown, mean_sd, pgd, predict, real, run, save_figure, save_json, save_pt, setup, split_off, start_drawing, stream, whole, wilson)
+from common import (CNNS, INK, MODELS, RANK, SPLITS, Parser, Split, alone, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt,
+                    load_splits, luma, markdown, mean_sd, model_name, pgd, predict, real, run, save_figure, save_json, save_pt, setup, split_off, start_drawing, stream,
+                    whole, wilson, with_keys)
 
 EVAL_SPLITS = SPLITS[1:]
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes that train this model together, of which this is number RANK
@@ -530,9 +531,15 @@ class RobGAN(AT):
             die(f"--method robgan cannot use --model {args.model}: batch norm shows a discriminator which batch is generated", "choose simplecnn or saturatedcnn")
         data = splits["train"]
         self.some = Split(*(None if part is None else part[: self.watch["n"]] for part in data))
-        if (self.some.labels.bincount(minlength=self.classes) < 2).any():
-            die(f"--method robgan compares images within a class, but a class has fewer than two of the first {len(self.some.labels)} in {args.dir}/train.pt", "shuffle the images or add some")
-        self.judge = functools.partial(judged, load_model(args.dir, args.judge, data.images.device)[0])
+        n = len(splits["test_unbiased"].labels)  # as many training images are compared with these
+        for name, labels in (("train", self.some.labels), ("test_unbiased", splits["test_unbiased"].labels), ("train", data.labels[:n])):
+            if (labels.bincount(minlength=self.classes) < 2).any():
+                die(f"--method robgan compares images within a class, but a class has fewer than two of the first {len(labels)} in {args.dir}/{name}.pt",
+                    "shuffle the images or add some")
+        judge, about = load_model(args.dir, args.judge, data.images.device)
+        if (about["classes"], list(about["size"])) != (self.classes, list(data.images.shape[2:])):
+            die(f"--judge {args.judge} is built for {about['classes']} classes and {tuple(about['size'])} pixels, unlike {args.dir}/train.pt", "choose one trained here")
+        self.judge = functools.partial(judged, judge)
         self.channels = 1 if (self.some.images == self.some.images[:, :1]).all() else 3
         self.generator = Generator(self.classes, data.images.shape[2:], self.channels)
         self.average = copy.deepcopy(self.generator).requires_grad_(False).eval()
@@ -824,8 +831,8 @@ def train(model, splits, args, device, part=None):
         if WORLD > 1:
             add_up([total])
         loss = total.item() / n
-        if not math.isfinite(loss):
-            die(f"the loss is {loss} in epoch {epoch}", f"try a smaller --lr than {args.lr:g}")
+        if not (math.isfinite(loss) and all(p.isfinite().all() for p in model.parameters())):
+            die(f"the loss is {loss} in epoch {epoch}, or its gradient not finite", f"try a smaller --lr than {args.lr:g}")
         scores = {name: score(predict(model, splits[name]), splits[name]) for name in ("val", "test_hard")}
         with in_bf16(model, args):
             facts = objective.facts(model, args) if hasattr(objective, "facts") else {}
@@ -864,7 +871,9 @@ def restore(part, parts, this_run):
         print(f"--resume: {part} is not there, so the run starts with its first epoch", flush=True)
         return [], {}
     saved = load_pt(part, "delete it to start over")
-    before = saved.get("args") or {}
+    before = saved.get("args")
+    if not isinstance(before, dict):
+        die(f"{part} was not left by train.py", "delete it to start over")
     changed = [f"--{k.replace('_', '-')} was {before.get(k)}" for k, v in this_run["args"].items() if before.get(k) != v]
     if changed:
         die(f"{part} was left by a run with other settings ({', '.join(changed)})", "give the same flags to continue it, or leave --resume out to start over")
@@ -873,10 +882,11 @@ def restore(part, parts, this_run):
     try:
         for name, thing in parts.items():
             thing.load_state_dict(saved[name])
-    except (LookupError, TypeError, ValueError, RuntimeError) as e:
+        epochs, kept = [*saved["epochs"]], {**saved["kept"]}
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         die(f"{part} does not fit this run ({(str(e) or type(e).__name__).splitlines()[0]})", "leave --resume out to start over")
-    print(f"--resume: continuing after epoch {len(saved['epochs'])}", flush=True)
-    return saved["epochs"], saved["kept"]
+    print(f"--resume: continuing after epoch {len(epochs)}", flush=True)
+    return epochs, kept
 
 
 # ---------------------------------------------------------------- scoring
@@ -1094,7 +1104,10 @@ def read_records(folder):
     world, records = world_of(folder), []
     for path in sorted(folder.glob("*.json")):
         record = load_json(path, f"delete it, or run again: python train.py --dir {folder}")
-        if record.get("script") != "train.py" or record["args"]["method"] not in METHODS:
+        if record.get("script") != "train.py":
+            continue
+        with_keys(record, ("args", "world", "final", "probe", "epochs", "params"), path, "delete it, or run it again")
+        if record["args"]["method"] not in METHODS:
             continue
         if record["world"] != world:
             print(f"train.py: {path} was trained on another painting of {folder}, so it is left out", file=sys.stderr)
@@ -1652,7 +1665,7 @@ def get_args(argv=None):
     g.add_argument("--finetune-epochs", type=whole(0, 10_000), default=0, help="robgan: last epochs, in which the net learns from attacked real and generated images only (default: 0)")
     g.add_argument("--gan", type=real(0), default=1.0, help="robgan: weight of telling real from generated (default: 1)")
     g.add_argument("--penalty", type=real(0), default=1.0, help="robgan: weight of the discriminator's gradient penalties, gamma of R1 + R2 (default: 1)")
-    g.add_argument("--judge", default="baseline_s42", metavar="NAME", help="robgan: an independently trained classifier in --dir, which judges the samples (default: baseline_s42)")
+    g.add_argument("--judge", type=model_name, default="baseline_s42", metavar="NAME", help="robgan: an independently trained classifier in --dir, which judges the samples (default: baseline_s42)")
     g.add_argument("--shuffle-labels", action="store_true", help="train on permuted labels: a null model, which can know nothing of digits")
     g.add_argument("--group-step", type=real(0, 10), default=0.01, help="groupdro: step of the group weights (default: 0.01)")
     g.add_argument("--first-epochs", type=whole(1, 1000), default=1, help="jtt: epochs of the first net (default: 1)")
@@ -1692,11 +1705,11 @@ def get_args(argv=None):
         p.error(f"--clean-epochs {args.clean_epochs} leaves nothing of --epochs {args.epochs}, which counts both phases; give it more")
     if args.method == "robgan" and args.clean_epochs + args.finetune_epochs >= args.epochs:
         p.error(f"--finetune-epochs {args.finetune_epochs} leaves the generator nothing of --epochs {args.epochs}; give it more")
-    args.name = args.name or f"{args.method}_s{args.seed}"
+    args.name = f"{args.method}_s{args.seed}" if args.name is None else args.name
     for flag, name in (("--name", args.name), ("--init", args.init), ("--eval", args.eval)):
         if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
             p.error(f"{flag} {name!r} must be letters, digits and _ . + - only, since files in --dir are named after it")
-    if args.name.lower() in ("meta", "gradcam", *SPLITS) or args.name.lower().startswith(("attack_", "gradcam_")):
+    if args.name.lower() in ("meta", "gradcam", *SPLITS) or args.name.lower().startswith(("attack_", "gradcam_")) or args.name.lower().endswith(".part"):
         p.error(f"--name {args.name} would overwrite another file of --dir; choose another name")
     return args
 
@@ -1717,16 +1730,21 @@ def main(argv=None):
     if args.report:
         return report(args)
     device = setup(args)
+    with alone(args.dir / f"{args.eval or args.name}.json"):
+        train_or_score(args, device)
+
+
+def train_or_score(args, device):
     splits = load_splits(args.dir, device=device)
     if args.eval:
         model, checkpoint = load_model(args.dir, args.eval, device)
         path = args.dir / f"{args.eval}.json"
-        record = load_json(path, "the model itself is there; restore its JSON, or train it again under another --name")
+        record = load_json(path, "the model itself is there; restore its JSON, or train it again under another --name", "args", "epochs", "name")
         check_fit(splits, checkpoint["classes"], checkpoint["size"], args)
         record |= evaluate(model, splits)
         save_json(record, path)
         print_scores(record)
-        return None
+        return
     classes, size = int(splits["train"].labels.max()) + 1, list(splits["train"].images.shape[2:])
     check_fit(splits, classes, size, args)
     if args.balance_groups and splits["train"].colors is None:
@@ -1741,7 +1759,7 @@ def main(argv=None):
         order = torch.randperm(len(splits["train"].labels), generator=stream(args.seed, "shuffled labels"))
         splits["train"] = splits["train"]._replace(labels=splits["train"].labels[order.to(device)])
     print(" ".join(f"{k}={v}" for k, v in {"dir": args.dir, **settings(args), "device": device}.items()), flush=True)
-    start = time.time()
+    start, world = time.time(), world_of(args.dir)
     torch.manual_seed(args.seed)
     model = fresh_net(args, classes, size).to(device)
     if args.init:
@@ -1751,14 +1769,14 @@ def main(argv=None):
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK > 0:
-        return None
+        return
     for phase, best in kept.items():
         model.load_state_dict(best["weights"])
         name, flags = name_of(args.name, phase), settings(args) | ({"phase": phase} if phase else {})
         scores = evaluate(model, splits) | best.get("record", {})
         facts = {"seconds": round(time.time() - start, 1), "torch": torch.__version__, "threads": args.threads, "processes": WORLD, "device": str(device)}
         save_pt({"weights": best["weights"], "args": flags, "classes": classes, "size": size, **best.get("checkpoint", {})}, args.dir / f"{name}.pt")
-        record = {"schema": 1, "script": "train.py", "name": name, "args": flags, "world": world_of(args.dir),
+        record = {"schema": 1, "script": "train.py", "name": name, "args": flags, "world": world,
                   "params": sum(p.numel() for p in model.parameters()), "selected_on": best["on"], "selected_epoch": best["epoch"], **scores, "epochs": epochs, "run": facts}
         save_json(record, args.dir / f"{name}.json")
         print_scores(record)
@@ -1781,8 +1799,13 @@ def start_from(name, model, args):
 
 
 def check_fit(splits, classes, size, args):
-    """Every split must have the training split's picture size and no class beyond its own."""
+    """Every split must have the training split's picture size, no class beyond its own, and enough images for what is done with it."""
+    for flag in ("crop", "cutout"):
+        if flag in METHODS[args.method].flags and getattr(args, flag) >= min(size):
+            die(f"--{flag} {getattr(args, flag)} leaves nothing of {size[0]}x{size[1]} pixels", "try 2")
     for name, split in splits.items():
+        if len(split.labels) < (least := {"train": 2, "test_unbiased": 4}.get(name, 1)):  # for batch norm, and for the probes
+            die(f"{args.dir}/{name}.pt has too few images, {len(split.labels)}", f"give it {least} or more")
         if list(split.images.shape[2:]) != list(size):
             die(f"{args.dir}/{name}.pt has images of {tuple(split.images.shape[2:])} pixels but the net is built for {tuple(size)}", "make the splits from one source")
         if int(split.labels.max()) >= classes:

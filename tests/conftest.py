@@ -41,6 +41,11 @@ def write_world(folder, n=200, size=28):
     common.save_json({"schema": 1, "script": "make_data.py", "recipe": "background", "corr": 0.9, "seed": 42, "limit": None}, Path(folder) / "meta.json")
 
 
+def contents(folder):
+    """{path: bytes, None for a folder} of everything inside but the locks of killed runs."""
+    return {p: p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*") if p.suffix != ".lock"}
+
+
 @pytest.fixture
 def tiny():
     return write_world
@@ -76,20 +81,19 @@ def call(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def mistake(tmp_path, monkeypatch, capfd):
-    """Assert that a command ends with exit code 2 and one line that says `says`, and that no file in its folder has changed."""
+    """Assert that a command ends with exit code 2 and one line that says `says`, and that nothing in its folder has changed."""
 
-    def fails(command, says):
-        script, *rest = command.split()
-        monkeypatch.chdir(tmp_path)
+    def fails(command, says, folder=tmp_path):
+        script, *rest = command.split() if isinstance(command, str) else command
+        monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", [script, *rest])
-        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        before = contents(folder)
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             common.run(importlib.import_module(script.removesuffix(".py")).main)
         said = capfd.readouterr()
-        lines = [line for line in said.err.splitlines() if not line.startswith(("usage: ", " "))]  # argparse prints its usage first
-        assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(script) and says in lines[0], said.err
+        assert stop.value.code == 2 and said.err.count("\n") == 1 and said.err.startswith(script) and says in said.err, said.err
         assert "code inside" not in said.out
-        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+        assert contents(folder) == before
 
     return fails

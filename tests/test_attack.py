@@ -263,7 +263,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(trained, call, monkeypatch, tmp
     from common import build_model, load_pt
 
     if "odd_s1" in command:
-        save_pt({"weights": build_model(classes=5).state_dict(), "args": {"model": "simplecnn", "width": 4, "seed": 1}, "classes": 5, "size": [28, 28]}, trained / "odd_s1.pt")
+        save_pt({"weights": build_model(classes=5).state_dict(), "args": {"model": "simplecnn", "width": 4, "method": "odd", "seed": 1}, "classes": 5, "size": [28, 28]}, trained / "odd_s1.pt")
     if "--split val --src 9" in command:
         val = load_pt(trained / "val.pt", "")
         save_pt({k: v[val["labels"] != 9] for k, v in val.items()}, trained / "val.pt")

@@ -184,7 +184,7 @@ def test_mistakes_get_one_line(mistake, command, says):
 def test_a_folder_that_cannot_be_made_gets_one_line(mistake, tmp_path):
     write_idx(tmp_path / "idx")
     (tmp_path / "taken").write_text("a file where the folder should be")
-    mistake("make_data.py --mnist idx --dir taken", "cannot write")
+    mistake("make_data.py --mnist idx --dir taken", "--dir: taken is a file")
 
 
 def test_a_wrong_checksum_is_refused(tmp_path, capsys):

@@ -268,7 +268,7 @@ robust() {  # adversarial training: the published problem, a ResNet-50 from end 
 }
 
 robgan() {  # a generator beside adversarial training: did it collapse, and does it help? The same net and number of steps in all three
-  local s m="--dir $DIR/mnist --width 16 --eps 0.3 --eps-ramp 0.3 --batch 64 --schedule cosine --lr 2e-3 ${BUDGET:---epochs 4}"
+  local s m="--dir $DIR/mnist --width 16 --eps 0.3 --eps-ramp 0.3 --batch 64 --schedule cosine --lr 2e-3 ${BUDGET:---epochs 3}"
   step "make_data.py --dir $DIR/mnist --recipe gray $DATA"
   go "paint the world"
   step "train.py --dir $DIR/mnist --name judge_s42 --width 16 --schedule onecycle --lr 1e-2 ${BUDGET:---epochs 5}"  # sees no generated image

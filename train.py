@@ -1664,7 +1664,7 @@ def get_args(argv=None):
     g.add_argument("--beta", type=real(0), default=0.0, help="at: weight of TRADES' KL term; 0 is plain adversarial training (default: 0)")
     g.add_argument("--finetune-epochs", type=whole(0, 10_000), default=0, help="robgan: last epochs, in which the net learns from attacked real and generated images only (default: 0)")
     g.add_argument("--gan", type=real(0), default=1.0, help="robgan: weight of telling real from generated (default: 1)")
-    g.add_argument("--penalty", type=real(0), default=1.0, help="robgan: weight of the discriminator's gradient penalties, gamma of R1 + R2 (default: 1)")
+    g.add_argument("--penalty", type=real(0), default=0.1, help="robgan: weight of the discriminator's gradient penalties, gamma of R1 + R2 (default: 0.1)")
     g.add_argument("--judge", type=model_name, default="baseline_s42", metavar="NAME", help="robgan: an independently trained classifier in --dir, which judges the samples (default: baseline_s42)")
     g.add_argument("--shuffle-labels", action="store_true", help="train on permuted labels: a null model, which can know nothing of digits")
     g.add_argument("--group-step", type=real(0, 10), default=0.01, help="groupdro: step of the group weights (default: 0.01)")

@@ -1433,7 +1433,7 @@ def draw_samples(samples, classes, when, path):
     index = [(samples.labels == k).nonzero()[:, 0][:10] for k in range(classes)]
     index = torch.cat([i[torch.arange(10) % len(i)] for i in index])
     h, w = samples.images.shape[2:]
-    fig, ax = plt.subplots(figsize=(4, 0.4 * classes * h / w + 0.5), layout="constrained")
+    fig, ax = plt.subplots(figsize=(4, 0.37 * classes * h / w + 0.4), layout="constrained")
     ax.imshow(tiles(samples.images[index].cpu(), 10))
     ax.set(xticks=[], yticks=[h * (k + 0.5) for k in range(classes)], yticklabels=range(classes), ylabel="class")
     ax.set_title(f"What the generator draws {when}", fontsize=10)

@@ -62,6 +62,15 @@ def test_pgd_stays_in_the_ball_and_the_box_and_leaves_the_model_alone():
     assert not model.training
 
 
+@pytest.mark.parametrize("stop, looks", [(None, 5), (attack.is_wrong, 6)])
+def test_five_steps_are_five_looks_at_the_model_and_one_more_for_who_asks(linear, stop, looks):
+    model, x = linear
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append(1))
+    result = pgd(model, x, 0 * ones(x), 1e-4, 5, stream(0, "t"), stop=stop)
+    assert len(seen) == looks and (result.steps == 5).all() and torch.equal(result.done, torch.zeros(len(x), dtype=torch.bool))
+
+
 def test_early_stop_changes_who_pays_not_who_succeeds(linear):
     model, x = linear
     eps = float((-model.margin(x) / model.w.abs().sum()).detach().median())  # splits the images

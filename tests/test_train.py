@@ -317,6 +317,20 @@ def test_balanced_groups_come_equally_often(splits):
     assert train.told_of("at --balance-groups --crop 2") == "colour labels" and train.told_of("at --crop 2") == "nothing"
 
 
+def test_bfloat16_changes_the_rounding_and_nothing_else(splits):
+    """--amp: close to float32 in every epoch, float32 weights, and no trace of it in the model that is scored."""
+    losses = []
+    for flags in ([], ["--amp"]):
+        torch.manual_seed(0)
+        model = common.build_model()
+        epochs, _ = train.train(model, splits, train.get_args(["--epochs", "2", "--batch", "50", "--lr", "0.01", *flags]), torch.device("cpu"))
+        losses.append([epoch["loss"] for epoch in epochs])
+    assert losses[1] != losses[0] and losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and not model._forward_hooks
+    with train.in_bf16(model, train.get_args(["--amp"])):
+        assert model(splits["val"].x(slice(4))).dtype == torch.float32 and model.features(splits["val"].x(slice(4))).dtype == torch.bfloat16
+
+
 def test_a_clipped_update_has_the_norm_asked_for():
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     train.update(torch.optim.SGD([weight], lr=1.0), (weight**2).sum(), clip=0.5)

@@ -1398,26 +1398,29 @@ MEASURES = {  # of RobGAN.finish: (what it says, what is wanted)
 
 def report_robgan(folder):
     """Did the generator collapse? Every measure beside real images and a collapsed control; nothing where there is no generator."""
-    folders = [folder, *(path.parent for path in sorted(folder.glob("*/meta.json")) if world_of(path.parent).get("recipe") == "gray")]
-    found = [(where, label, runs) for where in folders for label, runs in read_runs(where).items() if "generator" in runs[0]]
-    for where, label, runs in found:
-        first, title = runs[0], "" if where == folder else f"{where.name}: "
-        g, stem = first["generator"], f"{'' if where == folder else where.name + '/'}figures/{first['name']}"
-        print(f"### Rob-GAN ({title}`{label}`)\n")
-        print(f"{g['n']:,} pictures from a generator with {g['params']:,} parameters, judged by `{g['judge']}`, which never saw one. Real: test images, measured in the same way. "
-              "Collapsed: one sharp training image per class, what a generator that ignores its latent would show.\n")
-        print(markdown(["measure", "generated", "real", "collapsed"], [
-            [what, *(over_seeds(runs, "generator", "measured", source, key) for source in ("generated", "real", "collapsed"))] for key, what in MEASURES.items()]
-            + [["distance to the nearest training image, median (1 % quantile), L2", *(
-                f"{m['nearest']['median']:.2f} ({m['nearest']['one_percent']:.2f})" for m in (g["measured"]["generated"], g["measured"]["real"])), "0"]]))
-        draw_generator_training(runs, label, where / "figures" / f"{first['name']}_training.png")
+    for where in (folder, *(path.parent for path in sorted(folder.glob("*/meta.json")) if world_of(path.parent).get("recipe") == "gray")):
+        rows = {family_of(runs[0]["name"])[0]: runs for runs in read_runs(where).values() if "generator" in runs[0]}
+        if not rows:
+            continue
+        name, runs = min(rows.items(), key=lambda row: len(row[0]))  # the one that is shown: what others add to is named after it
+        g, stem = runs[0]["generator"], f"{'' if where == folder else where.name + '/'}figures/{runs[0]['name']}"
+        print(f"### Rob-GAN{'' if where == folder else ' in ' + where.name}\n")
+        print(f"{g['n']:,} pictures from a generator with {g['params']:,} parameters, judged by `{g['judge']}`, which never saw one; mean ± sd over (n) seeds. Real: test images, "
+              "measured in the same way. Collapsed: one sharp training image per class, what a generator that ignores its latent would show.\n")
+        print(markdown(["measure", *(f"`{row}`" for row in rows), "real", "collapsed"], [
+            [what, *(over_seeds(r, "generator", "measured", "generated", key) for r in rows.values()),
+             *(f"{g['measured'][source][key]:.3f}" for source in ("real", "collapsed"))] for key, what in MEASURES.items()]
+            + [["distance to the nearest training image, L2, median (1 % quantile), first seed", *(
+                f"{m['nearest']['median']:.2f} ({m['nearest']['one_percent']:.2f})"
+                for m in (*(r[0]["generator"]["measured"]["generated"] for r in rows.values()), g["measured"]["real"])), "0"]]))
+        draw_generator_training(rows, where / "figures" / f"{runs[0]['name']}_training.png")
         print(f"![Diversity and losses by epoch]({stem}_training.png)\n\n*Diversity within a class and label agreement of samples, and both losses, by epoch, one line a seed. The dotted lines are the alarms.*\n")
-        path = where / f"{first['name']}.pt"
+        path = where / f"{runs[0]['name']}.pt"
         shown = load_pt(path, "train it again") if path.exists() else {}
         if "shown" in shown:
-            draw_generated(shown, f"{title}{label}", where / "figures" / f"{first['name']}_samples.png")
-            print(f"![Real, generated and attacked]({stem}_samples.png)\n\n*Four pictures a class: real, generated, and generated ones attacked at eps {first['args']['eps']:g}; below each the answer of the trained net, red where it is wrong.*\n")
-            draw_closest(shown["shown"], g["measured"]["generated"]["nearest"]["closest"], where / "figures" / f"{first['name']}_closest.png")
+            draw_generated(shown, name, where / "figures" / f"{runs[0]['name']}_samples.png")
+            print(f"![Real, generated and attacked]({stem}_samples.png)\n\n*Four pictures a class: real, generated, and generated ones attacked at eps {runs[0]['args']['eps']:g}; in the corner of each the answer of the trained net, bold red where it is wrong.*\n")
+            draw_closest(shown["shown"], g["measured"]["generated"]["nearest"]["closest"], where / "figures" / f"{runs[0]['name']}_closest.png")
             print(f"![The ten closest pairs]({stem}_closest.png)\n\n*Has it memorised? The ten samples closest to any training image, above, and that image, below, with their L2 distance.*\n")
 
 
@@ -1475,26 +1478,27 @@ def draw_closest(shown, distances, path):
     save_figure(fig, path)
 
 
-def draw_generator_training(runs, label, path):
-    """Two panels by epoch, one line a seed: what the samples are like, and the losses."""
+def draw_generator_training(rows, path):
+    """{name: runs} to two panels each, by epoch, one line a seed: what the samples are like, and the losses."""
     plt = start_drawing()
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    fig, axes = plt.subplots(len(rows), 2, figsize=(9, 3 * len(rows) + 0.4), layout="constrained", squeeze=False)
     lines = (("agreement", "label agreement", INK["jitter"], "-"), ("diversity", "diversity within a class", INK["combined"], "-"),
              ("diversity_worst", "the same, worst class", INK["grl"], "--")), (("loss_d", "discriminator", INK["baseline"], "-"), ("loss_g", "generator", INK["jitter"], "--"))
-    for ax, kinds in zip(axes, lines):
-        for key, name, ink, style in kinds:
-            for k, run in enumerate(runs):
-                points = [(epoch["epoch"], epoch[key]) for epoch in run["epochs"] if key in epoch]
-                ax.plot(*zip(*points), color=ink, ls=style, marker=".", label=None if k else name)
-            if key in RobGAN.alarm:
-                ax.axhline(RobGAN.alarm[key], color=ink, ls=":", lw=0.8)
-        ax.set(xlabel="epoch")
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8, loc="lower right" if ax is axes[0] else "best")
-    axes[0].set(ylim=(0, 1.1), ylabel="share; diversity of real images = 1")
-    axes[1].set(ylabel="relativistic loss, nats (0.69: no difference)", ylim=(0, None))
-    fig.suptitle(f"{label}: does the generator keep its variety?", fontsize=10)
+    for line, (name, runs) in zip(axes, rows.items()):
+        for ax, kinds in zip(line, lines):
+            for key, what, ink, style in kinds:
+                for k, run in enumerate(runs):
+                    points = [(epoch["epoch"], epoch[key]) for epoch in run["epochs"] if key in epoch]
+                    ax.plot(*zip(*points), color=ink, ls=style, marker=".", label=None if k else what)
+                if key in RobGAN.alarm:
+                    ax.axhline(RobGAN.alarm[key], color=ink, ls=":", lw=0.8)
+            ax.set(xlabel="epoch", title=name)
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.grid(alpha=0.3)
+            ax.legend(fontsize=8)
+        line[0].set(ylim=(0, 1.1), ylabel="share; diversity of real = 1")
+        line[1].set(ylabel="loss, nats (0.69: no difference)", ylim=(0, None))
+    fig.suptitle("Does the generator keep its variety?")
     save_figure(fig, path)
 
 

@@ -260,7 +260,7 @@ robust() {  # adversarial training: the published problem, a ResNet-50 from end 
   step "train.py --dir $DIR/unbiased --method at --name oracle_at_s42 $BUDGET"  # the same where there is no shortcut
   for s in $FEW; do step "train.py --dir $DIR --balance-groups --name balanced_s$s --seed $s $BUDGET"; done
   go "train"
-  step "attack.py --dir $DIR/mnist --untargeted --name resnet --eps 0.1 --restarts 10 --n $((N / 5)) --sweep 0.05 0.1 0.2 --models ${RESNET}_s42 ${RESNET}_clean_s42"
+  step "attack.py --dir $DIR/mnist --untargeted --name resnet --eps 0.1 --restarts 10 --n $((N / 10)) --sweep 0.05 0.1 0.2 --models ${RESNET}_s42 ${RESNET}_clean_s42"
   step "attack.py --dir $DIR/mnist --untargeted --eps 0.3 --restarts 10 --queries $((3 * N)) --n $N --models at_s42 fgsm_s42 at_clean_s42"
   step "attack.py --dir $DIR --untargeted --name at --eps 0.05 --restarts 10 --n $N --models baseline_s42 jitter_s42 balanced_s42 at_s42 at_recolour_s42 at_balanced_s42 unbiased/oracle_s42 unbiased/oracle_at_s42"
   go "attack"
@@ -279,7 +279,7 @@ robgan() {  # a generator beside adversarial training: did it collapse, and does
     step "train.py $m --method at --name robgan_without_s$s --seed $s"
   done
   go "train"
-  step "attack.py --dir $DIR/mnist --untargeted --name robgan --eps 0.3 --restarts 10 --n $((N * 2 / 5)) --models $(SEEDS=$FEW over_seeds robgan_without robgan robgan_finetuned)"
+  step "attack.py --dir $DIR/mnist --untargeted --name robgan --eps 0.3 --restarts 10 --n $((N / 5)) --models $(SEEDS=$FEW over_seeds robgan_without robgan robgan_finetuned)"
   go "attack"
   report
 }

@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (INK, SPLITS, Attacked, Parser, alone, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits, markdown, mean_sd,
-                    model_name, pgd, random_start, real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson)
+                    model_name, pgd, random_start, real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson, with_keys)
 
 CHUNK = 256  # images attacked at once: what fits in the cache of one core
 CONFIDENT = 0.9  # target probability of the stricter criterion
@@ -880,6 +880,7 @@ def report(args):
         if unknown := [record["mode"] for record in records if record["mode"] not in REPORTS]:
             die(f"an attack_*.json in {folder} has the mode {unknown[0]!r}", "delete it and run attack.py again")
         for record in sorted(records, key=lambda r: list(MODES).index(r["mode"])):
+            with_keys(record["args"], ("models", "split", "seed"), f"args of an attack_*.json in {folder}", "delete it and run attack.py again")
             for key in {"models", "summary"} & record.keys():
                 record[key] = {name: record[key][name] for name in record["args"]["models"]}  # the file has them by alphabet
             REPORTS[record["mode"]](record, argparse.Namespace(**{**vars(args), "dir": folder}))

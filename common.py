@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
 import struct
 import sys
@@ -24,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is; train.py knows what to do with more than one
+RANK = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0  # which of torchrun's processes this is; train.py knows what to do with more than one
 SPLITS = ("train", "val", "test_hard", "test_unbiased")
 DIGIT_PIXEL = 0.1  # a pixel belongs to the digit where gray > 0.1
 INK = {  # one colour per method in every figure, told apart by colour-blind readers (Okabe & Ito, 2008)
@@ -267,10 +268,11 @@ def whole_file(path):
     """Yields a name beside `path`; the file takes its place only when it is complete. What a killed run left of it goes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    ours = f".{path.name}.{re.sub(r'[^a-zA-Z0-9]', '-', platform.node())}"  # other machines may write into the same folder
+    for part in path.parent.glob(f"{glob.escape(ours)}.*.part"):
         if not is_alive(part.name.split(".")[-2]):
             part.unlink(missing_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{ours}.{os.getpid()}.part")
     try:
         yield part
         os.replace(part, path)
@@ -377,10 +379,21 @@ def load_json(path, mend, *keys):
 
 
 def with_keys(record, keys, path, mend):
+    if not isinstance(record, dict):
+        die(f"{path}: not a dictionary", mend)
     for key in keys:
         if key not in record:
             die(f"{path} has no {key}", mend)
     return record
+
+
+def meta_of(folder, *keys):
+    """What make_data.py says of its world; {} in a folder of one's own. A world that is half painted stops the script."""
+    path, again = Path(folder) / "meta.json", f"run: python make_data.py --dir {folder}"
+    meta = load_json(path, again) if path.exists() else {}
+    if meta.get("unfinished"):
+        die(f"{path} says that make_data.py was stopped, so the splits may be of two worlds", "run it again")
+    return with_keys(meta, keys, path, again)
 
 
 def load_pt(path, mend):
@@ -420,8 +433,7 @@ def load_splits(folder, names=SPLITS, device="cpu"):
     In a folder of one's own that has train.pt but not all the others, a tenth of it each becomes val and test.
     """
     folder, absent = Path(folder), split_off(folder)
-    if (folder / "meta.json").exists() and load_json(folder / "meta.json", f"run: python make_data.py --dir {folder}").get("unfinished"):
-        die(f"{folder}/meta.json says that make_data.py was stopped, so the splits may be of two worlds", "run it again")
+    meta_of(folder)
     if not absent:
         return {name: _load_split(folder / f"{name}.pt", device) for name in names}
     whole = _load_split(folder / "train.pt", device)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import (PALETTES, SPLITS, Parser, alone, common_args, die, folder_name, load_json, load_pt, markdown, paint, real, run, save_figure,
+from common import (PALETTES, SPLITS, Parser, alone, common_args, die, folder_name, load_pt, markdown, meta_of, paint, real, run, save_figure,
                     save_json, setup, start_drawing, stream, whole, whole_file, write_pt)
 
 RAW = Path(__file__).resolve().parent / "results" / "raw"
@@ -231,7 +231,9 @@ def draw_samples(splits, meta, path):
 
 
 def report(args):
-    meta = load_json(args.dir / "meta.json", f"run: python make_data.py --dir {args.dir}", "recipe", "size", "counts", "own_colour_share")
+    if not (args.dir / "meta.json").exists():
+        die(f"{args.dir}/meta.json is missing", f"run: python make_data.py --dir {args.dir}")
+    meta = meta_of(args.dir, "recipe", "size", "counts", "own_colour_share")
     if all((args.dir / f"{name}.pt").is_file() for name in SPLITS):
         draw_samples({name: load_pt(args.dir / f"{name}.pt", "run: python make_data.py") for name in SPLITS}, meta, args.dir / "figures" / "samples.png")
     print("![Sample pictures of each digit and split](figures/samples.png)\n")

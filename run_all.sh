@@ -306,6 +306,7 @@ report() {  # results/report.md: what the scripts say of their own results, one 
 }
 
 if [ "${1:-}" = --step ]; then
+  case ${2:-} in make_data.py | train.py | gradcam.py | attack.py) ;; *) fail "--step '${2:-}' is no script of ours; give what --list printed" ;; esac
   setup
   mkdir -p "$DONE"
   shift
@@ -317,7 +318,11 @@ if [ "${1:-}" = --list ]; then LIST=1; shift; fi
 for STAGE in "$@"; do
   case " $STAGES report test " in *" ${STAGE// /_} "*) ;; *) fail "there is no stage '$STAGE'; choose from: $STAGES report test" ;; esac
 done
-if [ $LIST = 1 ]; then for STAGE in "$@"; do "$STAGE"; done; exit 0; fi
+if [ $LIST = 1 ]; then
+  for STAGE in "$@"; do case $STAGE in test | report) fail "--list takes stages, and $STAGE is none" ;; esac; done
+  for STAGE in "$@"; do "$STAGE"; done
+  exit 0
+fi
 trap 'kill $(jobs -p) 2> /dev/null; wait; echo "run_all.sh: interrupted; run the same command again to continue" >&2; exit 130' INT TERM
 setup
 for STAGE in "$@"; do

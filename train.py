@@ -1,7 +1,7 @@
 """Train one classifier on a biased world with one method, and score it on every split.
 
 Reads   DIR/train.pt, val.pt, test_hard.pt, test_unbiased.pt                (from make_data.py)
-Writes  DIR/NAME.pt, DIR/NAME.json; with --report DIR/figures/*.png
+Writes  DIR/NAME.pt, DIR/NAME.json; with --report DIR/figures/*.png (robgan: DIR/figures/NAME_epoch_NN.png as it trains)
 
     python train.py                                    # the lazy model: results/baseline_s42.json
     python train.py --method jitter --alpha 2          # the cured one
@@ -32,11 +32,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (CNNS, INK, MODELS, RANK, SPLITS, Parser, Split, alone, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt,
-                    load_splits, luma, markdown, mean_sd, model_name, pgd, predict, real, run, save_figure, save_json, save_pt, setup, split_off, start_drawing, stream,
+                    load_splits, luma, markdown, mean_sd, meta_of, model_name, pgd, predict, real, run, save_figure, save_json, save_pt, setup, split_off, start_drawing, stream,
                     whole, wilson, with_keys)
 
 EVAL_SPLITS = SPLITS[1:]
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes that train this model together, of which this is number RANK
+WORLD = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1  # processes that train this model together, of which this is number RANK
 
 
 class Batch(NamedTuple):
@@ -476,7 +476,8 @@ class AT(nn.Module):
         gen, right = stream(args.seed, "attack on val", x.device), 0
         for i in range(0, len(y), 500):
             part = slice(i, i + 500)
-            x_adv = pgd(model, x[part], y[part], args.eps, self.watch["steps"], gen, step_size=args.eps / 4).x
+            with in_bf16(model, args):
+                x_adv = pgd(model, x[part], y[part], args.eps, self.watch["steps"], gen, step_size=args.eps / 4).x
             with torch.inference_mode():
                 right += int((model(x_adv).argmax(1) == y[part]).sum())
         return {"val_pgd": right / len(y)}
@@ -512,7 +513,7 @@ class Generator(nn.Module):
 class RobGAN(AT):
     """Rob-GAN (Liu & Hsieh, 2019): the net that is trained adversarially is also the body of a discriminator, and a generator learns against it.
 
-    Every step attacks a batch and learns its classes as `at` does, compares as many generated images with the real ones, and updates the
+    After --clean-epochs, every step attacks a batch and learns its classes as `at` does, compares as many generated images with the real ones, and updates the
     generator once. In the last --finetune-epochs the net learns the classes of attacked real and attacked generated images only.
 
     Departures, each against a collapse seen without it: the discriminator's own head compares real with generated of the same class
@@ -533,8 +534,8 @@ class RobGAN(AT):
         self.some = Split(*(None if part is None else part[: self.watch["n"]] for part in data))
         n = len(splits["test_unbiased"].labels)  # as many training images are compared with these
         for name, labels in (("train", self.some.labels), ("test_unbiased", splits["test_unbiased"].labels), ("train", data.labels[:n])):
-            if (labels.bincount(minlength=self.classes) < 2).any():
-                die(f"--method robgan compares images within a class, but a class has fewer than two of the first {len(labels)} in {args.dir}/{name}.pt",
+            if (labels.bincount(minlength=self.classes) < 4).any():
+                die(f"--method robgan compares images within a class, but a class has fewer than four of the first {len(labels)} in {args.dir}/{name}.pt",
                     "shuffle the images or add some")
         judge, about = load_model(args.dir, args.judge, data.images.device)
         if (about["classes"], list(about["size"])) != (self.classes, list(data.images.shape[2:])):
@@ -548,9 +549,13 @@ class RobGAN(AT):
         self.register_buffer("tally", torch.zeros(3), persistent=False)  # losses of discriminator and generator, steps of this epoch
         self.register_buffer("steps", torch.zeros(()))
         self.register_buffer("epoch", torch.zeros((), dtype=torch.long))
-        self.spread = within_class(self.judge(self.some.x(slice(None)))[1], self.some.labels, self.classes)
+        self.spread = within_class(self.judge(self.some.x(slice(None)))[1], self.some.labels.cpu(), self.classes)
+        if not (self.spread > 0).all():
+            die(f"--judge {args.judge} sees no difference between images of a class", "choose one that was trained")
 
     def step(self, objective, model, batch, optimiser, args, gen):
+        if self.radius(batch.progress, args) is None:
+            return super().step(objective, model, batch, optimiser, args, gen)
         if self.finetunes(batch.progress, args):
             both = batch._replace(x=torch.cat([batch.x, self.average.draw(batch.y, gen)]), y=batch.y.repeat(2))
             return super().step(objective, model, both, optimiser, args, gen)
@@ -603,13 +608,13 @@ class RobGAN(AT):
         y = self.some.labels
         pictures = Split(self.sample(y, stream(args.seed, "samples to watch", y.device)), y, None, None)
         said, z = self.judge(pictures.x(slice(None)))
-        diversity = within_class(z, y, self.classes) / self.spread
+        diversity = within_class(z, y.cpu(), self.classes) / self.spread
         self.epoch += 1
         draw_samples(pictures, self.classes, f"after epoch {self.epoch} of {args.epochs}", args.dir / "figures" / f"{args.name}_epoch_{self.epoch:02d}.png")
         against, towards, steps = self.tally.tolist()
         self.tally.zero_()
         losses = {"loss_d": against / steps, "loss_g": towards / steps} if steps else {}
-        facts = super().facts(model, args) | losses | {"agreement": (said == y).double().mean().item(),
+        facts = super().facts(model, args) | losses | {"agreement": (said == y.cpu()).double().mean().item(),
                                                        "diversity": diversity.mean().item(), "diversity_worst": diversity.min().item()}
         if any(facts[key] < least for key, least in self.alarm.items()):
             print(f"ALARM: the generator is collapsing: its pictures of class {int(diversity.argmin())} differ from each other {diversity.min():.0%} as much as real ones do "
@@ -654,7 +659,7 @@ class RobGAN(AT):
         torch.manual_seed(plain.seed)
         net = fresh_net(plain, self.classes, data.images.shape[2:]).to(data.images.device)
         train(net, {**splits, "train": data}, plain, data.images.device)
-        return (predict(net, splits["test_unbiased"]) == splits["test_unbiased"].labels).double().mean().item()
+        return (predict(net, splits["test_unbiased"]) == splits["test_unbiased"].labels).cpu().double().mean().item()
 
     def phase(self, epoch, args):
         if epoch <= args.clean_epochs:
@@ -741,30 +746,31 @@ def update(optimiser, loss, clip=0, weight=1.0):
 
 @contextlib.contextmanager
 def in_bf16(model, args):
-    """With --amp, convolutions and matrix products in bfloat16; weights, logits and losses stay float32. Scores never pass through here."""
+    """With --amp, convolutions and matrix products in bfloat16; weights, logits and losses stay float32. What is scored is never inside."""
     if not args.amp:
         yield
         return
     hook = model.register_forward_hook(lambda _, inputs, logits: logits.float())
-    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, cache_enabled=False):  # a step may update twice: no stale copies
         yield
     hook.remove()
 
 
-def join(args, device, n):
+def join(args, device):
     """Meet the other processes that torchrun started: gloo on CPUs, nccl on GPUs, one each. One that fails does not keep the others waiting."""
     if not METHODS[args.method].spreads:
         die(f"--method {args.method} needs whole batches in one process", "run it without torchrun, or choose from " + ", ".join(m for m in METHODS if METHODS[m].spreads))
-    if args.model.startswith("resnet"):
-        smallest = min(args.batch, n % args.batch or args.batch)
-        if smallest < 2 * WORLD:
-            die(f"--batch {args.batch} makes a batch of {smallest} for {WORLD} processes, too few for batch norm", "choose another --batch")
-        print(f"batch norm sees the images of one of the {WORLD} processes at a time")
     if device.type == "mps" or (device.type == "cuda" and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"])):
         die(f"there are fewer GPUs for --device {device.type} than processes", "start fewer, or use --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=5))
+
+
+def batch_sizes(n, batch):
+    """Images in each batch of an epoch; a last one of a single image joins the one before it, since batch norm cannot learn from that."""
+    sizes = [batch] * (n // batch) + [n % batch] * (n % batch > 0)
+    return [*sizes[:-2], batch + 1] if len(sizes) > 1 and sizes[-1] == 1 else sizes
 
 
 def share(index):
@@ -784,7 +790,9 @@ def add_up(tensors):
 def make_schedule(optimiser, args, steps):
     """The learning rate, step by step."""
     if args.schedule == "onecycle":
-        return torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=[group["lr"] for group in optimiser.param_groups], total_steps=steps)
+        groups = optimiser.param_groups
+        low, high = ([momentum if group["betas"][0] else 0.0 for group in groups] for momentum in (0.85, 0.95))  # a group without momentum stays so
+        return torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=[group["lr"] for group in groups], total_steps=steps, base_momentum=low, max_momentum=high)
     if args.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1)
@@ -806,13 +814,15 @@ def train(model, splits, args, device, part=None):
         groups.append({"params": list(objective.parameters()), "lr": args.lr * getattr(objective, "lr_scale", 1),
                        "betas": getattr(objective, "betas", (0.9, 0.999))})
     optimiser = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
-    sizes = [args.batch] * (n // args.batch) + [n % args.batch] * (n % args.batch > 0)
-    if len(sizes) > 1 and sizes[-1] == 1:
-        sizes[-2:] = [args.batch + 1]  # batch norm cannot learn from a single image
+    sizes = batch_sizes(n, args.batch)
+    if WORLD > 1 and args.model.startswith("resnet"):
+        if min(sizes) < 2 * WORLD:
+            die(f"--batch {args.batch} makes a batch of {min(sizes)} for {WORLD} processes, too few for batch norm", "choose another --batch")
+        print(f"batch norm sees the images of one of the {WORLD} processes at a time, and --resume only those of the first")
     steps = args.epochs * len(sizes)
     schedule = make_schedule(optimiser, args, steps)
     parts = {"model": model, "optimiser": optimiser, "schedule": schedule} | ({"objective": objective} if isinstance(objective, nn.Module) else {})
-    this_run = {"args": settings(args), "world": world_of(args.dir)}
+    this_run = {"args": settings(args), "world": world_of(args.dir), "processes": WORLD}
     epochs, kept = restore(part, parts, this_run) if part is not None and args.resume else ([], {})
     for epoch in range(len(epochs) + 1, args.epochs + 1):
         began, total = time.time(), torch.zeros((), device=device)
@@ -834,8 +844,7 @@ def train(model, splits, args, device, part=None):
         if not (math.isfinite(loss) and all(p.isfinite().all() for p in model.parameters())):
             die(f"the loss is {loss} in epoch {epoch}, or its gradient not finite", f"try a smaller --lr than {args.lr:g}")
         scores = {name: score(predict(model, splits[name]), splits[name]) for name in ("val", "test_hard")}
-        with in_bf16(model, args):
-            facts = objective.facts(model, args) if hasattr(objective, "facts") else {}
+        facts = objective.facts(model, args) if hasattr(objective, "facts") else {}
         epochs.append({"epoch": epoch, "loss": loss, "val": scores["val"]["acc"], "val_aligned": scores["val"]["aligned"],
                        "val_conflicting": scores["val"]["conflicting"], "test_hard": scores["test_hard"]["acc"],
                        **facts})
@@ -877,6 +886,8 @@ def restore(part, parts, this_run):
     changed = [f"--{k.replace('_', '-')} was {before.get(k)}" for k, v in this_run["args"].items() if before.get(k) != v]
     if changed:
         die(f"{part} was left by a run with other settings ({', '.join(changed)})", "give the same flags to continue it, or leave --resume out to start over")
+    if saved.get("processes") != this_run["processes"]:
+        die(f"{part} was left by a run of {saved.get('processes')} processes", "continue it with as many, or leave --resume out to start over")
     if saved.get("world") != this_run["world"]:
         die(f"{part} was left by a run on another painting of {part.parent}", "leave --resume out to start over")
     try:
@@ -982,13 +993,13 @@ def fit_linear(z, y, z_test, y_test, l2=1e-3):
 
 @torch.inference_mode()
 def judged(judge, x):
-    """What a trained classifier says of x (N,3,H,W): (classes int64 (N,), penultimate features float (N,F))."""
+    """What a trained classifier says of x (N,3,H,W): (classes int64 (N,), penultimate features float (N,F)), on the CPU, where every measure is computed."""
     said, values = [], []
     with InputOf(judge.fc) as features:
         for part in x.split(1000):
             said.append(judge(part).argmax(1))
             values.append(features.value)
-    return torch.cat(said), torch.cat(values)
+    return torch.cat(said).cpu(), torch.cat(values).cpu()
 
 
 def within_class(z, y, classes):
@@ -998,12 +1009,12 @@ def within_class(z, y, classes):
 
 
 def compare(made, real, z_real, judge, classes):
-    """How pictures compare with real ones of the same classes in a judge's features: {measure: value}. `made` and `real` are Splits, z_real float (N,F)."""
-    said, z = judge(made.x(slice(None)))
+    """How pictures compare with real ones of the same classes in a judge's features: {measure: value}. `made` and `real` are Splits, z_real float (N,F) on the CPU."""
+    (said, z), labels = judge(made.x(slice(None))), made.labels.cpu()
     share = torch.bincount(said, minlength=classes).double() / len(said)
-    diversity = (within_class(z, made.labels, classes) / within_class(z_real, real.labels, classes)).double()
+    diversity = (within_class(z, labels, classes) / within_class(z_real, real.labels.cpu(), classes)).double()
     precision, recall = precision_recall(z[:5000], z_real[:5000])
-    return {"agreement": (said == made.labels).double().mean().item(), "class_entropy": -(share * share.clamp(min=1e-12).log()).sum().item(),
+    return {"agreement": (said == labels).double().mean().item(), "class_entropy": -(share * share.clamp(min=1e-12).log()).sum().item(),
             "diversity": diversity.mean().item(), "diversity_worst": diversity.min().item(), "diversity_per_class": diversity.tolist(),
             "frechet": frechet(z, z_real), "precision": precision, "recall": recall}
 
@@ -1107,6 +1118,7 @@ def read_records(folder):
         if record.get("script") != "train.py":
             continue
         with_keys(record, ("args", "world", "final", "probe", "epochs", "params"), path, "delete it, or run it again")
+        with_keys(record["args"], ("method", "seed", *BUDGET), f"args of {path}", "delete it, or run it again")
         if record["args"]["method"] not in METHODS:
             continue
         if record["world"] != world:
@@ -1150,10 +1162,9 @@ def as_flag(key, value):
 
 def world_of(folder):
     """What meta.json says of the painting; in a user's own folder, which splits come out of train.pt."""
-    path = folder / "meta.json"
-    if not path.exists():
+    world = meta_of(folder)
+    if not world:
         return {"split_off": names} if (names := split_off(folder)) else {}
-    world = load_json(path, "run make_data.py again")
     return {k: v for k, v in world.items() if k in WORLD_KEYS and (k, v) != ("sigma2", None)}  # only `digit` has a variance
 
 
@@ -1389,7 +1400,7 @@ def report_robust(folder):
     print("*Accuracy of val by epoch, clean and under PGD, one line a seed. Dotted: the epoch kept. A dashed line that drops while the solid one stays is catastrophic overfitting.*\n")
 
 
-MEASURES = {  # of RobGAN.finish: (what it says, what is wanted)
+MEASURES = {  # of RobGAN.finish, in words
     "agreement": "label agreement: the judge reads the class that was asked for", "class_entropy": "class entropy of the judge's answers, nats",
     "diversity": "within-class diversity: mean feature distance of two pictures of a class, over that of real ones",
     "diversity_worst": "the same, worst class", "frechet": "Frechet distance to real training images, judge's features", "precision": "precision (k-NN, k = 3)",
@@ -1405,16 +1416,17 @@ def report_robgan(folder):
         name, runs = min(rows.items(), key=lambda row: len(row[0]))  # the one that is shown: what others add to is named after it
         g, stem = runs[0]["generator"], f"{'' if where == folder else where.name + '/'}figures/{runs[0]['name']}"
         print(f"### Rob-GAN{'' if where == folder else ' in ' + where.name}\n")
-        print(f"{g['n']:,} pictures from a generator with {g['params']:,} parameters, judged by `{g['judge']}`, which never saw one; mean ± sd over (n) seeds. Real: test images, "
-              "measured in the same way. Collapsed: one sharp training image per class, what a generator that ignores its latent would show.\n")
+        print(f"{g['n']:,} pictures from a generator with {g['params']:,} parameters (precision, recall and distances: the first 5,000; the classifier: as many as there are training "
+              f"images), judged by `{g['judge']}`; mean ± sd over (n) seeds. Real: test images measured in the same way, and a classifier trained on the training images. Collapsed: one sharp "
+              "training image per class, what a generator that ignores its latent would show; its precision is 1 by construction.\n")
         print(markdown(["measure", *(f"`{row}`" for row in rows), "real", "collapsed"], [
             [what, *(over_seeds(r, "generator", "measured", "generated", key) for r in rows.values()),
-             *(f"{g['measured'][source][key]:.3f}" for source in ("real", "collapsed"))] for key, what in MEASURES.items()]
+             *(over_seeds(runs, "generator", "measured", source, key) for source in ("real", "collapsed"))] for key, what in MEASURES.items()]
             + [["distance to the nearest training image, L2, median (1 % quantile), first seed", *(
                 f"{m['nearest']['median']:.2f} ({m['nearest']['one_percent']:.2f})"
                 for m in (*(r[0]["generator"]["measured"]["generated"] for r in rows.values()), g["measured"]["real"])), "0"]]))
-        draw_generator_training(rows, where / "figures" / f"{runs[0]['name']}_training.png")
-        print(f"![Diversity and losses by epoch]({stem}_training.png)\n\n*Diversity within a class and label agreement of samples, and both losses, by epoch, one line a seed. The dotted lines are the alarms.*\n")
+        draw_generator_training(rows, where / "figures" / f"{runs[0]['name']}_variety.png")
+        print(f"![Diversity and losses by epoch]({stem}_variety.png)\n\n*Diversity within a class and label agreement of samples, and both losses, by epoch, one line a seed. The dotted lines are the alarms.*\n")
         path = where / f"{runs[0]['name']}.pt"
         shown = load_pt(path, "train it again") if path.exists() else {}
         if "shown" in shown:
@@ -1483,7 +1495,7 @@ def draw_generator_training(rows, path):
     plt = start_drawing()
     fig, axes = plt.subplots(len(rows), 2, figsize=(9, 3 * len(rows) + 0.4), layout="constrained", squeeze=False)
     lines = (("agreement", "label agreement", INK["jitter"], "-"), ("diversity", "diversity within a class", INK["combined"], "-"),
-             ("diversity_worst", "the same, worst class", INK["grl"], "--")), (("loss_d", "discriminator", INK["baseline"], "-"), ("loss_g", "generator", INK["jitter"], "--"))
+             ("diversity_worst", "the same, worst class", INK["grl"], "--")), (("loss_d", "discriminator, with its penalty", INK["baseline"], "-"), ("loss_g", "generator", INK["jitter"], "--"))
     for line, (name, runs) in zip(axes, rows.items()):
         for ax, kinds in zip(line, lines):
             for key, what, ink, style in kinds:
@@ -1659,13 +1671,13 @@ def get_args(argv=None):
                    help="grl, combined: ask each head for what the other label does not tell (default: yes)")
     g.add_argument("--entropy", type=real(0), default=0.01, help="lntl: weight of the negative entropy of the guessed colours (default: 0.01)")
     g.add_argument("--two-updates", action="store_true", help="lntl: one update against the heads and one for them, as in the paper, instead of one for both")
-    g.add_argument("--attack", choices=("pgd", "fgsm"), default="pgd", help="at: what attacks the batches, from a random start (default: pgd)")
-    g.add_argument("--eps", type=real(0, 1, open_low=True), default=0.05, help="at: L-inf radius, pixels in [0, 1] (default: 0.05)")
-    g.add_argument("--steps", type=whole(1, 1000), default=5, help="at: steps of pgd (default: 5)")
-    g.add_argument("--step-size", type=real(0, 1, open_low=True), help="at: of a step at the full radius (default: 0.35 eps; 1.25 eps with fgsm)")
-    g.add_argument("--clean-epochs", type=whole(0, 10_000), default=0, help="at: plain training first; its model is saved as well, with _clean in its name (default: 0)")
-    g.add_argument("--eps-ramp", type=real(0, 1), default=0.0, help="at: share of the adversarial epochs in which the radius grows from 0 (default: 0)")
-    g.add_argument("--beta", type=real(0), default=0.0, help="at: weight of TRADES' KL term; 0 is plain adversarial training (default: 0)")
+    g.add_argument("--attack", choices=("pgd", "fgsm"), default="pgd", help="at, robgan: what attacks the batches, from a random start (default: pgd)")
+    g.add_argument("--eps", type=real(0, 1, open_low=True), default=0.05, help="at, robgan: L-inf radius, pixels in [0, 1] (default: 0.05)")
+    g.add_argument("--steps", type=whole(1, 1000), default=5, help="at, robgan: steps of pgd (default: 5)")
+    g.add_argument("--step-size", type=real(0, 1, open_low=True), help="at, robgan: of a step at the full radius (default: 0.35 eps; 1.25 eps with fgsm)")
+    g.add_argument("--clean-epochs", type=whole(0, 10_000), default=0, help="at, robgan: plain training first; its model is saved as well, with _clean in its name (default: 0)")
+    g.add_argument("--eps-ramp", type=real(0, 1), default=0.0, help="at, robgan: share of the adversarial epochs in which the radius grows from 0 (default: 0)")
+    g.add_argument("--beta", type=real(0), default=0.0, help="at, robgan: weight of TRADES' KL term; 0 is plain adversarial training (default: 0)")
     g.add_argument("--finetune-epochs", type=whole(0, 10_000), default=0, help="robgan: last epochs, in which the net learns from attacked real and generated images only (default: 0)")
     g.add_argument("--gan", type=real(0), default=1.0, help="robgan: weight of telling real from generated (default: 1)")
     g.add_argument("--penalty", type=real(0), default=0.1, help="robgan: weight of the discriminator's gradient penalties, gamma of R1 + R2 (default: 0.1)")
@@ -1674,7 +1686,7 @@ def get_args(argv=None):
     g.add_argument("--group-step", type=real(0, 10), default=0.01, help="groupdro: step of the group weights (default: 0.01)")
     g.add_argument("--first-epochs", type=whole(1, 1000), default=1, help="jtt: epochs of the first net (default: 1)")
     g.add_argument("--upweight", type=real(1, 10_000), default=20.0, help="jtt: how often an image counts that the first net got wrong (default: 20)")
-    g = p.add_argument_group("augmentation for at (each image has its own draw; default: none)")
+    g = p.add_argument_group("augmentation for at and robgan (each image has its own draw; default: none)")
     g.add_argument("--crop", type=whole(0, 1000), default=0, metavar="PIXELS", help="random crop after padding by this much on every side")
     g.add_argument("--flip", action="store_true", help="mirror half of the images")
     g.add_argument("--rotation", type=real(0, 180), default=0.0, metavar="DEGREES", help="random rotation by up to this much, either way")
@@ -1739,6 +1751,8 @@ def main(argv=None):
 
 
 def train_or_score(args, device):
+    if WORLD > 1:
+        join(args, device)
     splits = load_splits(args.dir, device=device)
     if args.eval:
         model, checkpoint = load_model(args.dir, args.eval, device)
@@ -1757,8 +1771,6 @@ def train_or_score(args, device):
         die(f"--method {args.method} needs colour labels, but {args.dir}/train.pt has no colors", "choose a method that does without, such as jitter")
     if METHODS[args.method].told == "colour labels" and int(splits["train"].colors.max()) >= classes:
         die(f"{args.dir}/train.pt has colours beyond its {classes} classes", "choose a method that does without colour labels, such as jitter")
-    if WORLD > 1:
-        join(args, device, len(splits["train"].labels))
     if args.shuffle_labels:
         order = torch.randperm(len(splits["train"].labels), generator=stream(args.seed, "shuffled labels"))
         splits["train"] = splits["train"]._replace(labels=splits["train"].labels[order.to(device)])

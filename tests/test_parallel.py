@@ -54,9 +54,26 @@ def test_a_batch_is_shared_out_whole_and_its_weights_add_up(monkeypatch):
 def test_what_cannot_be_shared_is_refused_in_one_line(tiny, mistake, tmp_path, monkeypatch):
     tiny(tmp_path / "results")
     monkeypatch.setattr(train, "WORLD", 2)
-    for method in ("lff", "jtt", "lntl", "groupdro"):
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
+    for method in ("lff", "jtt", "lntl", "groupdro", "robgan"):
         mistake(f"train.py --method {method}", f"--method {method} needs whole batches in one process")
     mistake("train.py --model resnet18 --batch 66", "too few for batch norm")  # 200 images leave 2, one for each process
+
+
+def test_variables_that_are_not_torchruns_change_nothing(cli):
+    env = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"} | {"RANK": "x", "WORLD_SIZE": "2"}
+    done = cli("train.py --dir nowhere", check=False, env=env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere/train.pt is missing" in done.stderr
+
+
+def test_a_run_of_two_processes_is_continued_by_two(tiny, call, mistake, tmp_path, monkeypatch):
+    tiny(tmp_path / "results", n=100)
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(train, "evaluate", lambda *_: {}["stop"])
+        call("train.py --epochs 1")
+    part = tmp_path / "results" / "baseline_s42.part.pt"
+    common.save_pt({**common.load_pt(part, ""), "processes": 2}, part)
+    mistake("train.py --epochs 1 --resume", "a run of 2 processes")
 
 
 @pytest.mark.slow

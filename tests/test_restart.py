@@ -217,11 +217,13 @@ def test_killed_at_random_by_the_real_command_line(world, cli, tmp_path, script)
     assert measured(world, files) == wanted and left_over(world) == []
 
 
-def test_a_part_of_a_run_that_is_alive_stays(tmp_path):
-    for pid in (os.getppid(), 2**22 + 1):  # no process id is that large
-        (tmp_path / f".x.json.{pid}.part").touch()
+def test_a_part_of_a_run_that_is_alive_or_elsewhere_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.platform, "node", lambda: "here.org")
+    alive, dead, elsewhere = (f".x.json.{part}.part" for part in (f"here-org.{os.getppid()}", f"here-org.{2**22 + 1}", f"there.{2**22 + 1}"))  # no process id is that large
+    for name in (alive, dead, elsewhere):
+        (tmp_path / name).touch()
     common.save_json({}, tmp_path / "x.json")
-    assert {path.name for path in tmp_path.iterdir()} == {"x.json", f".x.json.{os.getppid()}.part"}
+    assert {path.name for path in tmp_path.iterdir()} == {"x.json", alive, elsewhere}
 
 
 # ---------------------------------------------------------------- interrupted, out of disk

@@ -331,6 +331,20 @@ def test_bfloat16_changes_the_rounding_and_nothing_else(splits):
         assert model(splits["val"].x(slice(4))).dtype == torch.float32 and model.features(splits["val"].x(slice(4))).dtype == torch.bfloat16
 
 
+def test_bfloat16_sees_the_weights_of_the_last_update(splits):
+    """One step of `grl` updates its head three times, and every time the head should have moved."""
+    torch.manual_seed(0)
+    args = train.get_args("--method grl --amp --lr 0.1".split())
+    model = common.build_model()
+    grl, losses = train.GRL(model, splits, args), []
+    grl.colour_loss = lambda features, batch, inner=grl.colour_loss: losses.append(inner(features, batch)) or losses[-1]
+    optimiser = torch.optim.AdamW([*model.parameters(), *grl.parameters()], lr=0.1)
+    data = splits["train"]
+    with train.in_bf16(model, args):
+        grl.step(grl, model, train.Batch(data.x(slice(32)), data.labels[:32], data.colors[:32], None, 0.5), optimiser, args, common.stream(0, "t"))
+    assert len({round(loss.item(), 4) for loss in losses}) == 3
+
+
 def test_a_clipped_update_has_the_norm_asked_for():
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     train.update(torch.optim.SGD([weight], lr=1.0), (weight**2).sum(), clip=0.5)
@@ -385,6 +399,16 @@ def robgan(splits, folder, flags=""):
     args = train.get_args(f"--method robgan --dir {folder / 'results'} --steps 1 {flags}".split())
     model = common.build_model()
     return model, train.RobGAN(model, splits, args), args
+
+
+def test_onecycle_leaves_a_generator_without_momentum():
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimiser = torch.optim.AdamW([{"params": weights[:1]}, {"params": weights[1:], "betas": train.RobGAN.betas}])
+    schedule = train.make_schedule(optimiser, train.get_args(["--schedule", "onecycle"]), 10)
+    for _ in range(8):
+        optimiser.step()
+        schedule.step()
+        assert 0.85 <= optimiser.param_groups[0]["betas"][0] <= 0.95 and optimiser.param_groups[1]["betas"] == (0.0, 0.99)
 
 
 def test_frechet_of_a_stretched_and_shifted_set_is_known():

@@ -337,13 +337,13 @@ def test_the_scripts_themselves(world, command):
 
 
 @pytest.mark.parametrize("stage, env", [
-    *((stage, {}) for stage in ("lunch", "", "lazy evidence", "../lazy", "*")), *(("lazy", {"JOBS": jobs}) for jobs in ("0", "x", "-1", "1.5", "9" * 30)),
+    *((stage, {}) for stage in ("lunch", "", "lazy evidence", "../lazy", "*", "--list|test", "--list|lunch", "--step", "--step|nonsense.py", "--step|")), *(("lazy", {"JOBS": jobs}) for jobs in ("0", "x", "-1", "1.5", "9" * 30)),
     ("lazy", {"QUICK": "yes"}), ("lazy", {"FRESH": "2"}), ("lazy", {"PYTHON": "/nowhere/python"}),
 ])
 def test_run_all(tmp_path, stage, env):
-    says = next(iter(env), "stage")
+    says = next(iter(env), "--step" if stage.startswith("--step") else "stage")
     shutil.copy(ROOT / "run_all.sh", tmp_path)
     env = {**os.environ, **env}
-    done = subprocess.run(["bash", "run_all.sh", stage], cwd=tmp_path, text=True, capture_output=True, check=False, env=env)
+    done = subprocess.run(["bash", "run_all.sh", *(stage.split("|"))], cwd=tmp_path, text=True, capture_output=True, check=False, env=env)
     assert done.returncode == 2 and done.stderr.startswith("run_all.sh: ") and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == [tmp_path / "run_all.sh"]

@@ -1427,13 +1427,14 @@ def report_robgan(folder):
                 for m in (*(r[0]["generator"]["measured"]["generated"] for r in rows.values()), g["measured"]["real"])), "0"]]))
         draw_generator_training(rows, where / "figures" / f"{runs[0]['name']}_variety.png")
         print(f"![Diversity and losses by epoch]({stem}_variety.png)\n\n*Diversity within a class and label agreement of samples, and both losses, by epoch, one line a seed. The dotted lines are the alarms.*\n")
-        path = where / f"{runs[0]['name']}.pt"
-        shown = load_pt(path, "train it again") if path.exists() else {}
-        if "shown" in shown:
-            draw_generated(shown, name, where / "figures" / f"{runs[0]['name']}_samples.png")
-            print(f"![Real, generated and attacked]({stem}_samples.png)\n\n*Four pictures a class: real, generated, and generated ones attacked at eps {runs[0]['args']['eps']:g}; in the corner of each the answer of the trained net, bold red where it is wrong.*\n")
-            draw_closest(shown["shown"], g["measured"]["generated"]["nearest"]["closest"], where / "figures" / f"{runs[0]['name']}_closest.png")
-            print(f"![The ten closest pairs]({stem}_closest.png)\n\n*Has it memorised? The ten samples closest to any training image, above, and that image, below, with their L2 distance.*\n")
+        samples, closest = (where / "figures" / f"{runs[0]['name']}_{what}.png" for what in ("samples", "closest"))
+        if (path := where / f"{runs[0]['name']}.pt").exists() and "shown" in (checkpoint := load_pt(path, "train it again")):  # without it the figures stay as they are
+            draw_generated(checkpoint, name, samples)
+            draw_closest(checkpoint["shown"], g["measured"]["generated"]["nearest"]["closest"], closest)
+        if samples.exists():
+            print(f"![Real, generated and attacked]({stem}_samples.png)\n\n*Four pictures a class: real, generated, and generated ones attacked at eps {runs[0]['args']['eps']:g}; in the corner "
+                  f"of each the answer of the trained net, bold red where it is wrong.*\n\n![The ten closest pairs]({stem}_closest.png)\n\n*Has it memorised? The ten samples closest to any "
+                  "training image, above, and that image, below, with their L2 distance.*\n")
 
 
 def tiles(pictures, columns):

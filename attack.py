@@ -840,7 +840,7 @@ def report_untargeted(record, args):
     said = (f"in {args.dir.relative_to(args.root)}, " if args.dir != args.root else "") + (f"{name}, " if name != "untargeted" else "")
     published = PUBLISHED.get(a["eps"], {}) if is_plain_mnist(args.dir) else {}
     print(f"### Any wrong answer, {said}eps {a['eps']:g}\n\nAccuracy on {a['split']}, n = {record['n']:,}: eps {a['eps']:g}, {a['steps']} steps falling from eps / 4 to "
-          f"eps / 40. Each attack's accuracy is that of one run on every image; Square ({record['queries']} queries) ran on a fixed {record['sample']:,}. Robust: right "
+          f"eps / 40. Each attack's accuracy is that of one run on every image; Square ({record['queries']:,} queries) ran on a fixed {record['sample']:,}. Robust: right "
           f"under every attack, with {a['restarts']} random start{'s' * (a['restarts'] > 1)} of both PGDs."
           + (" Published: as reported; the last column is AutoAttack (Croce & Hein, 2020), 10,000 images." if published else "") + "\n")
     coloured = any(m.get("follows_colour") is not None for m in record["models"].values())

@@ -1382,19 +1382,21 @@ def report(args):
 def report_robust(folder):
     """Adversarial training in this world and in plain MNIST inside it: which epoch was kept and why; nothing where there was none."""
     inside = [path.parent for path in sorted(folder.glob("*/meta.json")) if world_of(path.parent).get("recipe") == "gray"]
-    found = {}  # {where and with which flags: runs}
+    found, flags = {}, {}  # by name, without the seed
     for where in (folder, *inside):
-        place = "" if where == folder else f"{where.name}: "
-        found |= {place + label: runs for label, runs in read_runs(where).items() if "val_pgd" in runs[0]["epochs"][0] and "phase" not in runs[0]["args"]}
+        for label, runs in read_runs(where).items():
+            if "val_pgd" in runs[0]["epochs"][0] and "phase" not in runs[0]["args"]:
+                name = ("" if where == folder else f"{where.name}/") + family_of(runs[0]["name"])[0]
+                found[name], flags[name] = runs, label
     if not found:
         return
     watch = AT.watch
     print(f"### Adversarial training\n\nThe epoch with the best accuracy under PGD on val ({watch['steps']} steps of eps / 4, first {watch['n']:,} images) is kept; "
           "test splits choose nothing. How robust the models are is measured by stronger attacks below.\n")
-    print(markdown(["world and flags", "parameters", "epoch kept (first seed)", "val", "val under PGD", "test_hard", "follows colour"], [
-        [f"`{label}`", f"{runs[0]['params']:,}", f"{runs[0]['selected_epoch']} of {len(runs[0]['epochs'])}", over_seeds(runs, "final", "val", "acc"),
+    print(markdown(["row", "flags", "parameters", "epoch kept (first seed)", "val", "val under PGD", "test_hard", "follows colour"], [
+        [name, f"`{flags[name]}`", f"{runs[0]['params']:,}", f"{runs[0]['selected_epoch']} of {len(runs[0]['epochs'])}", over_seeds(runs, "final", "val", "acc"),
          mean_sd([run["epochs"][run["selected_epoch"] - 1]["val_pgd"] for run in runs]),
-         *(over_seeds(runs, "final", "test_hard", key) for key in ("acc", "follows_colour"))] for label, runs in found.items()]))
+         *(over_seeds(runs, "final", "test_hard", key) for key in ("acc", "follows_colour"))] for name, runs in found.items()]))
     draw_robust_training(found, folder / "figures" / "robust_training.png")
     print("![Clean and attacked accuracy of val by epoch](figures/robust_training.png)\n")
     print("*Accuracy of val by epoch, clean and under PGD, one line a seed. Dotted: the epoch kept. A dashed line that drops while the solid one stays is catastrophic overfitting.*\n")
@@ -1535,7 +1537,7 @@ def draw_robust_training(groups, path):
             ax.plot(x, [epoch["val_pgd"] for epoch in run["epochs"]], color=INK["jitter"], ls="--", marker=".", label=None if k else f"PGD at {run['args']['eps']:g}")
             ax.axvline(run["selected_epoch"], color="grey", lw=0.8, ls=":")
         ax.set(xlabel="epoch", ylim=(0, 1))
-        ax.set_title(textwrap.fill(label, 34), fontsize=7)
+        ax.set_title(label, fontsize=9)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7, loc="lower right")

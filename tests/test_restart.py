@@ -86,6 +86,14 @@ class Run:
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """A job in the background, as in some CI, starts with SIGINT ignored, and so would all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def until(happens, seconds=60):
     end = time.time() + seconds
     while not happens():

@@ -283,7 +283,7 @@ def test_the_report_shows_which_epoch_was_kept(tiny, call, tmp_path):
     for flags in ("", "--method at --epochs 2 --clean-epochs 1 --steps 1", "--method at --attack fgsm --dir results/mnist"):
         call(f"train.py --epochs 1 {flags}")
     said = call("train.py --report").split("### Adversarial training")[1]
-    assert "mnist: at --attack fgsm" in said and "phase" not in said and "| 2 of 2 |" in said
+    assert "| mnist/at | `at --attack fgsm" in said and "phase" not in said and "| 2 of 2 |" in said
     assert (tmp_path / "results" / "figures" / "robust_training.png").exists()
 
 

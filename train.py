@@ -1704,7 +1704,7 @@ def get_args(argv=None):
     g.add_argument("--schedule", choices=("constant", "onecycle", "cosine"), default="constant", help="of the learning rate (default: constant)")
     g.add_argument("--weight-decay", type=real(0, 10), default=1e-4, help="of AdamW (default: 0.0001)")
     g.add_argument("--balance-groups", action="store_true", help="draw images with every (digit, colour) group equally likely; this tells any method the colours")
-    g.add_argument("--amp", action="store_true", help="bfloat16 autocast in training (not in scoring); a ResNet gains where the processor has bfloat16, SimpleCNN does not")
+    g.add_argument("--amp", action="store_true", help="bfloat16 autocast in training, and in the attack on val that chooses the epoch of at, never in scoring; a ResNet gains where the processor has bfloat16")
     g.add_argument("--batch", type=whole(1, 100_000), default=128, help="images per step (default: 128)")
     g = p.add_argument_group("net")
     g.add_argument("--model", choices=MODELS, default="simplecnn",

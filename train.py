@@ -516,7 +516,7 @@ class RobGAN(AT):
     After --clean-epochs, every step attacks a batch and learns its classes as `at` does, compares as many generated images with the real ones, and updates the
     generator once. In the last --finetune-epochs the net learns the classes of attacked real and attacked generated images only.
 
-    Departures, each against a collapse seen without it: the discriminator's own head compares real with generated of the same class
+    Departures, together the mend for the collapse to grey or to one image per class: the discriminator's own head compares real with generated of the same class
     (relativistic loss with gradient penalties on both, R1 + R2; Huang et al., 2024), reads the last feature map and not a mean of it,
     and sees neither side attacked; the generator is asked to look real for its class (projection; Miyato & Koyama, 2018), not to be
     classified well; there is no batch norm in the discriminator. Samples come from averaged weights of the generator.

@@ -1379,11 +1379,15 @@ def report(args):
     report_robgan(args.dir)
 
 
+def with_plain_worlds(folder):
+    """This world, and those of plain MNIST inside it."""
+    return [folder, *(path.parent for path in sorted(folder.glob("*/meta.json")) if world_of(path.parent).get("recipe") == "gray")]
+
+
 def report_robust(folder):
     """Adversarial training in this world and in plain MNIST inside it: which epoch was kept and why; nothing where there was none."""
-    inside = [path.parent for path in sorted(folder.glob("*/meta.json")) if world_of(path.parent).get("recipe") == "gray"]
     found, flags = {}, {}  # by name, without the seed
-    for where in (folder, *inside):
+    for where in with_plain_worlds(folder):
         for label, runs in read_runs(where).items():
             if "val_pgd" in runs[0]["epochs"][0] and "phase" not in runs[0]["args"]:
                 name = ("" if where == folder else f"{where.name}/") + family_of(runs[0]["name"])[0]
@@ -1411,7 +1415,7 @@ MEASURES = {  # of RobGAN.finish, in words
 
 def report_robgan(folder):
     """Did the generator collapse? Every measure beside real images and a collapsed control; nothing where there is no generator."""
-    for where in (folder, *(path.parent for path in sorted(folder.glob("*/meta.json")) if world_of(path.parent).get("recipe") == "gray")):
+    for where in with_plain_worlds(folder):
         rows = {family_of(runs[0]["name"])[0]: runs for runs in read_runs(where).values() if "generator" in runs[0]}
         if not rows:
             continue

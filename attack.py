@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (INK, SPLITS, Attacked, Parser, alone, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits, markdown, mean_sd,
+from common import (INK, SPLITS, Attacked, Parser, alone, common_args, die, family_of, fmt, load_json, load_model, load_pt, load_splits, markdown, mean_sd, meta_of,
                     model_name, pgd, random_start, real, run, save_figure, save_json, save_pt, setup, start_drawing, stream, whole, wilson, with_keys)
 
 CHUNK = 256  # images attacked at once: what fits in the cache of one core
@@ -780,7 +780,7 @@ def change(b):
 
 
 def show(path, caption, args):
-    print(f"![{caption}]({path.relative_to(args.root).as_posix()})\n\n*{caption}.*\n")
+    print(f"![{caption.partition('. What')[0]}]({path.relative_to(args.root).as_posix()})\n\n*{caption}.*\n")
 
 
 def print_over_seeds(record, rows):
@@ -820,8 +820,8 @@ def report_targeted(record, args):
     draw_min_eps(record, path("min_eps"))
     if path("examples").exists():
         show(path("examples"), f"Some {a['src']}s (first those that both models read correctly and fell for), what was added (ten times enlarged), and what they then say", args)
-    show(path("sweep"), "Success by eps, first two methods; band: 95 % Wilson interval of the pooled images", args)
-    show(path("min_eps"), "Smallest radius per image, and its difference on the same image, first two methods", args)
+    show(path("sweep"), "Success by eps, first two methods; band: 95 % Wilson interval of the pooled images. What to see: the curve further to the left belongs to the net that is easier to fool", args)
+    show(path("min_eps"), "Smallest radius per image, and its difference on the same image, first two methods. What to see: on which side of zero most images lie", args)
 
 
 def report_pairs(record, args):
@@ -831,7 +831,7 @@ def report_pairs(record, args):
     print(markdown(["model", *CRITERIA], [[name, *(between(m[f"{c}_mean"]) for c in CRITERIA)] for name, m in record["models"].items()]))
     print_over_seeds(record, {c: lambda name, c=c: record["models"][name][f"{c}_mean"]["rate"] for c in CRITERIA})
     draw_pairs(record, path)
-    show(path, f"Success rate at eps {a['eps']:g} by digit shown and digit wanted", args)
+    show(path, f"Success rate at eps {a['eps']:g} by digit shown and digit wanted. What to see: whether 7 to 3 stands for all pairs", args)
 
 
 def report_untargeted(record, args):
@@ -851,14 +851,13 @@ def report_untargeted(record, args):
     print_over_seeds(record, {"clean": lambda name: record["models"][name]["attacks"]["clean"]["rate"],
                               "robust": lambda name: record["models"][name]["robust"]["rate"]})
     draw_robust_curve(record, path("robust_curve"))
-    show(path("robust_curve"), "Accuracy under PGD on cross-entropy and on the margin, by eps", args)
+    show(path("robust_curve"), "Accuracy under PGD on cross-entropy and on the margin, by eps. What to see: at the largest radius nothing should be left; an attack that stays high fails silently", args)
     draw_transfer(record, path("transfer"))
-    show(path("transfer"), "Accuracy of the model below on images made on the model at the left", args)
+    show(path("transfer"), "Accuracy of the model below on images made on the model at the left. What to see: the diagonal should be lowest; where it is not, a net's own gradients mislead", args)
 
 
 def is_plain_mnist(folder):
-    path = folder / "meta.json"
-    world = load_json(path, "run make_data.py again") if path.exists() else {}
+    world = meta_of(folder)
     return world.get("recipe") == "gray" and bool(world.get("is_mnist"))
 
 
@@ -872,9 +871,15 @@ RUNS = {"targeted": targeted, "pairs": pairs, "untargeted": untargeted, "check":
 REPORTS = {"targeted": report_targeted, "pairs": report_pairs, "untargeted": report_untargeted, "check": report_check}
 
 
+def chapter_of(record, args):
+    """The chapter of the write-up that an attack belongs to: --name says it, else the world."""
+    name = record["args"].get("name")
+    return "Rob-GAN" if name == "robgan" else "Robust training" if name == "at" or is_plain_mnist(args.dir) else "Is the cured model safer?"
+
+
 def report(args):
     inside = [path.parent for path in sorted(args.dir.glob("*/meta.json")) if is_plain_mnist(path.parent)]
-    found = False
+    chapter = None
     for folder in (args.dir, *inside):
         records = [load_json(path, "delete it and run attack.py again", "mode", "args", "models") for path in sorted(folder.glob("attack_*.json"))]
         if unknown := [record["mode"] for record in records if record["mode"] not in REPORTS]:
@@ -883,9 +888,11 @@ def report(args):
             with_keys(record["args"], ("models", "split", "seed"), f"args of an attack_*.json in {folder}", "delete it and run attack.py again")
             for key in {"models", "summary"} & record.keys():
                 record[key] = {name: record[key][name] for name in record["args"]["models"]}  # the file has them by alphabet
-            REPORTS[record["mode"]](record, argparse.Namespace(**{**vars(args), "dir": folder}))
-            found = True
-    if not found:
+            where = argparse.Namespace(**{**vars(args), "dir": folder})
+            if (new := chapter_of(record, where)) != chapter:
+                print(f"## {(chapter := new)}\n")
+            REPORTS[record["mode"]](record, where)
+    if chapter is None:
         die(f"{args.dir} holds no results of attack.py", f"run: python attack.py --dir {args.dir}")
 
 

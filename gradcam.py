@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common import (DIGIT_PIXEL, INK, PALETTES, SPLITS, Parser, SimpleCNN, Split, alone, build_model, common_args, die, family_of, fmt, load_json,
+from common import (DIGIT_PIXEL, INK, PALETTES, SPLITS, Parser, SimpleCNN, Split, alone, build_model, common_args, die, family_of, fmt, load_json, meta_of,
                     load_model, load_pt, load_splits, markdown, mean_sd, model_name, paint, predict, run, save_figure, save_json, save_pt, setup,
                     start_drawing, stream, whole, wilson)
 
@@ -267,9 +267,9 @@ def recipe_of(folder, split):
     """(the recipe as keywords of `paint`, None), or (None, why this split cannot be repainted)."""
     if split.colors is None:
         return None, "the split has no colors"
-    if not (folder / "meta.json").exists():
+    meta = meta_of(folder)
+    if not meta:
         return None, f"{folder}/meta.json, which names the recipe, is missing"
-    meta = load_json(folder / "meta.json", "run make_data.py again")
     recipe = {key: meta.get(key) for key in ("recipe", "sigma2")}
     if not isinstance(recipe["recipe"], str) or recipe["recipe"] not in PALETTES:
         return None, f"meta.json names the recipe {recipe['recipe']!r}, which is not one of {', '.join(PALETTES)}"
@@ -541,11 +541,11 @@ def draw_all(record, scenes, folder):
 HEAT_KEY = ("Bright is hot, each map up to its own maximum; no heat: the map is nowhere positive; blue line: outline of the digit. "
             "Below: ✓ or bold ✗, the predicted class and its probability.")
 CAPTIONS = {  # figure: (alternative text, caption)
-    "examples": ("Heat maps of digits on their own and on a foreign colour", f"The first digit of five classes on two colours each. {HEAT_KEY}"),
-    "ten_colours": ("Heat maps of one digit on ten colours", f"The first such digit of the split on every colour. {HEAT_KEY}"),
+    "examples": ("Heat maps of digits on their own and on a foreign colour", f"The first digit of five classes on two colours each. What to see: whether the heat moves from digit to background when the answer follows the colour. {HEAT_KEY}"),
+    "ten_colours": ("Heat maps of one digit on ten colours", f"The first such digit of the split on every colour. What to see: one digit, ten answers where a net is lazy, one where it is cured. {HEAT_KEY}"),
     "models": ("One picture through every model", f"The first example on a foreign colour that fools the first model. {HEAT_KEY}"),
-    "lift_flip": ("Lift against background flip rate", "What the maps suggest against what the model does; one point per model."),
-    "sanity": ("Rank correlation after randomising layers", "What random weights leave of the maps; one dot per draw, the line is the mean.")}
+    "lift_flip": ("Lift against background flip rate", "What the maps suggest against what the model does; one point per model. What to see: nets that differ much in what changes their answer (upwards) differ little in where the heat is (sideways)."),
+    "sanity": ("Rank correlation after randomising layers", "What random weights leave of the maps; one dot per draw, the line is the mean. What to see: a map worth having would fall to zero at the first step.")}
 
 
 def stem_of(cam):
@@ -604,6 +604,7 @@ def report(args):
     draw_all(record, load_pt(data, again) if data.exists() else {}, args.dir / "figures")
     groups = {family: list(models.values()) for family, models in families(record["models"]).items()}
     split, null = record["split"], record["null"]
+    print("## Where does it look?\n" + (f"\n### The same by {TITLES[args.cam]}\n" if args.cam != "gradcam" else ""))
     print(f"Where the heat is: {TITLES[args.cam]} of the {record['args']['target']} class; mean ± sd over (n) seeds, or one model with its "
           "95 % interval. Lift is heat share / digit area of a picture, 1 is chance. Pictures with an all-zero map have none and enter no mean. "
           "Aligned and conflicting: own-colour and foreign-colour pictures of test_unbiased. The chance level of the pointing game is that of "
@@ -643,14 +644,16 @@ def report(args):
 
 def get_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--models", type=model_name, nargs="+", default=["baseline_s42", "jitter_s42"], metavar="NAME",
-                   help="checkpoints in --dir (default: baseline_s42 jitter_s42)")
-    p.add_argument("--split", choices=SPLITS[1:], default="test_hard", help="for flips, null rows and figures (default: test_hard)")
-    p.add_argument("--cam", choices=CAMS, default="gradcam", help="kind of heat map (default: gradcam)")
-    p.add_argument("--layer", metavar="NAME",
+    g = p.add_argument_group("on what")
+    g.add_argument("--models", type=model_name, nargs="+", default=["baseline_s42", "jitter_s42"], metavar="NAME",
+                   help="DIR/NAME.pt (default: baseline_s42 jitter_s42)")
+    g.add_argument("--split", choices=SPLITS[1:], default="test_hard", help="for flips, null rows and figures (default: test_hard)")
+    g.add_argument("--digit", type=whole(0, 999), default=1, help="shown on ten colours (default: 1)")
+    g = p.add_argument_group("heat map")
+    g.add_argument("--cam", choices=CAMS, default="gradcam", help="its kind (default: gradcam)")
+    g.add_argument("--layer", metavar="NAME",
                    help="target layer, dotted (default: SimpleCNN's last ReLU; in ResNets the deepest stage at least 4 pixels wide)")
-    p.add_argument("--target", choices=("predicted", "label"), default="predicted", help="class whose logit is explained (default: predicted)")
-    p.add_argument("--digit", type=whole(0, 999), default=1, help="shown on ten colours (default: 1)")
+    g.add_argument("--target", choices=("predicted", "label"), default="predicted", help="class whose logit is explained (default: predicted)")
     common_args(p, seed_of="textures, digit partners and the null rows")
     args = p.parse_args(argv)
     args.models = list(dict.fromkeys(args.models))

@@ -236,7 +236,9 @@ def report(args):
     meta = meta_of(args.dir, "recipe", "size", "counts", "own_colour_share")
     if all((args.dir / f"{name}.pt").is_file() for name in SPLITS):
         draw_samples({name: load_pt(args.dir / f"{name}.pt", "run: python make_data.py") for name in SPLITS}, meta, args.dir / "figures" / "samples.png")
-    print("![Sample pictures of each digit and split](figures/samples.png)\n")
+    print("## The world\n\n![Sample pictures of each digit and split](figures/samples.png)\n")
+    print("*Five pictures of each digit and split. What to see: in train and val colour gives the digit away; in test_hard it never does; in test_unbiased it says nothing.*\n"
+          if meta["recipe"] == "background" else "*Five pictures of each digit and split.*\n")
     print("Share of digits that sit on their own colour, measured:\n")
     rows = [[name, n, *(f"{v:.3f}" if v is not None else "-" for v in meta["own_colour_share"].get(name, []))]
             for name, n in meta["counts"].items()]
@@ -245,11 +247,13 @@ def report(args):
 
 def get_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--recipe", choices=RECIPES, default="background", help="how a digit is painted (default: background)")
-    p.add_argument("--corr", type=real(0, 1), help="share of training digits on their own colour (default: 0.95; flat: 0.99; digit: 1)")
-    p.add_argument("--sigma2", type=real(0, 1), help="digit: variance of the stroke's colour around its mean, pixels in [0, 1] (default: 0.02)")
-    p.add_argument("--mnist", type=folder_name, help="folder with your own four IDX files, gzipped or not")
-    p.add_argument("--limit", type=whole(100), help="paint only that many training images, and a sixth as many test images")
+    g = p.add_argument_group("world")
+    g.add_argument("--recipe", choices=RECIPES, default="background", help="how a digit is painted (default: background)")
+    g.add_argument("--corr", type=real(0, 1), help="share of training digits on their own colour (default: 0.95; flat: 0.99; digit: 1)")
+    g.add_argument("--sigma2", type=real(0, 1), help="digit: variance of the stroke's colour around its mean, pixels in [0, 1] (default: 0.02)")
+    g = p.add_argument_group("digits")
+    g.add_argument("--mnist", type=folder_name, help="folder with your own four IDX files, gzipped or not")
+    g.add_argument("--limit", type=whole(100), help="paint only that many training images, and a sixth as many test images")
     common_args(p, seed_of="the split and the colours")
     args = p.parse_args(argv)
     for key, what in (("corr", "has no colour"), ("sigma2", "does not vary its colours")):

@@ -252,7 +252,7 @@ robust() {  # adversarial training: the published problem, a ResNet-50 from end 
   local m="--dir $DIR/mnist --method at --clean-epochs 1 --eps-ramp 0.3 --schedule onecycle"
   step "make_data.py --dir $DIR/mnist --recipe gray $DATA"
   go "paint the world"
-  step "train.py $m --model $RESNET --name ${RESNET}_s42 --amp --steps 2 --step-size 0.06 --eps 0.1 --lr 2e-3 ${BUDGET:---epochs 2}"
+  step "train.py $m --model $RESNET --name ${RESNET}_s42 --amp --steps 2 --step-size 0.06 --eps 0.1 --lr 2e-3 ${BUDGET:---epochs 3}"
   step "train.py $m --width 24 --eps 0.3 --lr 5e-3 ${BUDGET:---epochs 8}"
   step "train.py --dir $DIR --method at --width 16 --clean-epochs 1 --eps-ramp 0.5 --steps 3 --schedule onecycle --lr 1e-2 --balance-groups --crop 2 --name at_balanced_s42 $BUDGET"  # unbiased and robust
   step "train.py --dir $DIR/unbiased --method at --name oracle_at_s42 $BUDGET"  # where there is no shortcut

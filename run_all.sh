@@ -102,7 +102,7 @@ one() {  # one step; what it printed is shown if it fails
 }
 
 minutes() {  # what a stage takes on two cores; the time left is told from these and the pace so far
-  case $1 in lazy) echo 13 ;; cures) echo 6 ;; evidence) echo 8 ;; ablations) echo 13 ;; biased) echo 10 ;; lntl) echo 9 ;; robust) echo 25 ;; *) echo 13 ;; esac
+  case $1 in lazy) echo 12 ;; evidence) echo 6 ;; cures) echo 5 ;; robust) echo 29 ;; robgan) echo 17 ;; *) echo 9 ;; esac
 }
 
 left() {  # after the K-th of the STEPS steps of this stage

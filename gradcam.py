@@ -542,7 +542,7 @@ HEAT_KEY = ("Bright is hot, each map up to its own maximum; no heat: the map is 
             "Below: ✓ or bold ✗, the predicted class and its probability.")
 CAPTIONS = {  # figure: (alternative text, caption)
     "examples": ("Heat maps of digits on their own and on a foreign colour", f"The first digit of five classes on two colours each. What to see: whether the heat moves from digit to background when the answer follows the colour. {HEAT_KEY}"),
-    "ten_colours": ("Heat maps of one digit on ten colours", f"The first such digit of the split on every colour. What to see: one digit, ten answers where a net is lazy, one where it is cured. {HEAT_KEY}"),
+    "ten_colours": ("Heat maps of one digit on ten colours", f"The first such digit of the split on every colour. What to see: one digit, several answers where a net is lazy, one where it is cured. {HEAT_KEY}"),
     "models": ("One picture through every model", f"The first example on a foreign colour that fools the first model. {HEAT_KEY}"),
     "lift_flip": ("Lift against background flip rate", "What the maps suggest against what the model does; one point per model. What to see: nets that lie far apart in what changes their answer (sideways) overlap in where the heat is (upwards)."),
     "sanity": ("Rank correlation after randomising layers", "What random weights leave of the maps; one dot per draw, the line is the mean. What to see: a map worth having would fall to zero at the first step.")}

@@ -85,9 +85,9 @@ mark() {  # the file that says this command was run by this code: every script u
 }
 
 one() {  # one step; what it printed is shown if it fails
-  local began=$SECONDS log= mark child=
+  local began=$SECONDS log=$DONE/log.${HOSTNAME:-here}.$$.$K mark child=
   trap 'kill $child 2> /dev/null || :; rm -f "$log"; exit 143' TERM  # before there is anything to leave behind
-  log=$(mktemp "$DONE/log.XXXXXX") && mark=$(mark "$1") || return 1
+  mark=$(mark "$1") || return 1
   "$PYTHON" $1 > "$log" 2>&1 &
   child=$!
   if wait $child; then

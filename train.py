@@ -1473,8 +1473,9 @@ def report_surprises(folder, methods, varied):
         found.append(f"Adversarial training alone deepens the shortcut: `at` is right on {mean(at):.3f} of test_hard ({mean(lazy):.3f} without any cure) and names the colour's digit "
                      f"{mean(at, key='follows_colour'):.1%} of the time ({len(at)} seed{'s' * (len(at) > 1)}). A likely reason: a small perturbation "
                      "cannot change the colour of a background, so colour is what stays when the strokes can no longer be trusted.")
-    if "oracle --method at" in rows:
-        found.append(f"Nor does it start where there is no shortcut: on the unbiased world the same net and budget end at {mean(rows['oracle --method at']):.3f}, about chance.")
+    if "oracle --method at" in rows and mean(rows["oracle --method at"]) < 0.2:
+        found.append("Where there is no shortcut, adversarial training of the same net in the same budget does not start: on the unbiased world it ends at "
+                     f"{mean(rows['oracle --method at']):.3f}, about chance.")
     worse = [f"`{label}` {mean(runs):.3f}" for label, runs in rows.items() if lazy and not label.startswith(("baseline", "oracle")) and mean(runs) < mean(lazy)]
     if worse:
         found.append(f"Worse than no cure on test_hard ({mean(lazy):.3f}; 0.10 would be guessing): {', '.join(worse)}.")
@@ -1507,8 +1508,8 @@ def report_limits(folder, methods):
                "The published methods were not rerun in their own code; where we quote them, net, epochs and seeds differ from ours.",
                "All of it has to fit into an hour and a half on two cores: where a row has no ±, one seed was all that fitted."]
     if "oracle" in methods and (best := best_by_tier(methods)):
-        missing.append("No cure reaches the oracle: missing on test_hard are " + ", ".join(
-            f"{mean(methods['oracle']) - mean(methods[label]):.3f} (told {told}, `{label}`)" for told, label in best.items()) + ".")
+        missing.append(f"The best cures beside the oracle, which is right on {mean(methods['oracle']):.3f} of test_hard: " + ", ".join(
+            f"{mean(methods[label]) - mean(methods['oracle']):+.3f} (told {told}, `{label}`)" for told, label in best.items()) + ".")
     flat = sweep_runs(folder, "flat")
     for method, row in (("lff", "LfF (Nam et al., 2020), as reported"), ("biasbal", "BiasBal (Hong & Yang, 2021), as reported")):
         theirs = SWEEPS["flat"].published[row]

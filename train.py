@@ -1273,6 +1273,11 @@ def looked(folder, title):
     return found_by(folder, *LOOKED[title])
 
 
+def worst_cases(folder, file):
+    """{family: accuracy of each of its models under the worst of all attacks} from a JSON of attack.py --untargeted."""
+    return found_by(folder, file, lambda record, name, m: m["robust"]["rate"])
+
+
 def everything(folder, methods):
     """One row per method with the figures of all scripts: what it scores, where it looks, what it uses, how easily it is fooled."""
     columns = {title: values for title in LOOKED if (values := looked(folder, title))}
@@ -1345,16 +1350,16 @@ def answers(folder, methods):
     if {"baseline", "jitter"} <= needed.keys() and None not in needed["baseline"] + needed["jitter"]:
         yield (f"**Is it safer?** The median perturbation that turns a 7 into a 3 is {mean_sd(needed['jitter'])} for the cured net and {mean_sd(needed['baseline'])} for the lazy one"
                + ": the cured one is easier to push." if fmean(needed["jitter"]) < fmean(needed["baseline"]) else ".")
-    for value, groups in list(sweep_runs(folder, "digit").items())[:1]:
+    for value, groups in itertools.islice(sweep_runs(folder, "digit").items(), 1):
         rows = {label: runs for label, runs in groups.items() if label.startswith("lntl") and "--init" not in label}
         if rows and (plain := groups.get("baseline")):
             label = max(rows, key=lambda row: (len(rows[row]), mean(rows[row], "test_unbiased")))
             yield (f"**Can colour be unlearned?** At variance {value:g}, `{label}` reaches {over_seeds(rows[label], 'final', 'test_unbiased', 'acc')} on digits in random colours, "
                    f"no cure {over_seeds(plain, 'final', 'test_unbiased', 'acc')}.")
-    for name, worst in found_by(folder, "mnist/attack_untargeted.json", lambda record, name, m: m["robust"]["rate"]).items():
+    for name, worst in worst_cases(folder, "mnist/attack_untargeted.json").items():
         if name == "at":
             yield f"**Can it be made robust?** Adversarial training on plain MNIST keeps {mean_sd(worst)} right under the worst of all attacks."
-    worst = found_by(folder, "mnist/attack_robgan.json", lambda record, name, m: m["robust"]["rate"])
+    worst = worst_cases(folder, "mnist/attack_robgan.json")
     if {"robgan", "robgan_without"} <= worst.keys():
         yield f"**Does a generator help?** With one beside it (Rob-GAN) the worst case is {mean_sd(worst['robgan'])}, without {mean_sd(worst['robgan_without'])}."
 
@@ -1489,12 +1494,12 @@ def report_surprises(folder, methods, varied):
     if {"grl", "biasbal"} <= methods.keys() and mean(methods["grl"]) <= mean(methods["biasbal"]):
         found.append(f"Gradient reversal reaches {mean(methods['grl']):.3f}, but its digit loss alone, which is `biasbal`, reaches {mean(methods['biasbal']):.3f}: the reversal "
                      "itself does not carry the cure.")
-    for value, groups in list(sweep_runs(folder, "digit").items())[:1]:
+    for value, groups in itertools.islice(sweep_runs(folder, "digit").items(), 1):
         theirs = [label for label in groups if label.startswith("lntl") and "--entropy" not in label]
         for label in theirs if "baseline" in groups else []:
             found.append(f"Learning Not to Learn with its paper's weights (`{label}`) reaches {mean(groups[label], 'test_unbiased'):.3f} at variance {value:g}; no cure reaches "
                          f"{mean(groups['baseline'], 'test_unbiased'):.3f}.")
-    worst = found_by(folder, "mnist/attack_robgan.json", lambda record, name, m: m["robust"]["rate"])
+    worst = worst_cases(folder, "mnist/attack_robgan.json")
     if {"robgan", "robgan_without"} <= worst.keys() and fmean(worst["robgan"]) < fmean(worst["robgan_without"]):
         found.append(f"A generator beside adversarial training does not help it: worst case {mean_sd(worst['robgan_without'])} without, {mean_sd(worst['robgan'])} with"
                      + (f", {mean_sd(worst['robgan_finetuned'])} with fine-tuning" if "robgan_finetuned" in worst else "") + ", the same net and number of updates.")

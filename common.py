@@ -25,30 +25,74 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-RANK = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0  # which of torchrun's processes this is; train.py knows what to do with more than one
+RANK = (
+    int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+)  # which of torchrun's processes this is; train.py knows what to do with more than one
 SPLITS = ("train", "val", "test_hard", "test_unbiased")
 DIGIT_PIXEL = 0.1  # a pixel belongs to the digit where gray > 0.1
 INK = {  # one colour per method in every figure, told apart by colour-blind readers (Okabe & Ito, 2008)
-    "baseline": "#D55E00", "jitter": "#0072B2", "grl": "#E69F00", "combined": "#009E73", "biasbal": "#CC79A7", "groupdro": "#56B4E9",
-    "lff": "#7A4F00", "jtt": "#8C8C00", "lntl": "#6A3D9A", "at": "#A6192E", "robgan": "#1B7F79", "oracle": "#000000"}
+    "baseline": "#D55E00",
+    "jitter": "#0072B2",
+    "grl": "#E69F00",
+    "combined": "#009E73",
+    "biasbal": "#CC79A7",
+    "groupdro": "#56B4E9",
+    "lff": "#7A4F00",
+    "jtt": "#8C8C00",
+    "lntl": "#6A3D9A",
+    "at": "#A6192E",
+    "robgan": "#1B7F79",
+    "oracle": "#000000",
+}
 
 # ---------------------------------------------------------------- painting
 
 PALETTES = {  # recipe: {colour: its mean}; digit d owns row d
     "background": {
-        "red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 80, 255), "yellow": (255, 220, 0), "purple": (200, 0, 200),
-        "teal": (0, 200, 200), "pink": (255, 130, 180), "brown": (140, 100, 50), "white": (255, 255, 255), "black": (0, 0, 0)},
+        "red": (255, 0, 0),
+        "green": (0, 200, 0),
+        "blue": (0, 80, 255),
+        "yellow": (255, 220, 0),
+        "purple": (200, 0, 200),
+        "teal": (0, 200, 200),
+        "pink": (255, 130, 180),
+        "brown": (140, 100, 50),
+        "white": (255, 255, 255),
+        "black": (0, 0, 0),
+    },
     "flat": {  # Biased-MNIST (Bahng et al., 2020)
-        "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (225, 225, 0), "magenta": (225, 0, 225),
-        "cyan": (0, 255, 255), "orange": (255, 128, 0), "rose": (255, 0, 128), "violet": (128, 0, 255), "grey": (128, 128, 128)},
+        "red": (255, 0, 0),
+        "green": (0, 255, 0),
+        "blue": (0, 0, 255),
+        "yellow": (225, 225, 0),
+        "magenta": (225, 0, 225),
+        "cyan": (0, 255, 255),
+        "orange": (255, 128, 0),
+        "rose": (255, 0, 128),
+        "violet": (128, 0, 255),
+        "grey": (128, 128, 128),
+    },
     "digit": {  # Learning Not to Learn (Kim et al., 2019)
-        "crimson": (220, 20, 60), "teal": (0, 128, 128), "yellow": (253, 233, 16), "cerulean": (0, 149, 182), "orange": (237, 145, 33),
-        "purple": (145, 30, 188), "cyan": (70, 240, 240), "pink": (250, 197, 187), "lime": (210, 245, 60), "maroon": (128, 0, 0)}}
+        "crimson": (220, 20, 60),
+        "teal": (0, 128, 128),
+        "yellow": (253, 233, 16),
+        "cerulean": (0, 149, 182),
+        "orange": (237, 145, 33),
+        "purple": (145, 30, 188),
+        "cyan": (70, 240, 240),
+        "pink": (250, 197, 187),
+        "lime": (210, 245, 60),
+        "maroon": (128, 0, 0),
+    },
+}
 
 
 def rgb_of(colours, recipe):
     """Mean colours float (N,3,1,1) in [0, 1] of colour indices (N,)."""
-    return torch.tensor(list(PALETTES[recipe].values()), dtype=torch.float32)[colours, :, None, None] / 255
+    return (
+        torch.tensor(list(PALETTES[recipe].values()), dtype=torch.float32)[colours, :, None, None]
+        / 255
+    )
 
 
 def paint_background(gray, colours, gen, sigma2):
@@ -65,7 +109,9 @@ def paint_flat(gray, colours, gen, sigma2):
 
 def paint_digit(gray, colours, gen, sigma2):
     """A stroke on black whose colour is drawn once per image around the mean, variance sigma2 per channel (Kim et al., 2019)."""
-    stroke = rgb_of(colours, "digit") + math.sqrt(sigma2) * torch.randn(len(gray), 3, 1, 1, generator=gen)
+    stroke = rgb_of(colours, "digit") + math.sqrt(sigma2) * torch.randn(
+        len(gray), 3, 1, 1, generator=gen
+    )
     return gray[:, None] * stroke.clamp_(0, 1)
 
 
@@ -74,15 +120,24 @@ def paint_gray(gray, colours, gen, sigma2):
     return gray[:, None].expand(-1, 3, -1, -1)
 
 
-PAINTERS = {"background": paint_background, "flat": paint_flat, "digit": paint_digit, "gray": paint_gray}
+PAINTERS = {
+    "background": paint_background,
+    "flat": paint_flat,
+    "digit": paint_digit,
+    "gray": paint_gray,
+}
 
 
 def paint(gray, colours, gen, recipe="background", sigma2=None):
     """gray uint8 (N,H,W) and colours int64 (N,) to images uint8 (N,3,H,W); the same `gen` state repeats the texture or the colours."""
     images = torch.empty(len(gray), 3, *gray.shape[1:], dtype=torch.uint8)
-    for lo in range(0, len(gray), 160):  # chunks that stay in the cache; in sixteens, since torch draws normals by sixteen and cuts change nothing there
+    for lo in range(
+        0, len(gray), 160
+    ):  # chunks that stay in the cache; in sixteens, since torch draws normals by sixteen and cuts change nothing there
         part = slice(lo, lo + 160)
-        painted = PAINTERS[recipe](gray[part].float() / 255, colours[part], gen, sigma2).mul(255).round_()
+        painted = (
+            PAINTERS[recipe](gray[part].float() / 255, colours[part], gen, sigma2).mul(255).round_()
+        )
         images[part] = painted.to(torch.int16)  # to bytes by way of int16 takes half the time
     return images
 
@@ -152,7 +207,9 @@ def build_model(name="simplecnn", width=4, classes=10, size=(28, 28), grayscale=
 
 def stream(seed, purpose, device="cpu"):
     """One generator per purpose, so that an extra draw in one place cannot move the draws of another."""
-    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{purpose}".encode()))  # 32 bits: the CPU drops the rest
+    return torch.Generator(device).manual_seed(
+        zlib.crc32(f"{seed}/{purpose}".encode())
+    )  # 32 bits: the CPU drops the rest
 
 
 class Parser(argparse.ArgumentParser):
@@ -168,23 +225,51 @@ class Parser(argparse.ArgumentParser):
 def common_args(parser, seed_of):
     """The flags that mean the same thing in all four scripts."""
     group = parser.add_argument_group("the same in every script")
-    group.add_argument("--dir", type=folder_name, default=Path("results"), help="the world: folder of splits and results (default: results)")
+    group.add_argument(
+        "--dir",
+        type=folder_name,
+        default=Path("results"),
+        help="the world: folder of splits and results (default: results)",
+    )
     group.add_argument("--seed", type=whole(0), default=42, help=f"seed of {seed_of} (default: 42)")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes CUDA or MPS where there is one")
-    group.add_argument("--threads", type=whole(1, 1024), default=1, help="CPU threads; results repeat exactly for the same number (default: 1)")
-    group.add_argument("--report", action="store_true", help="compute nothing: redraw the figures and print the tables from the JSON in --dir")
+    group.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="auto takes CUDA or MPS where there is one",
+    )
+    group.add_argument(
+        "--threads",
+        type=whole(1, 1024),
+        default=1,
+        help="CPU threads; results repeat exactly for the same number (default: 1)",
+    )
+    group.add_argument(
+        "--report",
+        action="store_true",
+        help="compute nothing: redraw the figures and print the tables from the JSON in --dir",
+    )
     return group
 
 
 def whole(least, most=2**31 - 1):
     """An argparse type: an integer in [least, most]."""
-    return _number(int, least, most, f"a whole number from {least}" + ("" if most == 2**31 - 1 else f" to {most}"))
+    return _number(
+        int,
+        least,
+        most,
+        f"a whole number from {least}" + ("" if most == 2**31 - 1 else f" to {most}"),
+    )
 
 
 def real(least, most=math.inf, open_low=False):
     """An argparse type: a finite number in [least, most], or above `least` where `open_low`."""
-    span = f"{'above' if open_low else 'at least'} {least:g}" + ("" if most == math.inf else f" and at most {most:g}")
-    return _number(float, math.nextafter(least, math.inf) if open_low else least, most, f"a number {span}")
+    span = f"{'above' if open_low else 'at least'} {least:g}" + (
+        "" if most == math.inf else f" and at most {most:g}"
+    )
+    return _number(
+        float, math.nextafter(least, math.inf) if open_low else least, most, f"a number {span}"
+    )
 
 
 def folder_name(text):
@@ -226,12 +311,24 @@ def setup(args):
         die(f"--dir {args.dir} cannot be written", "make it writable or choose another one")
     name = args.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     elif name != "cpu" and not getattr(torch, name).is_available():
         die(f"--device {name} is not available here", "use --device auto")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA asks for before it is deterministic
-    torch.set_deterministic_debug_mode("warn" if name == "mps" else "error")  # starts 0.8 s faster than use_deterministic_algorithms
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # what CUDA asks for before it is deterministic
+    torch.set_deterministic_debug_mode(
+        "warn" if name == "mps" else "error"
+    )  # starts 0.8 s faster than use_deterministic_algorithms
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # nothing here reads what it has not written
+    )
     torch.set_num_threads(args.threads)
     return torch.device(name)
 
@@ -251,16 +348,32 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: interrupted; finished files are whole, run the same command again", file=sys.stderr)
+        print(
+            f"\n{Path(sys.argv[0]).name}: interrupted; finished files are whole, run the same command again",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-                           errno.EFBIG, errno.ENAMETOOLONG):
+        if e.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.EEXIST,
+            errno.EFBIG,
+            errno.ENAMETOOLONG,
+        ):
             raise
-        die(f"cannot write {e.filename or 'a file'}: {e.strerror}", "earlier files are intact; free some space or choose another --dir")
+        die(
+            f"cannot write {e.filename or 'a file'}: {e.strerror}",
+            "earlier files are intact; free some space or choose another --dir",
+        )
 
 
 @contextlib.contextmanager
@@ -304,7 +417,9 @@ def alone(path):
         import fcntl
     except ImportError:  # Windows
         fcntl = None
-    if fcntl is None or RANK > 0 or not path.parent.is_dir():  # without the folder, what the script reads is missing as well
+    if (
+        fcntl is None or RANK > 0 or not path.parent.is_dir()
+    ):  # without the folder, what the script reads is missing as well
         yield
         return
     lock = path.with_name(f".{path.name}.lock")
@@ -313,7 +428,10 @@ def alone(path):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                die(f"another run is writing {path}", "wait for it, or choose another --dir or --name")
+                die(
+                    f"another run is writing {path}",
+                    "wait for it, or choose another --dir or --name",
+                )
             except OSError:
                 pass  # a file system without locks
             if os.fstat(file.fileno()).st_nlink == 0:
@@ -327,7 +445,9 @@ def alone(path):
 
 def save_json(record, path):
     text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False)
-    text = re.sub(r'\[[^][{}"]*\]', lambda numbers: " ".join(numbers[0].split()), text)  # a list of numbers takes one line
+    text = re.sub(
+        r'\[[^][{}"]*\]', lambda numbers: " ".join(numbers[0].split()), text
+    )  # a list of numbers takes one line
     with whole_file(path) as part:
         part.write_text(text + "\n")
 
@@ -338,7 +458,9 @@ def save_pt(record, path):
 
 
 def write_pt(record, part):
-    memory = io.BytesIO()  # torch.save reports a full disk as a RuntimeError; a plain write reports it as what it is
+    memory = (
+        io.BytesIO()
+    )  # torch.save reports a full disk as a RuntimeError; a plain write reports it as what it is
     torch.save(record, memory)
     part.write_bytes(memory.getbuffer())
 
@@ -366,7 +488,9 @@ def save_figure(fig, path):
 def load_json(path, mend, *keys):
     """A dictionary that has at least these keys; NaN is no JSON of ours."""
     try:
-        record = json.loads(Path(path).read_text(), parse_constant=int)  # int("NaN") is a ValueError
+        record = json.loads(
+            Path(path).read_text(), parse_constant=int
+        )  # int("NaN") is a ValueError
     except FileNotFoundError:
         die(f"{path} is missing", mend)
     except OSError as e:
@@ -392,7 +516,10 @@ def meta_of(folder, *keys):
     path, again = Path(folder) / "meta.json", f"run: python make_data.py --dir {folder}"
     meta = load_json(path, again) if path.exists() else {}
     if meta.get("unfinished"):
-        die(f"{path} says that make_data.py was stopped, so the splits may be of two worlds", "run it again")
+        die(
+            f"{path} says that make_data.py was stopped, so the splits may be of two worlds",
+            "run it again",
+        )
     return with_keys(meta, keys, path, again)
 
 
@@ -405,11 +532,25 @@ def load_pt(path, mend):
             warnings.simplefilter("ignore")  # torch's remarks on a file that is refused below
             record = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        die(f"{path} holds something other than tensors and plain values, so it was not loaded", mend)
+        die(
+            f"{path} holds something other than tensors and plain values, so it was not loaded",
+            mend,
+        )
     except PermissionError as e:
         die(f"cannot read {path}: {e.strerror}", mend)
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError, AssertionError, ArithmeticError, MemoryError,
-            struct.error):
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OSError,
+        AssertionError,
+        ArithmeticError,
+        MemoryError,
+        struct.error,
+    ):
         die(f"{path} is truncated or not a .pt file", mend)
     if not isinstance(record, dict):
         die(f"{path} holds a {type(record).__name__}, not a dictionary", mend)
@@ -439,14 +580,27 @@ def load_splits(folder, names=SPLITS, device="cpu"):
     whole = _load_split(folder / "train.pt", device)
     n, tenth = len(whole.labels), len(whole.labels) // 10
     if tenth < 4:
-        die(f"{folder}/train.pt has {n} images, too few to split val and test off", "add val.pt, test_hard.pt and test_unbiased.pt")
-    print(f"{folder} has no {', '.join(absent)}: {tenth:,} of the {n:,} images of train.pt each become val and test", flush=True)
+        die(
+            f"{folder}/train.pt has {n} images, too few to split val and test off",
+            "add val.pt, test_hard.pt and test_unbiased.pt",
+        )
+    print(
+        f"{folder} has no {', '.join(absent)}: {tenth:,} of the {n:,} images of train.pt each become val and test",
+        flush=True,
+    )
     order = torch.randperm(n, generator=stream(0, "split off")).to(device)
-    places = {"val": order[:tenth], "test_hard": order[tenth : 2 * tenth], "test_unbiased": order[tenth : 2 * tenth]}
+    places = {
+        "val": order[:tenth],
+        "test_hard": order[tenth : 2 * tenth],
+        "test_unbiased": order[tenth : 2 * tenth],
+    }
     taken = torch.cat([places[name] for name in absent])
     places = {"train": order[~torch.isin(order, taken)]} | {name: places[name] for name in absent}
     pick = lambda index: Split(*(None if part is None else part[index] for part in whole))
-    return {name: pick(places[name]) if name in places else _load_split(folder / f"{name}.pt", device) for name in names}
+    return {
+        name: pick(places[name]) if name in places else _load_split(folder / f"{name}.pt", device)
+        for name in names
+    }
 
 
 def split_off(folder):
@@ -465,21 +619,40 @@ def _load_split(path, device):
         "images": ((n, 3, *images.shape[2:]) if n else "(N,3,H,W)", (torch.uint8,), True),
         "labels": ((n,), (torch.int64, torch.int32, torch.uint8), True),
         "colors": ((n,), (torch.int64, torch.int32, torch.uint8), False),
-        "gray": ((n, *images.shape[2:]) if n else "(N,H,W)", (torch.uint8,), False)}
+        "gray": ((n, *images.shape[2:]) if n else "(N,H,W)", (torch.uint8,), False),
+    }
     for key, (shape, dtypes, needed) in wanted.items():
         t = record.get(key)
         if t is None and not needed:
             continue
-        if not torch.is_tensor(t) or t.dtype not in dtypes or t.shape != shape or t.layout != torch.strided or t.is_meta:
-            found = f"{str(t.dtype)[6:]} {tuple(t.shape)}" if torch.is_tensor(t) else type(t).__name__
+        if (
+            not torch.is_tensor(t)
+            or t.dtype not in dtypes
+            or t.shape != shape
+            or t.layout != torch.strided
+            or t.is_meta
+        ):
+            found = (
+                f"{str(t.dtype)[6:]} {tuple(t.shape)}" if torch.is_tensor(t) else type(t).__name__
+            )
             die(f"{path}: {key} is {found} but should be {str(dtypes[0])[6:]} {shape}", mend)
         if key in ("labels", "colors") and not 0 <= int(t.min()) <= int(t.max()) <= 999:
-            die(f"{path}: {key} run from {int(t.min())} to {int(t.max())}, but classes count from 0", mend)
+            die(
+                f"{path}: {key} run from {int(t.min())} to {int(t.max())}, but classes count from 0",
+                mend,
+            )
     if min(images.shape[2:]) < 8:
-        die(f"{path}: images are {tuple(images.shape[2:])} pixels, but the nets need 8x8 or more", mend)
+        die(
+            f"{path}: images are {tuple(images.shape[2:])} pixels, but the nets need 8x8 or more",
+            mend,
+        )
     move = lambda key, kind: None if record.get(key) is None else record[key].to(device, kind)
-    return Split(images.to(device, memory_format=torch.channels_last), move("labels", torch.int64), move("colors", torch.int64),
-                 move("gray", torch.uint8))
+    return Split(
+        images.to(device, memory_format=torch.channels_last),
+        move("labels", torch.int64),
+        move("colors", torch.int64),
+        move("gray", torch.uint8),
+    )
 
 
 def load_model(folder, name, device="cpu"):
@@ -495,10 +668,19 @@ def load_model(folder, name, device="cpu"):
             raise ValueError(f"there is no model {args['model']!r}")
         if not all(value.isfinite().all() for value in record["weights"].values()):
             raise ValueError("its weights are not finite")
-        model = build_model(args["model"], args["width"], record["classes"], record["size"], args.get("grayscale", False))
+        model = build_model(
+            args["model"],
+            args["width"],
+            record["classes"],
+            record["size"],
+            args.get("grayscale", False),
+        )
         model.load_state_dict(record["weights"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        die(f"{path} is not a checkpoint of train.py ({(str(e) or type(e).__name__).splitlines()[0]})", mend)
+        die(
+            f"{path} is not a checkpoint of train.py ({(str(e) or type(e).__name__).splitlines()[0]})",
+            mend,
+        )
     return model.to(device).eval(), record
 
 
@@ -506,7 +688,9 @@ def load_model(folder, name, device="cpu"):
 def predict(model, split):
     """Predicted classes int64 (N,), the model in eval mode."""
     model.eval()
-    return torch.cat([model(split.x(slice(i, i + 1000))).argmax(1) for i in range(0, len(split.labels), 1000)])
+    return torch.cat(
+        [model(split.x(slice(i, i + 1000))).argmax(1) for i in range(0, len(split.labels), 1000)]
+    )
 
 
 def family_of(name):
@@ -562,7 +746,20 @@ def random_start(x, eps, gen):
     return x + eps * (2 * torch.rand(x.shape, generator=gen, device=gen.device).to(x) - 1)
 
 
-def pgd(model, x, y, eps, steps, gen, step_size=None, targeted=False, loss=F.cross_entropy, stop=None, decay=False, start=None):
+def pgd(
+    model,
+    x,
+    y,
+    eps,
+    steps,
+    gen,
+    step_size=None,
+    targeted=False,
+    loss=F.cross_entropy,
+    stop=None,
+    decay=False,
+    start=None,
+):
     """Projected gradient descent in the L-inf ball (Madry et al., 2018) from a random start.
 
     x (B,3,H,W) in [0, 1]; y (B,) labels to leave, or targets to reach where `targeted`; eps and step_size are floats or (B,), in
@@ -570,7 +767,9 @@ def pgd(model, x, y, eps, steps, gen, step_size=None, targeted=False, loss=F.cro
     which every image has the same weight. stop(logits, y) -> bool (B,) takes finished images out of the batch, so they cost
     nothing more. `start` (B,3,H,W) replaces the random start. Nothing gathers in .grad; train/eval mode stays as it was found.
     """
-    like = lambda v: torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(len(x)).view(-1, 1, 1, 1)
+    like = lambda v: (
+        torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(len(x)).view(-1, 1, 1, 1)
+    )
     eps = like(eps)
     rate = (-1 if targeted else 1) * (eps / 10 if step_size is None else like(step_size))
     if start is None:
@@ -579,10 +778,14 @@ def pgd(model, x, y, eps, steps, gen, step_size=None, targeted=False, loss=F.cro
     z = torch.maximum(torch.minimum(start, high), low).contiguous(memory_format=torch.channels_last)
     x_adv, taken = torch.empty_like(z), torch.zeros(len(x), dtype=torch.long, device=x.device)
     done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    alive = torch.arange(len(x), device=x.device)  # which images z, y, low, high and rate still hold
+    alive = torch.arange(
+        len(x), device=x.device
+    )  # which images z, y, low, high and rate still hold
     training = model.training
     model.eval()
-    for step in range(steps + (stop is not None)):  # behind the last step, only `stop` asks once more
+    for step in range(
+        steps + (stop is not None)
+    ):  # behind the last step, only `stop` asks once more
         logits = model(z.requires_grad_())
         if stop is not None:
             hit = stop(logits.detach(), y)
@@ -593,7 +796,9 @@ def pgd(model, x, y, eps, steps, gen, step_size=None, targeted=False, loss=F.cro
         taken[alive] = step + 1 if stop is None else torch.where(hit, step, step + 1)
         if stop is not None and len(keep) < len(alive):
             (grad,) = torch.autograd.grad(loss(logits[keep], y[keep]), z)
-            alive, y, z, grad, low, high, rate = (t[keep] for t in (alive, y, z.detach(), grad, low, high, rate))
+            alive, y, z, grad, low, high, rate = (
+                t[keep] for t in (alive, y, z.detach(), grad, low, high, rate)
+            )
         else:
             (grad,) = torch.autograd.grad(loss(logits, y), z)
         move = grad.sign_().mul_(rate * (1 - 0.9 * step / steps) if decay else rate)

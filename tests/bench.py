@@ -67,7 +67,10 @@ def plain(model):
 
 
 def plain_paint(gray, colours):
-    rng, palette = np.random.default_rng(0), np.array(list(common.PALETTES["background"].values())) / 255
+    rng, palette = (
+        np.random.default_rng(0),
+        np.array(list(common.PALETTES["background"].values())) / 255,
+    )
     images = []
     for digit, colour in zip(gray.numpy(), colours.numpy()):
         g = digit[:, :, None] / 255
@@ -88,7 +91,9 @@ class Painted(Dataset):
 
     def __getitem__(self, i):
         image = Image.fromarray(self.images[i])
-        views = [self.to_tensor(image)] + ([self.to_tensor(self.jitter(image))] if self.jitter else [])
+        views = [self.to_tensor(image)] + (
+            [self.to_tensor(self.jitter(image))] if self.jitter else []
+        )
         return *views, self.labels[i]
 
 
@@ -102,7 +107,12 @@ def plain_epoch(split, jitter=None):
         logits = model(x)
         loss = F.cross_entropy(logits, y)
         if jitter:
-            loss = loss + F.kl_div(F.log_softmax(model(other[0]), 1), F.log_softmax(logits, 1), log_target=True, reduction="batchmean")
+            loss = loss + F.kl_div(
+                F.log_softmax(model(other[0]), 1),
+                F.log_softmax(logits, 1),
+                log_target=True,
+                reduction="batchmean",
+            )
         loss.backward()
         optimiser.step()
         total += loss.item() * len(y)
@@ -140,13 +150,18 @@ def plain_attack(model, images, stop=False):
 def plain_min_eps(model, images):
     """Bisection per image and criterion, every probe a PGD of as many steps as ours takes at a new radius; float (2,N)."""
     found = []
-    for reached in (lambda p: p.argmax().item() == TARGET, lambda p: p[TARGET].item() >= attack.CONFIDENT):
+    for reached in (
+        lambda p: p.argmax().item() == TARGET,
+        lambda p: p[TARGET].item() >= attack.CONFIDENT,
+    ):
         radii = []
         for x in images.split(1):
             low, high = 0.0, FAR
             while high - low > attack.RESOLUTION:
                 middle = (low + high) / 2
-                p = model(plain_pgd(model, x, TARGET, middle, attack.SEARCH_STEPS, middle / 10)).softmax(1)[0]
+                p = model(
+                    plain_pgd(model, x, TARGET, middle, attack.SEARCH_STEPS, middle / 10)
+                ).softmax(1)[0]
                 low, high = (low, middle) if reached(p) else (middle, high)
             radii.append(high)
         found.append(radii)
@@ -156,13 +171,21 @@ def plain_min_eps(model, images):
 def plain_maps(model, images):
     """Grad-CAM of the predicted class, by hooks on the last ReLU; float (N,7,7)."""
     seen, maps = {}, []
-    hooks = [model.relu.register_forward_hook(lambda module, inputs, output: seen.update(activation=output.detach())),
-             model.relu.register_full_backward_hook(lambda module, inputs, outputs: seen.update(gradient=outputs[0]))]
+    hooks = [
+        model.relu.register_forward_hook(
+            lambda module, inputs, output: seen.update(activation=output.detach())
+        ),
+        model.relu.register_full_backward_hook(
+            lambda module, inputs, outputs: seen.update(gradient=outputs[0])
+        ),
+    ]
     for x in images.split(1):
         logits = model(x)
         model.zero_grad()
         logits[0, logits.argmax()].backward()
-        maps.append(F.relu((seen["gradient"].mean((2, 3), keepdim=True) * seen["activation"]).sum(1)))
+        maps.append(
+            F.relu((seen["gradient"].mean((2, 3), keepdim=True) * seen["activation"]).sum(1))
+        )
     for hook in hooks:
         hook.remove()
     return torch.cat(maps)
@@ -197,7 +220,15 @@ def race(row, rounds):
         assert row.same(theirs, result), f"{row.what}: the naive way and ours disagree"
         times.append((naive * row.n / row.few, ours))
     naive, ours = (median(t) for t in zip(*times))
-    return {"what": row.what, "naive": naive, "ours": ours, "ratio": median(a / b for a, b in times), "goal": row.goal, "n_naive": row.few, "n": row.n}
+    return {
+        "what": row.what,
+        "naive": naive,
+        "ours": ours,
+        "ratio": median(a / b for a, b in times),
+        "goal": row.goal,
+        "n_naive": row.few,
+        "n": row.n,
+    }
 
 
 def take(split, n):
@@ -207,7 +238,10 @@ def take(split, n):
 def rows(splits, nets):
     """Every row at full size."""
     trained, test = splits["train"], splits["test_unbiased"]
-    gray, colours = (torch.cat([getattr(split, key) for split in splits.values()])[:70_000] for key in ("gray", "colors"))
+    gray, colours = (
+        torch.cat([getattr(split, key) for split in splits.values()])[:70_000]
+        for key in ("gray", "colors")
+    )
     sevens = (test.labels == 7).nonzero()[:, 0]
     sevens = test.x(sevens[torch.arange(1000) % len(sevens)])
     target = torch.full((1000,), TARGET)
@@ -216,36 +250,125 @@ def rows(splits, nets):
         args = train.get_args(["--epochs", "1", *flags.split()])
         torch.manual_seed(args.seed)
         model = common.build_model()
-        train.train(model, {name: take(split, n if name == "train" else 10) for name, split in splits.items()}, args, torch.device("cpu"))
+        train.train(
+            model,
+            {name: take(split, n if name == "train" else 10) for name, split in splits.items()},
+            args,
+            torch.device("cpu"),
+        )
         return model
 
     def predicts_alike(_, model):
-        return (plain_predict(plain(model), take(test, 500)) == common.predict(model, take(test, 500))).float().mean() > 0.99
+        return (
+            plain_predict(plain(model), take(test, 500)) == common.predict(model, take(test, 500))
+        ).float().mean() > 0.99
 
     def painted_alike(naive, ours):
-        mean_and_sd = lambda x: torch.stack([torch.stack([x[colours[: len(x)] == c].mean((0, 2, 3)), x[colours[: len(x)] == c].std((0, 2, 3))]) for c in range(10)])
+        mean_and_sd = lambda x: torch.stack(
+            [
+                torch.stack(
+                    [
+                        x[colours[: len(x)] == c].mean((0, 2, 3)),
+                        x[colours[: len(x)] == c].std((0, 2, 3)),
+                    ]
+                )
+                for c in range(10)
+            ]
+        )
         naive = torch.from_numpy(naive).permute(0, 3, 1, 2).float()
         return (mean_and_sd(naive) - mean_and_sd(ours[: len(naive)].float())).abs().max() < 1
 
     recolour = transforms.ColorJitter(0.5, 0.5, 0.5, 0.5)
     published = "--method jitter --jitter hsv --classify image --no-fade"
-    yield Row("paint the four splits", 10, lambda n: plain_paint(gray[:n], colours[:n]), lambda n: common.paint(gray[:n], colours[:n], common.stream(0, "paint")),
-              2000, 70_000, painted_alike)
-    yield Row("baseline epoch", 3, lambda n: plain_epoch(take(trained, n)), epoch, 9000, 54_000, predicts_alike)
-    yield Row("jitter epoch", 6, lambda n: plain_epoch(take(trained, n), recolour), lambda n: epoch(n, "--method jitter"), 9000, 54_000)
-    yield Row("jitter epoch, torchvision's own jitter", 6, lambda n: plain_epoch(take(trained, n), recolour), lambda n: epoch(n, published), 9000, 54_000)
+    yield Row(
+        "paint the four splits",
+        10,
+        lambda n: plain_paint(gray[:n], colours[:n]),
+        lambda n: common.paint(gray[:n], colours[:n], common.stream(0, "paint")),
+        2000,
+        70_000,
+        painted_alike,
+    )
+    yield Row(
+        "baseline epoch",
+        3,
+        lambda n: plain_epoch(take(trained, n)),
+        epoch,
+        9000,
+        54_000,
+        predicts_alike,
+    )
+    yield Row(
+        "jitter epoch",
+        6,
+        lambda n: plain_epoch(take(trained, n), recolour),
+        lambda n: epoch(n, "--method jitter"),
+        9000,
+        54_000,
+    )
+    yield Row(
+        "jitter epoch, torchvision's own jitter",
+        6,
+        lambda n: plain_epoch(take(trained, n), recolour),
+        lambda n: epoch(n, published),
+        9000,
+        54_000,
+    )
     for name, model in nets.items():
         simple, args = plain(model), attack.get_args(["--steps", str(STEPS)])
-        fool = lambda n: attack.headline(model, sevens[:n], target[:n], args, common.stream(0, "attack"))[0]["confidence"].isfinite()
-        radii = lambda n: torch.stack([*attack.search_min_eps(model, sevens[:n], target[:n], args.sweep, common.stream(0, "min-eps")).values()])
+        fool = lambda n: attack.headline(
+            model, sevens[:n], target[:n], args, common.stream(0, "attack")
+        )[0]["confidence"].isfinite()
+        radii = lambda n: torch.stack(
+            [
+                *attack.search_min_eps(
+                    model, sevens[:n], target[:n], args.sweep, common.stream(0, "min-eps")
+                ).values()
+            ]
+        )
         as_often = lambda naive, ours: (naive == ours[: len(naive)]).float().mean() >= 0.9
-        as_near = lambda naive, ours: (naive - ours[:, : naive.shape[1]].clamp(max=FAR)).abs().median() < 3 * attack.RESOLUTION
-        yield Row(f"attack {name}, 7 to {TARGET}", 10, lambda n: plain_attack(simple, sevens[:n]), fool, 20, 1000, as_often)
-        yield Row(f"attack {name}, naive stops early too", None, lambda n: plain_attack(simple, sevens[:n], stop=True), fool, 50, 1000, as_often)
-        yield Row(f"min-eps of {name}, two criteria", 20, lambda n: plain_min_eps(simple, sevens[:n]), radii, 10, 200, as_near)
-    yield Row(f"heat maps of {name}", 30, lambda n: plain_maps(simple, take(test, n).x(slice(None))),
-              lambda n: gradcam.heat_of(model, model.relu, take(test, n), "gradcam").maps, 500, 10_000,
-              lambda naive, ours: torch.allclose(naive, ours[: len(naive)], atol=1e-4 * float(ours.max())))
+        as_near = lambda naive, ours: (
+            (naive - ours[:, : naive.shape[1]].clamp(max=FAR)).abs().median()
+            < 3 * attack.RESOLUTION
+        )
+        yield Row(
+            f"attack {name}, 7 to {TARGET}",
+            10,
+            lambda n: plain_attack(simple, sevens[:n]),
+            fool,
+            20,
+            1000,
+            as_often,
+        )
+        yield Row(
+            f"attack {name}, naive stops early too",
+            None,
+            lambda n: plain_attack(simple, sevens[:n], stop=True),
+            fool,
+            50,
+            1000,
+            as_often,
+        )
+        yield Row(
+            f"min-eps of {name}, two criteria",
+            20,
+            lambda n: plain_min_eps(simple, sevens[:n]),
+            radii,
+            10,
+            200,
+            as_near,
+        )
+    yield Row(
+        f"heat maps of {name}",
+        30,
+        lambda n: plain_maps(simple, take(test, n).x(slice(None))),
+        lambda n: gradcam.heat_of(model, model.relu, take(test, n), "gradcam").maps,
+        500,
+        10_000,
+        lambda naive, ours: torch.allclose(
+            naive, ours[: len(naive)], atol=1e-4 * float(ours.max())
+        ),
+    )
 
 
 # ---------------------------------------------------------------- numbers without a rival
@@ -254,13 +377,22 @@ def rows(splits, nets):
 def share_of_peak(splits, rounds):
     """GFLOP/s of a baseline step (batch of 128), those of a large float32 matrix product, and the share."""
     model, batch, square = common.build_model(), 128, torch.rand(1024, 1024)
-    optimiser, x, y = torch.optim.AdamW(model.parameters(), fused=True), splits["train"].x(slice(batch)), splits["train"].labels[:batch]
+    optimiser, x, y = (
+        torch.optim.AdamW(model.parameters(), fused=True),
+        splits["train"].x(slice(batch)),
+        splits["train"].labels[:batch],
+    )
     step = lambda: train.update(optimiser, F.cross_entropy(model(x), y))
     with FlopCounterMode(display=False) as counter:
         step()
     repeat = lambda work, times: [work() for _ in range(times)]
-    speeds = [(50 * counter.get_total_flops() / seconds(repeat, step, 50)[0] / 1e9, 20 * 2 * 1024**3 / seconds(repeat, lambda: square @ square, 20)[0] / 1e9)
-              for _ in range(rounds)]
+    speeds = [
+        (
+            50 * counter.get_total_flops() / seconds(repeat, step, 50)[0] / 1e9,
+            20 * 2 * 1024**3 / seconds(repeat, lambda: square @ square, 20)[0] / 1e9,
+        )
+        for _ in range(rounds)
+    ]
     step, peak = (median(s) for s in zip(*speeds))
     return {"step_gflops": step, "peak_gflops": peak, "share": median(a / b for a, b in speeds)}
 
@@ -269,14 +401,21 @@ def growth(row, rounds):
     """Microseconds per image on a sixteenth of the images, a quarter, and all of them."""
     sizes = [row.n // 16, row.n // 4, row.n]
     times = [[seconds(row.ours, n)[0] / n * 1e6 for n in sizes] for _ in range(rounds)]
-    return {"what": row.what, "n": sizes, "microseconds_per_image": [median(t) for t in zip(*times)]}
+    return {
+        "what": row.what,
+        "n": sizes,
+        "microseconds_per_image": [median(t) for t in zip(*times)],
+    }
 
 
 def start_up(folder, rounds):
     """Seconds by the clock until a script has read its arguments, and until train.py is in its first epoch; beside a bare `import torch`."""
     scripts = ("make_data.py", "train.py", "gradcam.py", "attack.py")
-    commands = {"import torch": ["-c", "import torch"], **{f"{script} --help": [str(ROOT / script), "--help"] for script in scripts},
-                "train.py, in its first epoch": [str(ROOT / "train.py"), "--dir", str(folder)]}
+    commands = {
+        "import torch": ["-c", "import torch"],
+        **{f"{script} --help": [str(ROOT / script), "--help"] for script in scripts},
+        "train.py, in its first epoch": [str(ROOT / "train.py"), "--dir", str(folder)],
+    }
     times = []
     for _ in range(rounds):
         times.append([])
@@ -294,21 +433,38 @@ def start_up(folder, rounds):
 
 def peak_memory(folder):
     """GB that one epoch on all training images takes at its peak."""
-    ask = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
-           "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")  # a child starts with its parent's peak, so this small one comes between
-    command = [sys.executable, "-c", ask, sys.executable, str(ROOT / "train.py"), "--dir", str(folder), "--epochs", "1"]
+    ask = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )  # a child starts with its parent's peak, so this small one comes between
+    command = [
+        sys.executable,
+        "-c",
+        ask,
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--dir",
+        str(folder),
+        "--epochs",
+        "1",
+    ]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, kilobytes elsewhere
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--quick", action="store_true", help="a tenth of the images, one round")
     p.add_argument("--json", type=Path, help="write the numbers here as well")
     args = p.parse_args()
     common.setup(argparse.Namespace(dir=Path(tempfile.gettempdir()), device="cpu", threads=1))
     splits = common.load_splits(ROOT / "results")
-    nets = {name: common.load_model(ROOT / "results", f"{name}_s42")[0] for name in ("baseline", "jitter")}
+    nets = {
+        name: common.load_model(ROOT / "results", f"{name}_s42")[0]
+        for name in ("baseline", "jitter")
+    }
     rounds, found = 1 if args.quick else 3, {"rows": [], "growth": []}
     table = []
     for row in rows(splits, nets):
@@ -316,20 +472,48 @@ def main():
         r = race(small, rounds)
         found["rows"].append(r)
         print(f"{row.what}: {r['ratio']:.1f}x", file=sys.stderr, flush=True)
-        table.append([f"{small.n:,} images: {row.what}", f"{r['naive']:.2f} s", f"{r['ours']:.2f} s", f"{r['ratio']:.1f}x", f"{row.goal}x" if row.goal else "-",
-                      f"naive {small.few:,}, ours {small.n:,}"])
+        table.append(
+            [
+                f"{small.n:,} images: {row.what}",
+                f"{r['naive']:.2f} s",
+                f"{r['ours']:.2f} s",
+                f"{r['ratio']:.1f}x",
+                f"{row.goal}x" if row.goal else "-",
+                f"naive {small.few:,}, ours {small.n:,}",
+            ]
+        )
         if row.what in ("paint the four splits", "baseline epoch") or "heat" in row.what:
             found["growth"].append(growth(small, rounds))
     with tempfile.TemporaryDirectory() as folder:
         for name in (*(f"{split}.pt" for split in common.SPLITS), "meta.json"):
             (Path(folder) / name).symlink_to(ROOT / "results" / name)
-        found |= {"peak": share_of_peak(splits, rounds), "start_up": start_up(folder, rounds), "memory_gb": peak_memory(folder)}
+        found |= {
+            "peak": share_of_peak(splits, rounds),
+            "start_up": start_up(folder, rounds),
+            "memory_gb": peak_memory(folder),
+        }
     print(common.markdown(["what", "naive", "ours", "ratio", "goal", "images timed"], table))
-    print(common.markdown(["microseconds per image", "1x", "4x", "16x"],
-                          [[f"{g['what']}, {g['n'][0]:,} images and more", *(f"{t:.1f}" for t in g["microseconds_per_image"])] for g in found["growth"]]))
-    print(common.markdown(["seconds to start", ""], [[what, f"{t:.2f}"] for what, t in found["start_up"].items()]))
+    print(
+        common.markdown(
+            ["microseconds per image", "1x", "4x", "16x"],
+            [
+                [
+                    f"{g['what']}, {g['n'][0]:,} images and more",
+                    *(f"{t:.1f}" for t in g["microseconds_per_image"]),
+                ]
+                for g in found["growth"]
+            ],
+        )
+    )
+    print(
+        common.markdown(
+            ["seconds to start", ""], [[what, f"{t:.2f}"] for what, t in found["start_up"].items()]
+        )
+    )
     peak = found["peak"]
-    print(f"A baseline step does {peak['step_gflops']:.1f} GFLOP/s, {peak['share']:.0%} of the {peak['peak_gflops']:.0f} of a 1024x1024 float32 product.")
+    print(
+        f"A baseline step does {peak['step_gflops']:.1f} GFLOP/s, {peak['share']:.0%} of the {peak['peak_gflops']:.0f} of a 1024x1024 float32 product."
+    )
     print(f"An epoch of 54,000 images takes {found['memory_gb']:.2f} GB at its peak.")
     if args.json:
         common.save_json(found, args.json)

@@ -19,7 +19,9 @@ torch.set_num_threads(1)
 def made_up_digits(n, size=28, seed=0):
     """Gray uint8 (n,size,size) and labels (n,): ten fixed blob patterns, each image shifted by up to two pixels."""
     gen = torch.Generator().manual_seed(1)
-    patterns = torch.nn.functional.interpolate((torch.rand(10, 1, 5, 5, generator=gen) > 0.6).float(), size=size - 8)[:, 0]
+    patterns = torch.nn.functional.interpolate(
+        (torch.rand(10, 1, 5, 5, generator=gen) > 0.6).float(), size=size - 8
+    )[:, 0]
     gen = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % 10
     gray = torch.zeros(n, size, size, dtype=torch.uint8)
@@ -35,15 +37,40 @@ def write_world(folder, n=200, size=28):
         gray, labels = made_up_digits(n if name == "train" else n // 2, size, seed=k)
         gen = torch.Generator().manual_seed(100 + k)
         other = (labels + torch.randint(1, 10, labels.shape, generator=gen)) % 10
-        own = torch.rand(len(labels), generator=gen) < {"train": 0.9, "val": 0.9, "test_hard": 0.0, "test_unbiased": 0.1}[name]
+        own = (
+            torch.rand(len(labels), generator=gen)
+            < {"train": 0.9, "val": 0.9, "test_hard": 0.0, "test_unbiased": 0.1}[name]
+        )
         colors = torch.where(own, labels, other)
-        common.save_pt({"images": common.paint(gray, colors, gen), "labels": labels, "colors": colors, "gray": gray}, Path(folder) / f"{name}.pt")
-    common.save_json({"schema": 1, "script": "make_data.py", "recipe": "background", "corr": 0.9, "seed": 42, "limit": None}, Path(folder) / "meta.json")
+        common.save_pt(
+            {
+                "images": common.paint(gray, colors, gen),
+                "labels": labels,
+                "colors": colors,
+                "gray": gray,
+            },
+            Path(folder) / f"{name}.pt",
+        )
+    common.save_json(
+        {
+            "schema": 1,
+            "script": "make_data.py",
+            "recipe": "background",
+            "corr": 0.9,
+            "seed": 42,
+            "limit": None,
+        },
+        Path(folder) / "meta.json",
+    )
 
 
 def contents(folder):
     """{path: bytes, None for a folder} of everything inside but the locks of killed runs."""
-    return {p: p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*") if p.suffix != ".lock"}
+    return {
+        p: p.read_bytes() if p.is_file() else None
+        for p in Path(folder).rglob("*")
+        if p.suffix != ".lock"
+    }
 
 
 @pytest.fixture
@@ -57,7 +84,13 @@ def cli(tmp_path):
 
     def call(command, check=True, **kwargs):
         script, *rest = command.split()
-        done = subprocess.run([sys.executable, str(ROOT / script), *rest], cwd=tmp_path, text=True, capture_output=True, **kwargs)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *rest],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            **kwargs,
+        )
         assert not check or done.returncode == 0, done.stderr
         return done
 
@@ -92,7 +125,12 @@ def mistake(tmp_path, monkeypatch, capfd):
         with pytest.raises(SystemExit) as stop:
             common.run(importlib.import_module(script.removesuffix(".py")).main)
         said = capfd.readouterr()
-        assert stop.value.code == 2 and said.err.count("\n") == 1 and said.err.startswith(script) and says in said.err, said.err
+        assert (
+            stop.value.code == 2
+            and said.err.count("\n") == 1
+            and said.err.startswith(script)
+            and says in said.err
+        ), said.err
         assert "code inside" not in said.out
         assert contents(folder) == before
 

@@ -62,14 +62,20 @@ def test_explain_finds_the_gradient_of_the_chosen_logit():
     model, x = Linear(), torch.rand(4, 3, 2, 2)
     target = torch.tensor([0, 1, 2, 1])
     e = g.explain(model, model.look, x, target)
-    assert torch.equal(e.activation, x) and torch.equal(e.gradient, model.fc.weight[target].view(4, 3, 2, 2))
+    assert torch.equal(e.activation, x) and torch.equal(
+        e.gradient, model.fc.weight[target].view(4, 3, 2, 2)
+    )
     assert torch.equal(g.explain(model, model.look, x).target, model(x).argmax(1))
 
 
 def test_explain_leaves_no_trace():
     model = a_model().train()
     g.explain(model, model.relu, torch.rand(2, 3, 28, 28))
-    assert model.training and not model.relu._forward_hooks and all(p.grad is None for p in model.parameters())
+    assert (
+        model.training
+        and not model.relu._forward_hooks
+        and all(p.grad is None for p in model.parameters())
+    )
     model = Linear().train()
     with pytest.raises(ValueError, match="two pixels"):
         g.explain(model, model.look, torch.rand(1, 3, 3, 3))
@@ -89,7 +95,9 @@ def test_a_batch_equals_one_at_a_time(cam, monkeypatch):
     whole = g.heat_of(model, model.relu, split, cam)
     monkeypatch.setattr(g, "BATCH", 1)
     single = g.heat_of(model, model.relu, split, cam)
-    assert torch.allclose(whole.maps, single.maps, rtol=1e-4, atol=1e-6) and torch.equal(whole.predicted, single.predicted)
+    assert torch.allclose(whole.maps, single.maps, rtol=1e-4, atol=1e-6) and torch.equal(
+        whole.predicted, single.predicted
+    )
     assert whole.maps.shape == (7, 7, 7) and whole.maps.min() >= 0
 
 
@@ -128,8 +136,14 @@ def test_share_area_and_pointing_by_hand():
     s = g.heat_scores(maps, gray)
     assert s.share[0] == 0.75 and s.area[0] == 0.25 and s.lift[0] == 3 and s.pointing[0] == 1
     summary = g.summary(s)
-    assert s.share[1:].isnan().all() and (summary["n"], summary["zero_maps"], summary["lift"]) == (3, 2, 3)
-    assert g.summary(s, torch.tensor([False, True, False]))["lift"] is None  # nothing left to average
+    assert s.share[1:].isnan().all() and (summary["n"], summary["zero_maps"], summary["lift"]) == (
+        3,
+        2,
+        3,
+    )
+    assert (
+        g.summary(s, torch.tensor([False, True, False]))["lift"] is None
+    )  # nothing left to average
 
 
 def test_spearman_with_ties_by_hand():
@@ -146,7 +160,9 @@ class SeesColour(nn.Module):
     """Names the palette colour of the top row, which no digit of the tiny world touches."""
 
     def forward(self, x):
-        return -torch.cdist(x[:, :, 0].mean(2), torch.tensor(list(common.PALETTES["background"].values())) / 255)
+        return -torch.cdist(
+            x[:, :, 0].mean(2), torch.tensor(list(common.PALETTES["background"].values())) / 255
+        )
 
 
 class SeesShape(nn.Module):
@@ -167,26 +183,49 @@ def test_a_digit_world_is_repainted_with_its_own_variance(tiny, tmp_path):
     assert (painted - split.gray[:, None] / 255 * teal).abs().max() <= 0.51
 
 
-def test_flip_rates_of_a_model_that_sees_only_colour_and_of_one_that_sees_only_shape(tiny, tmp_path):
+def test_flip_rates_of_a_model_that_sees_only_colour_and_of_one_that_sees_only_shape(
+    tiny, tmp_path
+):
     tiny(tmp_path, n=200)
     split = common.load_splits(tmp_path, ("test_hard",))["test_hard"]
     recipe, obstacle = g.recipe_of(tmp_path, split)
     assert recipe["recipe"] == "background" and obstacle is None
-    predictions, partner = g.counterfactuals({"colour": SeesColour(), "shape": SeesShape()}, split, recipe, seed=0)
+    predictions, partner = g.counterfactuals(
+        {"colour": SeesColour(), "shape": SeesShape()}, split, recipe, seed=0
+    )
     rates, changed = g.flip_rates(*predictions["colour"], partner, split.labels, split.colors)
-    assert rates["background"]["changed"]["rate"] == rates["background"]["any"]["rate"] == rates["background"]["follows"]["rate"] == 1
-    assert rates["digit"]["changed"]["rate"] == 0 and rates["background"]["pairs"] == 9 * len(split.labels) and (changed == 1).all()
+    assert (
+        rates["background"]["changed"]["rate"]
+        == rates["background"]["any"]["rate"]
+        == rates["background"]["follows"]["rate"]
+        == 1
+    )
+    assert (
+        rates["digit"]["changed"]["rate"] == 0
+        and rates["background"]["pairs"] == 9 * len(split.labels)
+        and (changed == 1).all()
+    )
     rates, changed = g.flip_rates(*predictions["shape"], partner, split.labels, split.colors)
     cells = (split.gray > 0).sum((1, 2)) // 16
     differs = split.labels[partner] != split.labels
-    assert rates["background"]["changed"]["rate"] == rates["background"]["any"]["rate"] == 0 and (changed == 0).all()
+    assert (
+        rates["background"]["changed"]["rate"] == rates["background"]["any"]["rate"] == 0
+        and (changed == 0).all()
+    )
     assert rates["digit"]["changed"]["n"] == differs.sum() and 0 < differs.sum() < len(differs)
-    assert rates["digit"]["changed"]["rate"] == pytest.approx((cells[partner] != cells)[differs].double().mean().item())
+    assert rates["digit"]["changed"]["rate"] == pytest.approx(
+        (cells[partner] != cells)[differs].double().mean().item()
+    )
 
 
 def test_repainting_changes_the_colour_and_keeps_the_texture():
     split = a_split()._replace(gray=torch.zeros(40, 28, 28, dtype=torch.uint8))  # background only
-    black, brown = (g.repaint(split, torch.full((40,), c), {"recipe": "background"}, seed=1).images[:, 0].float() for c in (9, 7))
+    black, brown = (
+        g.repaint(split, torch.full((40,), c), {"recipe": "background"}, seed=1)
+        .images[:, 0]
+        .float()
+        for c in (9, 7)
+    )
     unclipped = (black > 0) & (brown < 255)
     assert ((brown - black - 140).abs()[unclipped] <= 1).all() and unclipped.float().mean() > 0.3
 
@@ -208,7 +247,9 @@ def checkpoint(path, name="simplecnn", size=28, classes=10, method="baseline"):
     model = common.build_model(name, classes=classes, size=(size, size))
     args = {"model": name, "width": 4, "method": method, "seed": 42}
     weights = {k: v.contiguous() for k, v in model.state_dict().items()}
-    common.save_pt({"weights": weights, "args": args, "classes": classes, "size": [size, size]}, path)
+    common.save_pt(
+        {"weights": weights, "args": args, "classes": classes, "size": [size, size]}, path
+    )
 
 
 def measured(folder, name="gradcam"):
@@ -229,16 +270,40 @@ def test_command_line_and_the_same_numbers_again(tiny, cli, tmp_path, monkeypatc
     assert set(once) == {"schema", "script", "args", "split", "repainting", "models", "null"}
     assert list(once["models"]) == ["baseline_s42", "jitter_s42"]
     model = once["models"]["jitter_s42"]
-    assert set(model) == {"method", "seed", "layer", "map_size", "acc", "maps", "flips", "lift_flip_correlation", "residual"}
-    assert set(model["maps"]) == {"test_hard", "aligned", "conflicting"} and set(model["flips"]) == {"background", "digit"}
-    assert model["maps"]["aligned"]["n"] + model["maps"]["conflicting"]["n"] == model["maps"]["test_hard"]["n"] == 100
-    assert once["null"]["uniform_map"]["lift"] == pytest.approx(1) and len(once["null"]["cascade"]) == 4
-    assert {p.name for p in (world / "figures").glob("gradcam*")} == {f"gradcam_{f}.png" for f in FIGURES}
+    assert set(model) == {
+        "method",
+        "seed",
+        "layer",
+        "map_size",
+        "acc",
+        "maps",
+        "flips",
+        "lift_flip_correlation",
+        "residual",
+    }
+    assert set(model["maps"]) == {"test_hard", "aligned", "conflicting"} and set(
+        model["flips"]
+    ) == {"background", "digit"}
+    assert (
+        model["maps"]["aligned"]["n"] + model["maps"]["conflicting"]["n"]
+        == model["maps"]["test_hard"]["n"]
+        == 100
+    )
+    assert (
+        once["null"]["uniform_map"]["lift"] == pytest.approx(1)
+        and len(once["null"]["cascade"]) == 4
+    )
+    assert {p.name for p in (world / "figures").glob("gradcam*")} == {
+        f"gradcam_{f}.png" for f in FIGURES
+    }
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, capsys, "") == (0, "") and measured(world) == once
     g.main(["--report"])
     told = capsys.readouterr().out
-    assert all(f"(figures/gradcam_{f}.png)" in told for f in FIGURES) and "| baseline | test_hard | 100 |" in told
+    assert (
+        all(f"(figures/gradcam_{f}.png)" in told for f in FIGURES)
+        and "| baseline | test_hard | 100 |" in told
+    )
 
 
 def call(monkeypatch, capsys, arguments):
@@ -267,7 +332,9 @@ def test_every_flag_at_once_writes_beside_the_default_files(world, monkeypatch, 
     assert call(monkeypatch, capsys, flags) == (0, "")
     assert measured(world, "gradcam_gradcampp")["models"]["baseline_s42"]["map_size"] == [14, 14]
     assert not (world / "gradcam.json").exists()
-    (world / "gradcam_gradcampp.pt").unlink()  # what the figures show is not committed: the report leaves the pictures as they are
+    (
+        world / "gradcam_gradcampp.pt"
+    ).unlink()  # what the figures show is not committed: the report leaves the pictures as they are
     before = (world / "figures/gradcam_gradcampp_examples.png").read_bytes()
     assert call(monkeypatch, capsys, "--cam gradcam++ --report")[0] == 0
     assert (world / "figures/gradcam_gradcampp_examples.png").read_bytes() == before
@@ -279,27 +346,34 @@ def test_a_world_without_colours_has_heat_but_no_flips(world, monkeypatch, capsy
         common.save_pt({k: v for k, v in split.items() if k != "colors"}, world / f"{name}.pt")
     assert call(monkeypatch, capsys, "--models baseline_s42")[0] == 0
     model = measured(world)["models"]["baseline_s42"]
-    assert model["flips"] is None and list(model["maps"]) == ["test_hard"] and measured(world)["repainting"] == "the split has no colors"
+    assert (
+        model["flips"] is None
+        and list(model["maps"]) == ["test_hard"]
+        and measured(world)["repainting"] == "the split has no colors"
+    )
     assert call(monkeypatch, capsys, "--report")[0] == 0
 
 
-@pytest.mark.parametrize("arguments, says", [
-    ("--models nobody_s1", "nobody_s1.pt is missing"),
-    ("--models test_hard", "not a checkpoint"),
-    ("--models larger", "28"),
-    ("--models fewer", "5 classes"),
-    ("--models baseline_s42 --layer conv9", "choose one of conv1, conv2, conv3, relu"),
-    ("--models baseline_s42 --layer fc", "has no map"),
-    ("--models baseline_s42 --digit 11", "--digit 11"),
-    ("--models baseline_s42 --split train", "invalid choice"),
-    ("--models", "expected at least one argument"),
-    ("--cam scorecam", "invalid choice"),
-    ("--target none", "invalid choice"),
-    ("--digit -1", "whole number"),
-    ("--dir nowhere", "nowhere/test_hard.pt is missing"),
-    ("--report --cam hirescam", "--cam hirescam"),
-    ("--models baseline_s42 --split val", "val.pt has no gray"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("--models nobody_s1", "nobody_s1.pt is missing"),
+        ("--models test_hard", "not a checkpoint"),
+        ("--models larger", "28"),
+        ("--models fewer", "5 classes"),
+        ("--models baseline_s42 --layer conv9", "choose one of conv1, conv2, conv3, relu"),
+        ("--models baseline_s42 --layer fc", "has no map"),
+        ("--models baseline_s42 --digit 11", "--digit 11"),
+        ("--models baseline_s42 --split train", "invalid choice"),
+        ("--models", "expected at least one argument"),
+        ("--cam scorecam", "invalid choice"),
+        ("--target none", "invalid choice"),
+        ("--digit -1", "whole number"),
+        ("--dir nowhere", "nowhere/test_hard.pt is missing"),
+        ("--report --cam hirescam", "--cam hirescam"),
+        ("--models baseline_s42 --split val", "val.pt has no gray"),
+    ],
+)
 def test_mistakes_get_one_line_and_exit_code_2(world, monkeypatch, capsys, arguments, says):
     checkpoint(world / "larger.pt", size=32)
     checkpoint(world / "fewer.pt", classes=5)
@@ -307,4 +381,7 @@ def test_mistakes_get_one_line_and_exit_code_2(world, monkeypatch, capsys, argum
     common.save_pt({k: v for k, v in split.items() if k != "gray"}, world / "val.pt")
     code, said = call(monkeypatch, capsys, arguments)
     assert code == 2 and says in said and "Traceback" not in said
-    assert said.strip().splitlines()[-1].startswith("gradcam.py: ") and not (world / "gradcam.json").exists()
+    assert (
+        said.strip().splitlines()[-1].startswith("gradcam.py: ")
+        and not (world / "gradcam.json").exists()
+    )

@@ -27,10 +27,20 @@ from conftest import ROOT, contents
 from test_make_data import write_idx
 
 COMMANDS = {  # script: a short run of it, and the files that it writes (figures aside)
-    "make_data.py": ("make_data.py --device cpu --mnist idx --seed 1", [*(f"{name}.pt" for name in common.SPLITS), "meta.json"]),
-    "train.py": ("train.py --device cpu --method jitter --epochs 3", ["jitter_s42.pt", "jitter_s42.json"]),
+    "make_data.py": (
+        "make_data.py --device cpu --mnist idx --seed 1",
+        [*(f"{name}.pt" for name in common.SPLITS), "meta.json"],
+    ),
+    "train.py": (
+        "train.py --device cpu --method jitter --epochs 3",
+        ["jitter_s42.pt", "jitter_s42.json"],
+    ),
     "gradcam.py": ("gradcam.py --device cpu --models baseline_s42", ["gradcam.pt", "gradcam.json"]),
-    "attack.py": ("attack.py --device cpu --models baseline_s42 --n 2 --steps 2 --sweep 0.1", ["attack_7to3.pt", "attack_7to3.json"])}
+    "attack.py": (
+        "attack.py --device cpu --models baseline_s42 --n 2 --steps 2 --sweep 0.1",
+        ["attack_7to3.pt", "attack_7to3.json"],
+    ),
+}
 
 
 @pytest.fixture
@@ -45,8 +55,15 @@ def world(tiny, tmp_path, monkeypatch):
     tiny(tmp_path / "results", n=100)
     write_idx(tmp_path / "idx", n=(120, 20))
     torch.manual_seed(0)
-    common.save_pt({"weights": {k: v.contiguous() for k, v in common.build_model().state_dict().items()}, "classes": 10, "size": [28, 28],
-                    "args": {"method": "baseline", "seed": 42, "model": "simplecnn", "width": 4}}, tmp_path / "results" / "baseline_s42.pt")
+    common.save_pt(
+        {
+            "weights": {k: v.contiguous() for k, v in common.build_model().state_dict().items()},
+            "classes": 10,
+            "size": [28, 28],
+            "args": {"method": "baseline", "seed": 42, "model": "simplecnn", "width": 4},
+        },
+        tmp_path / "results" / "baseline_s42.pt",
+    )
     return tmp_path / "results"
 
 
@@ -150,7 +167,9 @@ def measured(folder, files):
     for name in files:
         found[name] = (folder / name).read_bytes()
         if name.endswith(".json"):
-            found[name] = {key: value for key, value in json.loads(found[name]).items() if key != "run"}
+            found[name] = {
+                key: value for key, value in json.loads(found[name]).items() if key != "run"
+            }
     return found
 
 
@@ -163,7 +182,9 @@ def all_whole(folder):
 
 
 def left_over(folder):
-    return [path.name for path in folder.rglob("*") if path.name.startswith(".") or ".part" in path.name]
+    return [
+        path.name for path in folder.rglob("*") if path.name.startswith(".") or ".part" in path.name
+    ]
 
 
 # ---------------------------------------------------------------- killed
@@ -178,8 +199,17 @@ def test_killed_at_any_file_then_run_again(world, call, script):
         call(command.replace("--seed 1", "--seed 2"))
     before = measured(world, files)
     for k in range(7 if script == "make_data.py" else 2):
-        for act, calls in ((killed_while_writing, WRITES), (killed_before_the_rename, RENAMES), (killed_behind_the_rename, RENAMES)):
-            assert Run(world.parent, command, lambda k=k, act=act, calls=calls: at_call(k, calls, act)).wait() == -signal.SIGKILL
+        for act, calls in (
+            (killed_while_writing, WRITES),
+            (killed_before_the_rename, RENAMES),
+            (killed_behind_the_rename, RENAMES),
+        ):
+            assert (
+                Run(
+                    world.parent, command, lambda k=k, act=act, calls=calls: at_call(k, calls, act)
+                ).wait()
+                == -signal.SIGKILL
+            )
             all_whole(world)
             with contextlib.suppress(SystemExit):  # refused, or all of one world
                 common.load_splits(world)
@@ -189,7 +219,9 @@ def test_killed_at_any_file_then_run_again(world, call, script):
     assert measured(world, files) == wanted and left_over(world) == []
 
 
-@pytest.mark.parametrize("flags", ["--method jitter --schedule onecycle", "--method at --clean-epochs 2 --steps 1"])
+@pytest.mark.parametrize(
+    "flags", ["--method jitter --schedule onecycle", "--method at --clean-epochs 2 --steps 1"]
+)
 def test_training_killed_at_any_moment_then_resumed(world, call, flags):
     began = time.time()
     call(f"train.py {flags} --epochs 4 --name a_s42")
@@ -215,8 +247,17 @@ def test_killed_at_random_by_the_real_command_line(world, cli, tmp_path, script)
     cli(command)
     seconds, wanted, moment = time.time() - began, measured(world, files), random.Random(7)
     for _ in range(8):
-        run = subprocess.Popen([sys.executable, str(ROOT / script), *command.split()[1:], *["--resume"] * (script == "train.py")], cwd=tmp_path,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run = subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / script),
+                *command.split()[1:],
+                *["--resume"] * (script == "train.py"),
+            ],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         time.sleep(moment.uniform(0.3, 1) * seconds)
         run.kill()
         run.wait()
@@ -227,7 +268,10 @@ def test_killed_at_random_by_the_real_command_line(world, cli, tmp_path, script)
 
 def test_a_part_of_a_run_that_is_alive_or_elsewhere_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(common.platform, "node", lambda: "here.org")
-    alive, dead, elsewhere = (f".x.json.{part}.part" for part in (f"here-org.{os.getppid()}", f"here-org.{2**22 + 1}", f"there.{2**22 + 1}"))  # no process id is that large
+    alive, dead, elsewhere = (
+        f".x.json.{part}.part"
+        for part in (f"here-org.{os.getppid()}", f"here-org.{2**22 + 1}", f"there.{2**22 + 1}")
+    )  # no process id is that large
     for name in (alive, dead, elsewhere):
         (tmp_path / name).touch()
     common.save_json({}, tmp_path / "x.json")
@@ -242,14 +286,24 @@ def test_ctrl_c_gets_one_line(world, script):
     run = Run(world.parent, COMMANDS[script][0], lambda: at_call(1, RENAMES, stuck))
     until((world.parent / "stuck").exists)
     assert run.send(signal.SIGINT) == 130
-    assert run.err.read_text().strip() == f"{script}: interrupted; finished files are whole, run the same command again"
+    assert (
+        run.err.read_text().strip()
+        == f"{script}: interrupted; finished files are whole, run the same command again"
+    )
     all_whole(world)
-    assert [name for name in left_over(world) if name != "jitter_s42.part.pt"] == []  # that one is for --resume
+    assert [
+        name for name in left_over(world) if name != "jitter_s42.part.pt"
+    ] == []  # that one is for --resume
 
 
 def test_ctrl_c_by_the_real_command_line(world, tmp_path):
-    run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--epochs", "10000"], cwd=tmp_path, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--epochs", "10000"],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     for line in run.stdout:
         if line.startswith("epoch"):
             break
@@ -264,20 +318,35 @@ def test_a_full_disk_gets_one_line_and_earlier_files_stay(world, call, script):
     call(command.replace("--seed 1", "--seed 2"))
     before = contents(world)
     for limit in (1000, 20_000):  # bytes a file
-        run = Run(world.parent, command, lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        run = Run(
+            world.parent,
+            command,
+            lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
         code, said = run.wait(), run.err.read_text()
         if limit == 20_000 and code == 0:
             continue  # small enough
-        assert code == 2 and said.count("\n") == 1 and "cannot write results/" in said and "File too large" in said
+        assert (
+            code == 2
+            and said.count("\n") == 1
+            and "cannot write results/" in said
+            and "File too large" in said
+        )
         if script != "gradcam.py" and limit == 1000:
             assert contents(world) == before
         all_whole(world)
     for k in range(6 if script == "make_data.py" else 2):
         run = Run(world.parent, command, lambda k=k: at_call(k, WRITES, full))
         assert run.wait() == 2
-        assert run.err.read_text().count("\n") == 1 and "cannot write results/" in run.err.read_text() and "No space left" in run.err.read_text()
+        assert (
+            run.err.read_text().count("\n") == 1
+            and "cannot write results/" in run.err.read_text()
+            and "No space left" in run.err.read_text()
+        )
         if k < 4 and script == "make_data.py":
-            assert contents(world) == before, "a new world replaces the old one when all of it is there"
+            assert contents(world) == before, (
+                "a new world replaces the old one when all of it is there"
+            )
         all_whole(world)
         assert [name for name in left_over(world) if name != "jitter_s42.part.pt"] == []
 
@@ -286,7 +355,9 @@ def test_a_full_disk_gets_one_line_and_earlier_files_stay(world, call, script):
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_a_second_run_into_the_same_files_is_refused_and_a_dead_one_is_not_waited_for(world, call, mistake, script):
+def test_a_second_run_into_the_same_files_is_refused_and_a_dead_one_is_not_waited_for(
+    world, call, mistake, script
+):
     command, files = COMMANDS[script]
     call(command)
     wanted = measured(world, files)
@@ -303,7 +374,10 @@ def test_runs_of_different_names_go_side_by_side(world, call):
     wanted = measured(world, ["a.pt", "a.json"])
     runs = [Run(world.parent, f"train.py --epochs 3 --name {name}") for name in ("a", "b", "c")]
     assert [run.wait() for run in runs] == [0, 0, 0]
-    assert measured(world, ["a.pt", "a.json"]) == wanted and (world / "b.pt").read_bytes() == (world / "c.pt").read_bytes() == wanted["a.pt"]
+    assert (
+        measured(world, ["a.pt", "a.json"]) == wanted
+        and (world / "b.pt").read_bytes() == (world / "c.pt").read_bytes() == wanted["a.pt"]
+    )
 
 
 def test_whoever_gets_the_lock_has_it_alone(tmp_path):
@@ -367,13 +441,22 @@ def stages(tmp_path):
     """run_all.sh beside scripts that do nothing for a moment, and note when they begin and when they end."""
     (tmp_path / "run_all.sh").write_bytes((ROOT / "run_all.sh").read_bytes())
     for name in ("common.py", "make_data.py", "train.py", "gradcam.py", "attack.py"):
-        (tmp_path / name).write_text("import sys, time\nnote = lambda file: open(file, 'a').write(' '.join(sys.argv) + chr(10))\n"
-                                     "if '--report' not in sys.argv:\n    note('began')\n    time.sleep(0.3)\n    note('ended')\n")
+        (tmp_path / name).write_text(
+            "import sys, time\nnote = lambda file: open(file, 'a').write(' '.join(sys.argv) + chr(10))\n"
+            "if '--report' not in sys.argv:\n    note('began')\n    time.sleep(0.3)\n    note('ended')\n"
+        )
 
     def start(*words):
         env = {**os.environ, "PYTHON": sys.executable, "QUICK": "1", "JOBS": "2"}
-        return subprocess.Popen(["bash", "run_all.sh", *(words or ["cures"])], cwd=tmp_path, text=True, env=env, start_new_session=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            ["bash", "run_all.sh", *(words or ["cures"])],
+            cwd=tmp_path,
+            text=True,
+            env=env,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def lines(file):
         return (tmp_path / file).read_text().splitlines() if (tmp_path / file).exists() else []
@@ -402,7 +485,9 @@ def test_run_all_killed_alone_leaves_steps_that_are_waited_for(stages):
     run.wait()
     second = stages()
     err = second.communicate()[1]
-    assert second.returncode == 2 and err.count("\n") == 1 and f"run_all.sh (process {run.pid})" in err, err
+    assert (
+        second.returncode == 2 and err.count("\n") == 1 and f"run_all.sh (process {run.pid})" in err
+    ), err
     until(lambda: len(stages.lines("ended")) == len(stages.lines("began")))
 
     def finishes():
@@ -412,7 +497,10 @@ def test_run_all_killed_alone_leaves_steps_that_are_waited_for(stages):
         return third.returncode == 0
 
     until(finishes)
-    assert sorted(set(stages.lines("ended"))) == sorted(set(stages.lines("began"))) and len(set(stages.lines("ended"))) == STEPS
+    assert (
+        sorted(set(stages.lines("ended"))) == sorted(set(stages.lines("began")))
+        and len(set(stages.lines("ended"))) == STEPS
+    )
 
 
 def test_run_all_twice_at_once_is_refused_but_its_report_is_not(stages):
@@ -431,8 +519,14 @@ def test_ctrl_c_ends_run_all_and_its_steps_with_one_line(stages):
     until(lambda: stages.lines("began"))
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
     err = run.communicate(timeout=60)[1]
-    assert run.returncode == 130 and err == "run_all.sh: interrupted; run the same command again to continue\n", err
+    assert (
+        run.returncode == 130
+        and err == "run_all.sh: interrupted; run the same command again to continue\n"
+    ), err
     began, ended = len(stages.lines("began")), len(stages.lines("ended"))
     time.sleep(0.5)
-    assert (len(stages.lines("began")), len(stages.lines("ended"))) == (began, ended) and ended < began
+    assert (len(stages.lines("began")), len(stages.lines("ended"))) == (
+        began,
+        ended,
+    ) and ended < began
     assert not list(stages.folder.glob("results/quick/.done/log.*"))

@@ -345,7 +345,7 @@ def get_args(argv=None):
     g = p.add_argument_group("digits")
     g.add_argument("--mnist", type=Path, help="folder of your own four IDX files, gzipped or not")
     text = "only that many training images, and a sixth as many test images"
-    g.add_argument("--limit", type=number(int, 100), help=text)
+    g.add_argument("--limit", type=number(int, 100, 10**9), help=text)
     common_args(p, seed_of="the split and the colours")
     args = p.parse_args(argv)
     for key in ("corr", "sigma2"):

@@ -320,7 +320,7 @@ def load_split(folder, name, device="cpu"):
         t, shape = record.get(key), images[:, 0].shape if key == "gray" else images.shape[:1]
         if t is not None or key == "labels":
             ours = torch.is_tensor(t) and t.shape == shape and not t.is_floating_point()
-            if not ours or not len(t) or t.min() < 0 or t.max() > 999:
+            if not ours or not len(t) or int(t.min()) < 0 or int(t.max()) > 999:
                 die(f"{path}: {key} must be whole numbers from 0, {tuple(shape)}", "see README.md")
             t = t.to(device, kind)
         parts[key] = t

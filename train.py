@@ -16,6 +16,7 @@ import contextlib
 import copy
 import csv
 import datetime
+import functools
 import io
 import itertools
 import math
@@ -1231,7 +1232,7 @@ class RobGAN(AT):
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
         data = splits["train"]
-        self.judge = load_judge(splits, self.classes, args)
+        self.judge = functools.partial(judged, load_judge(splits, self.classes, args))
         self.some = take(data, slice(self.watched))
         if args.model.startswith("resnet"):
             hint = "choose simplecnn or saturatedcnn"
@@ -1243,7 +1244,7 @@ class RobGAN(AT):
         self.real, self.belongs = nn.Linear(128, 1), nn.Embedding(self.classes, 128)
         self.register_buffer("tally", torch.zeros(3), persistent=False)  # losses D, G; steps
         self.register_buffer("steps", torch.zeros(()))
-        self.spread = within_class(judged(self.judge, self.some)[1], self.some, self.classes)
+        self.spread = within_class(self.judge(self.some)[1], self.some, self.classes)
         if not (self.spread > 0).all():
             die(f"--judge {args.judge} cannot tell images of a class apart", "train it first")
 
@@ -1259,9 +1260,8 @@ class RobGAN(AT):
         against = self.discriminator_loss(model, batch.x, fake, batch.y)
         update(optimiser, learned + against, clip=self.args.clip_grad)
         with frozen(model, self.head, self.real, self.belongs):
-            towards = self.generator_loss(
-                model, batch.x, self.generator.draw(batch.y, gen), batch.y
-            )
+            fake = self.generator.draw(batch.y, gen)
+            towards = self.generator_loss(model, batch.x, fake, batch.y)
             update(optimiser, towards)
         self.follow()
         losses = [against.detach(), towards.detach(), torch.ones_like(against)]
@@ -1313,7 +1313,7 @@ class RobGAN(AT):
         """AT's, both losses, and what the judge says of samples."""
         y = self.some.labels
         gen = stream(self.args.seed, "samples to watch", y.device)
-        said, z = judged(self.judge, self.sample(y, gen))
+        said, z = self.judge(self.sample(y, gen))
         diversity = within_class(z, self.some, self.classes) / self.spread
         against, towards, steps = self.tally.tolist()
         self.tally.zero_()
@@ -1341,14 +1341,16 @@ class RobGAN(AT):
         n = min(10_000, len(test.labels), len(train_split.labels))
         gen = stream(args.seed, "samples", test.labels.device)
         reference = take(train_split, slice(n))
-        pictures = self.sample(reference.labels, gen)
-        z = judged(self.judge, reference)[1]
-        measured = {
-            "generated": compare(pictures, reference, z, self.judge, self.classes),
-            "real": compare(take(test, slice(n)), reference, z, self.judge, self.classes),
+        sources = {  # the same classes in each
+            "generated": self.sample(reference.labels, gen),
+            "real": take(test, slice(n)),
+            "collapsed": collapsed(train_split, self.classes, reference.labels),
         }
-        one_each = collapsed(train_split, self.classes, reference.labels)
-        measured["collapsed"] = compare(one_each, reference, z, self.judge, self.classes)
+        z = self.judge(reference)[1]
+        measured = {
+            name: compare(pictures, reference, z, self.judge, self.classes)
+            for name, pictures in sources.items()
+        }
         worlds = {
             "generated": self.sample(train_split.labels, gen),
             "real": train_split,
@@ -1356,12 +1358,10 @@ class RobGAN(AT):
         }
         for name, data in worlds.items():
             measured[name]["trained_on"] = accuracy_when_trained_on(data, name, splits, args)
-        measured["generated"]["nearest"] = nearest(pictures, train_split)
-        measured["real"]["nearest"] = nearest(take(test, slice(n)), train_split)
         params = sum(p.numel() for p in self.generator.parameters())
         facts = {"params": params, "n": n, "judge": args.judge, "measured": measured}
         half = copy_of(self.average.half().state_dict())  # the training is over
-        kept = {"generator": half, **self.shown(model, reference, pictures, gen)}
+        kept = {"generator": half, **self.shown(model, reference, sources["generated"], gen)}
         return {"record": {"generator": facts}, "checkpoint": kept}
 
     def shown(self, model, reference, pictures, gen):
@@ -1395,16 +1395,12 @@ def take(split, index):
 
 def load_judge(splits, classes, args):
     """The classifier that judges samples; it fits the world, and every class can be compared."""
-    train_split, n = splits["train"], len(splits["test_unbiased"].labels)
-    for labels in (
-        train_split.labels[:2000],
-        train_split.labels[:n],
-        splits["test_unbiased"].labels,
-    ):
+    images = splits["train"].images
+    for labels in (splits["train"].labels[:2000], splits["test_unbiased"].labels):
         if (labels.bincount(minlength=classes) < 4).any():
             die(f"--method robgan needs four images of each class among {len(labels)}", "add some")
-    judge, about = load_model(args.dir, args.judge, train_split.images.device)
-    if (about["classes"], list(about["size"])) != (classes, list(train_split.images.shape[2:])):
+    judge, about = load_model(args.dir, args.judge, images.device)
+    if (about["classes"], list(about["size"])) != (classes, list(images.shape[2:])):
         die(f"--judge {args.judge} is built for another world than {args.dir}", "train one there")
     return judge
 
@@ -1556,40 +1552,13 @@ def within_class(z, split, classes):
 
 def compare(made, real, z_real, judge, classes):
     """How pictures compare with real ones of the same classes, in a judge's features (N,F)."""
-    said, z = judged(judge, made)
+    said, z = judge(made)
     spread = within_class(z, made, classes) / within_class(z_real, real, classes)
     return {
         "agreement": (said == made.labels.cpu()).double().mean().item(),
         "diversity": spread.double().mean().item(),
         "diversity_worst": spread.double().min().item(),
-        "frechet": frechet(z, z_real),
     }
-
-
-def frechet(a, b):
-    """Frechet distance of Gaussians fitted to two sets of features (Heusel et al., 2017).
-
-    |m - n|^2 + tr(A + B - 2 (AB)^1/2), means m and n, covariances A and B; a and b (N,F).
-    """
-    a, b = a.double(), b.double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    shift = (a.mean(0) - b.mean(0)).square().sum()
-    return (shift + cov_a.trace() + cov_b.trace() - 2 * overlap).item()
-
-
-def nearest(made, train_split, n=5000):
-    """L2 distance to the nearest training image (pixels in [0, 1], mean channel): quantiles."""
-    a = made.x(slice(n)).mean(1).flatten(1)  # (n,HW)
-    found = []
-    for low in range(0, len(train_split.labels), 6000):
-        b = train_split.x(slice(low, low + 6000)).mean(1).flatten(1)
-        found.append(torch.cdist(a, b).amin(1))
-    distance = torch.stack(found).amin(0)
-    low, median = distance.quantile(distance.new_tensor([0.01, 0.5])).tolist()
-    return {"n": len(a), "one_percent": low, "median": median}
 
 
 # ---- tables

@@ -62,6 +62,7 @@ RESOLUTION = 1e-3  # of a min-eps
 SEARCH_STEPS = 50  # at each radius of the min-eps search; half as many in a bisection round
 SAMPLE = 1000  # images for what is too dear for the whole split: Square, robust curve, transfer
 QUERIES = 300  # of the Square attack, per image
+RESAMPLES = 2000  # of the bootstrap
 POINT = 0.02  # --check: a change below two percentage points is little
 RADII = [0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5]  # of the min-eps search
 CURVE = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.25, 1.5]  # radii of the robust curve, in eps
@@ -298,7 +299,7 @@ def try_out(model, criterion, x, y, bracket, i, eps, start, steps):
     return Bracket(low, high, best)
 
 
-def search_min_eps(model, x, y, radii, gen, steps=SEARCH_STEPS):
+def search_min_eps(model, x, y, radii, gen, steps):
     """{criterion: smallest radius that works, float (N,)}; inf where none of `radii` does.
 
     It is 0 where nothing is needed. First each radius in ascending order, for the images that
@@ -341,7 +342,8 @@ def targeted(models, split, args):
         progress(name, models, f"attack within eps {args.eps:g} on {len(x):,} images")
         steps, adversarial[name] = headline(m.net, x, y, args, stream(args.seed, "targeted"))
         progress(name, models, "search for the smallest eps of each image")
-        min_eps = search_min_eps(m.net, x, y, RADII, stream(args.seed, "min-eps"))
+        gen = stream(args.seed, "min-eps")
+        min_eps = search_min_eps(m.net, x, y, RADII, gen, SEARCH_STEPS)
         progress(name, models, "the same with four times the steps on a few")
         gen, few = stream(args.seed, "min-eps"), slice(min(len(x) // 10 + 1, 50))
         longer = search_min_eps(m.net, x[few], y[few], RADII, gen, 4 * SEARCH_STEPS)
@@ -723,7 +725,7 @@ def quartiles(values):
     return {"median": round(median, 4), "q1": round(q1, 4), "q3": round(q3, 4)}
 
 
-def bootstrap(values, statistic, gen, resamples=2000):
+def bootstrap(values, statistic, gen):
     """{value, low, high}: a statistic and its 95 % percentile interval (Efron, 1979).
 
     values float (seeds, images), nan where a pair does not count. Both seeds and images are drawn
@@ -731,7 +733,7 @@ def bootstrap(values, statistic, gen, resamples=2000):
     """
     seeds, images = values.shape
     draws = []
-    for _ in range(resamples):
+    for _ in range(RESAMPLES):
         some = values[torch.randint(seeds, (seeds,), generator=gen)]
         some = some[:, torch.randint(images, (images,), generator=gen)]
         draws.append(statistic(some))
@@ -1356,7 +1358,10 @@ def main(argv=None):
     guard(path, settings, args.overwrite)
     models, split = load(args, device)
     shown = [f"{key} {settings[key]}" for key in MODES[args.mode] if settings[key]]
-    print(f"{args.mode} attack on {' '.join(args.models)} in {args.dir}: {', '.join(shown)}")
+    print(
+        f"{args.mode} attack on {' '.join(args.models)} in {args.dir}: {', '.join(shown)}",
+        flush=True,
+    )
     began = time.time()
     record = RUNS[args.mode](models, split, args)
     pictures = record.pop("pictures", None)

@@ -6,6 +6,7 @@ import re
 import shutil
 import types
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.nn as nn
@@ -182,7 +183,7 @@ def test_headline_counts_the_steps_to_both_marks(linear):
 
 def test_min_eps_of_a_linear_model(linear):
     model, x = linear
-    found = attack.search_min_eps(model, x, ones(x), [0.01, 0.03, 0.1], stream(0, "t"))
+    found = attack.search_min_eps(model, x, ones(x), [0.01, 0.03, 0.1], stream(0, "t"), 50)
     size = model.w.abs().sum()
     needed = {"argmax": -model.margin(x) / size}
     needed["confidence"] = (math.log(9) / 2 - model.margin(x)) / size  # sigmoid(2 m) = 0.9
@@ -195,10 +196,10 @@ def test_min_eps_of_a_linear_model(linear):
 def test_min_eps_is_zero_where_nothing_is_needed_and_infinite_out_of_reach(linear):
     model, x = linear
     there = x + (0.6 - x) * (model.w > 0) + (0.4 - x) * (model.w < 0)  # class 1 beyond doubt
-    found = attack.search_min_eps(model, there.detach(), ones(x), [0.1], stream(0, "t"))
+    found = attack.search_min_eps(model, there.detach(), ones(x), [0.1], stream(0, "t"), 5)
     assert all((radii == 0).all() for radii in found.values())
     dull = Linear(torch.Generator().manual_seed(0), sharpness=1e-3)  # never as sure as 0.9
-    found = attack.search_min_eps(dull, x, ones(x), [0.01, 0.1], stream(0, "t"), steps=5)
+    found = attack.search_min_eps(dull, x, ones(x), [0.01, 0.1], stream(0, "t"), 5)
     assert found["argmax"].isfinite().all() and found["confidence"].isinf().all()
 
 
@@ -450,7 +451,7 @@ def test_rate_and_quartiles():
 def test_bootstrap_on_known_cases():
     constant = attack.bootstrap(torch.full((3, 50), -0.01), torch.nanmedian, stream(0, "b"))
     assert constant == {"value": -0.01, "low": -0.01, "high": -0.01}
-    nothing = attack.bootstrap(torch.full((1, 5), math.nan), torch.nanmedian, stream(0, "b"), 20)
+    nothing = attack.bootstrap(torch.full((1, 5), math.nan), torch.nanmedian, stream(0, "b"))
     assert nothing == {"value": None, "low": None, "high": None}
     values = torch.randn(1, 400, generator=stream(0, "v"), dtype=torch.double)
     b = attack.bootstrap(values, torch.nanmean, stream(0, "b"))
@@ -500,7 +501,8 @@ def test_summary_by_hand():
     assert s["both_right"]["argmax"]["success"]["n"] == 2
 
 
-def test_compare_pairs_by_seed_and_image():
+def test_compare_pairs_by_seed_and_image(monkeypatch):
+    monkeypatch.setattr(attack, "RESAMPLES", 20)
     models = {"a_s1": entry("a", 1), "b_s1": entry("b", 1, -0.05), "b_s2": entry("b", 2, 9)}
     models["b_s1"]["argmax"] = {**models["b_s1"]["argmax"], "steps": [1, None, None, 4]}
     (found,) = attack.compare(models, types.SimpleNamespace(src=7, seed=0))
@@ -527,8 +529,8 @@ def trained(tmp_path_factory):
     for seed, name in enumerate(TWO.split()):
         torch.manual_seed(seed)
         model = build_model()
-        optimiser = torch.optim.Adam(model.parameters(), 1e-2)
-        for _ in range(60):
+        optimiser = torch.optim.Adam(model.parameters(), 3e-2)
+        for _ in range(30):
             optimiser.zero_grad()
             F.cross_entropy(model(split.x(slice(None))), split.labels).backward()
             optimiser.step()
@@ -544,8 +546,10 @@ def save_model(path, model, classes):
 
 
 @pytest.fixture
-def world(trained, tmp_path):
-    """A copy that a test may fill."""
+def world(trained, tmp_path, monkeypatch):
+    """A copy that a test may fill, where nothing takes long."""
+    for name, few in (("RESAMPLES", 20), ("SEARCH_STEPS", 2), ("QUERIES", 10), ("RADII", [0.1])):
+        monkeypatch.setattr(attack, name, few)
     return shutil.copytree(trained, tmp_path / "results")
 
 
@@ -560,6 +564,7 @@ def call(monkeypatch, capsys):
             code = 0
         except SystemExit as e:
             code = e.code
+        plt.close("all")
         return code, *capsys.readouterr()
 
     return run
@@ -576,12 +581,11 @@ def outside_run(path):
     [
         ("--src 7 --tgt 3 --eps 0.05 --steps 5", "7to3_steps5", "index summary compared"),
         ("--pairs --n 2 --steps 3", "pairs_steps3_n2", "n_per_digit"),
-        ("--untargeted --steps 3 --n 30 --sweep 0.1", "mine", "n sample queries radii"),
+        ("--untargeted --steps 3 --n 30 --sweep 0.1 --queries 9", "mine", "n sample queries radii"),
         ("--check --steps 3 --n 20", "check_steps3_n20", "n passed"),
     ],
 )
-def test_each_mode_runs_repeats_and_tells(world, call, command, name, keys, monkeypatch):
-    monkeypatch.setattr(attack, "RADII", [0.02, 0.1])
+def test_each_mode_runs_repeats_and_tells(world, call, command, name, keys):
     command = f"attack.py --dir {world} {command}" + (" --name mine" if name == "mine" else "")
     code, said, _ = call(command)
     path = world / f"attack_{name}.json"
@@ -597,14 +601,13 @@ def test_each_mode_runs_repeats_and_tells(world, call, command, name, keys, monk
     assert call(command)[0] == code and outside_run(path) == record
 
 
-def test_lists_are_parallel_and_the_worst_case_is_the_worst(world, call, monkeypatch):
-    monkeypatch.setattr(attack, "RADII", [0.05])
+def test_lists_are_parallel_and_the_worst_case_is_the_worst(world, call):
     call(f"attack.py --dir {world} --steps 3 --name lists")
     record = json.loads((world / "attack_lists.json").read_text())
     for m in record["models"].values():
         lists = [m["clean"], *(m[c][k] for c in attack.CRITERIA for k in ("steps", "min_eps"))]
         assert {len(values) for values in lists} == {len(record["index"])}
-    call(f"attack.py --dir {world} --untargeted --steps 3 --name worst")
+    call(f"attack.py --dir {world} --untargeted --steps 3 --queries 9 --name worst")
     for m in json.loads((world / "attack_worst.json").read_text())["models"].values():
         least = min(m["attacks"][a]["own"]["k"] for a in ("FGSM", "PGD"))
         assert m["robust"]["k"] == m["standing"].count("1") <= least
@@ -631,8 +634,7 @@ def test_a_result_is_named_by_what_differs(command, name):
     assert attack.result_name(attack.get_args(command.split())) == name
 
 
-def test_a_result_of_other_models_is_not_replaced(world, call, monkeypatch):
-    monkeypatch.setattr(attack, "RADII", [0.05])
+def test_a_result_of_other_models_is_not_replaced(world, call):
     one = f"attack.py --dir {world} --pairs --n 1 --steps 1 --models"
     assert call(f"{one} jitter_s42")[0] == 0
     path = world / "attack_pairs_steps1_n1.json"
@@ -700,7 +702,6 @@ def test_rows_without_an_ink_share_no_colour_with_a_method():
 
 
 def test_report_refills_tables_beside_what_was_published(world, call, monkeypatch):
-    monkeypatch.setattr(attack, "RADII", [0.05])
     inside = world / "mnist"
     inside.mkdir()
     for name in ("test_hard.pt", "jitter_s42.pt"):
@@ -709,9 +710,10 @@ def test_report_refills_tables_beside_what_was_published(world, call, monkeypatc
     rows = {"row": "Madry et al. (2018)", "clean": 0.9853, "PGD": 0.8962, "robust": 0.885}
     save_json({"robust_mnist": {"0.3": [rows], "0.1": []}}, world / "results" / "published.json")
     monkeypatch.setattr(attack, "ROOT", world)
-    for options in ("", "--untargeted --n 20", "--pairs --n 1", "--check --n 10"):
+    for options in ("", "--untargeted --n 20 --queries 5", "--pairs --n 1", "--check --n 10"):
         call(f"attack.py --dir {world} --steps 1 {options}")
-    plain = f"attack.py --dir {inside} --untargeted --eps 0.3 --steps 1 --n 10 --models jitter_s42"
+    plain = f"attack.py --dir {inside} --untargeted --eps 0.3 --steps 1 --queries 5 --n 9"
+    plain += " --models jitter_s42"
     assert call(plain)[0] == call(f"{plain} --name resnet")[0] == 0
     code, said, _ = call(f"attack.py --dir {world} --report")
     assert code == 0 and "|" not in said and "mnist/figures/attack_robust_curve.png" in said
@@ -721,5 +723,5 @@ def test_report_refills_tables_beside_what_was_published(world, call, monkeypatc
     empty = {name for name, table in shown.items() if "no results yet" in table}
     assert empty == {"untargeted_at", "robgan_attacks", "check_mnist"}
     assert "| *Madry et al. (2018), published* | - | 0.985 |" in shown["mnist"]
-    assert "Madry" not in shown["resnet"] and "| jitter | 10 |" in shown["resnet"]
+    assert "Madry" not in shown["resnet"] and "| jitter | 9 |" in shown["resnet"]
     assert "| jitter minus baseline | 1 | both right |" in shown["targeted_change"]

@@ -13,6 +13,7 @@ import re
 import sys
 import zlib
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -50,13 +51,13 @@ PALETTES = {  # recipe: {colour: its mean}; digit d owns entry d
 }
 
 
-# ---- painting: gray (B,1,H,W) and mean colours (B,3,1,1) to a picture (B,3,H,W), all in [0, 1]
+# painters take gray (B,1,H,W) and mean colours (B,3,1,1), and give (B,3,H,W), all in [0, 1]
 
 
 def paint_background(gray, mean, gen, sigma2):
     """A light-grey digit on its colour, with one brightness noise for R, G and B."""
-    noise = torch.randn(gray[:, 0].shape, generator=gen).mul_(0.15)
-    return (mean + noise[:, None]).clamp_(0, 1).lerp_(torch.tensor(0.6), gray)
+    noise = torch.randn(gray[:, 0].shape, generator=gen).mul_(0.15)[:, None]
+    return (mean + noise).clamp_(0, 1).lerp_(torch.tensor(0.6), gray)
 
 
 def paint_flat(gray, mean, gen, sigma2):
@@ -66,8 +67,8 @@ def paint_flat(gray, mean, gen, sigma2):
 
 def paint_digit(gray, mean, gen, sigma2):
     """A stroke on black, its colour drawn once per image, variance sigma2 a channel."""
-    draw = torch.randn(mean.shape, generator=gen)
-    return gray * (mean + math.sqrt(sigma2) * draw).clamp_(0, 1)
+    draw = math.sqrt(sigma2) * torch.randn(mean.shape, generator=gen)
+    return gray * (mean + draw).clamp_(0, 1)
 
 
 PAINTERS = {"background": paint_background, "flat": paint_flat, "digit": paint_digit}
@@ -85,14 +86,11 @@ def paint(gray, colours, gen, recipe="background", sigma2=None):
     return images
 
 
-# ---- the nets
-
-
 class SimpleCNN(nn.Module):
     """Three 3x3 convolutions and a linear head; 4,486 parameters at width 4, 28x28, 10 classes.
 
-    Pooling before ReLU gives the same values for less work. `saturated` ends the first activation
-    at 1 (tanh), so that strokes of any colour can look the same behind it.
+    Pooling before ReLU gives the same values for less work. With `saturated`, conv1's activation
+    ends at 1 (tanh), so that strokes of any colour can look the same behind it.
     """
 
     early = "conv2"  # what this layer is fed, (B,w,H/2,W/2), are the early features of `lntl`
@@ -103,7 +101,7 @@ class SimpleCNN(nn.Module):
         self.conv1 = nn.Conv2d(3, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.conv3 = nn.Conv2d(width, 2 * width, 3, padding=1)
-        self.relu = nn.ReLU()  # the output of its last call is what Grad-CAM looks at
+        self.relu = nn.ReLU()  # Grad-CAM looks at its output
         self.fc = nn.Linear(2 * width * (size[0] // 4) * (size[1] // 4), classes)
 
     def features(self, x):
@@ -129,7 +127,7 @@ MODELS = ("simplecnn", "saturatedcnn", "resnet18", "resnet50")
 def build_model(name="simplecnn", width=4, classes=10, size=(28, 28), grayscale=False):
     """A fresh net, channels last; its `fc` is fed the penultimate features."""
     if name.startswith("resnet"):
-        import torchvision  # a second of start-up that only the ResNets pay
+        import torchvision  # a second of start-up, for ResNets only
 
         model = getattr(torchvision.models, name)(weights=None, num_classes=classes)
     else:
@@ -167,14 +165,13 @@ def common_args(parser, seed_of):
     g.add_argument("--report", action="store_true", help="only refill tables, redraw figures")
 
 
-def number(kind, least, most=math.inf):
-    """An argparse type: a finite int or float in [least, most]."""
+def number(kind, least, most):
+    """An argparse type: an int or float in [least, most]."""
 
     def parse(text):
-        value = kind(text)
-        if not least <= value <= most or value == math.inf:
+        if not least <= kind(text) <= most:
             raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}")
-        return value
+        return kind(text)
 
     parse.__name__ = kind.__name__  # argparse: invalid int value
     return parse
@@ -183,14 +180,14 @@ def number(kind, least, most=math.inf):
 def setup(args):
     """Threads, deterministic algorithms and the device; returns a torch.device."""
     if args.dir.exists() and not (args.dir.is_dir() and os.access(args.dir, os.W_OK)):
-        die(f"--dir {args.dir} is not a folder that can be written", "choose another one")
+        die(f"--dir {args.dir} is no folder that can be written", "choose another")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
     name = next(kind for kind in there if there[kind]) if args.device == "auto" else args.device
     if not there[name]:
         die(f"--device {name} is not available here", "use --device auto")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or CUDA is not deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA repeats only with it
     torch.set_deterministic_debug_mode("warn" if name == "mps" else "error")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads unwritten memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a cost for nothing
     torch.set_num_threads(args.threads)
     return torch.device(name)
 
@@ -211,10 +208,7 @@ def run(main, hint="finished files are whole; run the same command again"):
     except BrokenPipeError:  # whoever read our output has left, as `| head` does
         os._exit(1)
     except OSError as e:
-        die(f"cannot use {e.filename}: {e.strerror}", "finished files are whole; see --dir")
-
-
-# ---- names of results and worlds
+        die(f"cannot use {e.filename}: {e.strerror}", "finished files are whole")
 
 
 def name_of(head, args, usual, skip=()):
@@ -222,17 +216,17 @@ def name_of(head, args, usual, skip=()):
 
     A choice or a switch speaks for itself, a number follows its flag: jitter_alpha1_hsv_s42.
     """
-    parts = [head]
-    skip = {"dir", "seed", "device", "threads", "overwrite", "report", *skip}
+    name, skip = head, {"dir", "seed", "device", "threads", "overwrite", "report", *skip}
     for key, value in vars(args).items():
-        if key in skip or value == getattr(usual, key):
-            continue
-        flag = key.replace("_", "")
-        if isinstance(value, str | bool):
-            parts.append({True: flag, False: f"no{flag}"}.get(value, str(value).replace("_", "")))
-        else:
-            parts.append(flag + "-".join(f"{v:g}" for v in np.ravel(value)))
-    return "_".join([*parts, f"s{args.seed}"])
+        if key not in skip and value != getattr(usual, key):
+            flag = key.replace("_", "")
+            if isinstance(value, bool):
+                name += f"_{flag}" if value else f"_no{flag}"
+            elif isinstance(value, str):
+                name += f"_{value.replace('_', '')}"
+            else:
+                name += f"_{flag}" + "-".join(f"{v:g}" for v in np.ravel(value))
+    return f"{name}_s{args.seed}"
 
 
 def row_of(name):
@@ -252,17 +246,13 @@ def guard(path, settings, overwrite):
 
 def world_of(folder):
     """What meta.json says of the painting; {} for one's own data."""
-    keys = ("recipe", "corr", "sigma2", "seed", "limit", "is_mnist")
-    path = folder / "meta.json"
+    path, keys = folder / "meta.json", ("recipe", "corr", "sigma2", "seed", "limit", "is_mnist")
     meta = load_json(path, "run make_data.py") if path.exists() else {}
     return {k: meta[k] for k in keys if k in meta and (k, meta[k]) != ("sigma2", None)}
 
 
-# ---- files: whole or not at all
-
-
 def write(path, save):
-    """save(file) fills memory; the file appears at `path` when it is complete."""
+    """save(file) fills memory; the file appears at `path` whole or not at all."""
     memory = io.BytesIO()  # a full disk is then an OSError, whatever `save` makes of one
     save(memory)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -319,28 +309,21 @@ class Split(NamedTuple):
 
 def load_split(folder, name, device="cpu"):
     """One Split of a world, on the device."""
-    path, help = folder / f"{name}.pt", "README.md, 'Change one thing', says what it must hold"
+    path = folder / f"{name}.pt"
     record = load_pt(path, f"run: python make_data.py --dir {folder}")
     images = record.get("images")
-    n, _, *size = images.shape if torch.is_tensor(images) and images.ndim == 4 else (0, 3, 0, 0)
-    if tuple(size) == (n and size[0], 3):
-        help = "images.permute(0, 3, 1, 2) makes (N,3,H,W) of (N,H,W,3)"
-    parts = {}
-    for key, shape in {
-        "images": (n, 3, *size),
-        "labels": (n,),
-        "colors": (n,),
-        "gray": (n, *size),
-    }.items():
-        t, pixels = record.get(key), key in ("images", "gray")
-        if t is not None or key in ("images", "labels"):
-            if not torch.is_tensor(t) or t.shape != shape or min(n, *size) < 1:
-                die(f"{path}: {key} is not a tensor {tuple(shape) if n else '(N,3,H,W)'}", help)
-            if t.is_floating_point() or t.min() < 0 or t.max() > (255 if pixels else 999):
-                die(f"{path}: {key} must be whole numbers from 0", help)
-            t = t.to(device, torch.uint8 if pixels else torch.int64)
+    if not torch.is_tensor(images) or images.dtype != torch.uint8 or images[:0].shape[:2] != (0, 3):
+        hint = "make it of (N,H,W,3) by images.permute(0, 3, 1, 2); see README.md"
+        die(f"{path}: images must be uint8 (N,3,H,W)", hint)
+    parts = {"images": images.to(device, memory_format=torch.channels_last)}
+    for key, kind in (("labels", torch.int64), ("colors", torch.int64), ("gray", torch.uint8)):
+        t, shape = record.get(key), images[:, 0].shape if key == "gray" else images.shape[:1]
+        if t is not None or key == "labels":
+            ours = torch.is_tensor(t) and t.shape == shape and not t.is_floating_point()
+            if not ours or not len(t) or int(t.min()) < 0 or int(t.max()) > 999:
+                die(f"{path}: {key} must be whole numbers from 0, {tuple(shape)}", "see README.md")
+            t = t.to(device, kind)
         parts[key] = t
-    parts["images"] = parts["images"].contiguous(memory_format=torch.channels_last)
     return Split(**parts)
 
 
@@ -348,8 +331,8 @@ def load_model(folder, name, device="cpu"):
     """(model in eval mode, its record: weights, args, classes, size) as train.py saved it."""
     path = Path(name) if name.endswith(".pt") else folder / f"{name}.pt"
     there = [p.stem for p in sorted(folder.glob("*_s*.pt"))]
-    near = difflib.get_close_matches(name, there, 1) or there
-    record = load_pt(path, f"is it {near[0] if near else 'not trained yet'}? {folder} has {there}")
+    near = difflib.get_close_matches(name, there, 1) or there or ["not trained yet"]
+    record = load_pt(path, f"is it {near[0]}? There are: {', '.join(there)}")
     about, world = path.with_suffix(".json"), world_of(path.parent)
     if about.exists() and load_json(about, "delete it").get("world", world) != world:
         die(f"{path} was trained on another painting of {path.parent}", "train it again")
@@ -359,13 +342,10 @@ def load_model(folder, name, device="cpu"):
         model = build_model(*kind, args.get("grayscale", False))
         model.load_state_dict(record["weights"])
         assert all(t.isfinite().all() for t in record["weights"].values()), "weights not finite"
-    except Exception as e:  # the second half of the same trust boundary
+    except Exception as e:  # whatever a foreign file makes of it
         why = f"{type(e).__name__}: {e}".splitlines()[0]
         die(f"{path} is no checkpoint of train.py ({why})", "see README.md, 'Change one thing'")
     return model.to(device).eval(), record
-
-
-# ---- numbers and tables
 
 
 def wilson(k, n, z=1.96):
@@ -380,13 +360,9 @@ def wilson(k, n, z=1.96):
 def mean_sd(values):
     """'0.943 ± 0.004 (5)': mean, sample sd, number of seeds; one value alone, a dash for none."""
     values = [v for v in values if v is not None]
-    if not values:
-        return "-"
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.3f}"
-    sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return f"{mean:.3f} ± {sd:.3f} ({len(values)})"
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else "-"
+    return f"{fmean(values):.3f} ± {stdev(values):.3f} ({len(values)})"
 
 
 def markdown(header, rows):
@@ -400,14 +376,13 @@ def fill(folder, tables):
 
     Marks stand in results/report.md and README.md; another world gets a tables.md.
     """
-    files = [folder / "report.md", ROOT / "README.md"]
-    if folder.resolve() != ROOT / "results":
-        files = [folder / "tables.md"]
+    ours = folder.resolve() == ROOT / "results"
+    files = [folder / "report.md", ROOT / "README.md"] if ours else [folder / "tables.md"]
     for path in files:
         text = path.read_text() if path.exists() else ""
         for name, table in tables.items():
             mark, end = f"<!-- table: {name} -->", "<!-- end -->"
-            if path.name == "tables.md" and mark not in text:
+            if mark not in text and not ours:
                 text += f"## {name}\n\n{mark}\n{end}\n\n"
             before, mark, after = text.partition(mark)
             if mark:

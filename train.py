@@ -16,6 +16,7 @@ import contextlib
 import copy
 import csv
 import datetime
+import functools
 import io
 import itertools
 import math
@@ -77,11 +78,9 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    rate = number(float, 1e-8, 10)
-    share = number(float, 0, 1)
-    weight = number(float, 0, 1e6)
-    count = number(int, 0, 10_000)
-    some = number(int, 1, 100_000)
+    yes_no = argparse.BooleanOptionalAction
+    rate, share, weight = number(float, 1e-8, 10), number(float, 0, 1), number(float, 0, 1e6)
+    count, some = number(int, 0, 10_000), number(int, 1, 100_000)
 
     g = p.add_argument_group("method")
     g.add_argument("--method", choices=METHODS, default="baseline", help="default: baseline")
@@ -89,28 +88,13 @@ def get_args(argv=None):
     g = p.add_argument_group("cures: jitter, combined")
     g.add_argument("--alpha", type=weight, default=1.0, help="weight of the KL term (1)")
     g.add_argument("--jitter", choices=JITTERS, default="mix", help="kind of recolouring (mix)")
-    g.add_argument(
-        "--classify",
-        choices=("recoloured", "image"),
-        default="recoloured",
-        help="what cross-entropy sees (recoloured)",
-    )
+    g.add_argument("--classify", choices=("recoloured", "image"), default="recoloured")
     g.add_argument("--grain", type=share, default=0.1, help="mix: largest sd of pixel noise (0.1)")
-    g.add_argument(
-        "--fade",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="let alpha fall to 0 (yes)",
-    )
+    g.add_argument("--fade", action=yes_no, default=True, help="let alpha fall to 0 (yes)")
 
     g = p.add_argument_group("cures: grl, combined, lntl, jtt")
     g.add_argument("--gamma", type=weight, default=0.1, help="final weight of the reversal (0.1)")
-    g.add_argument(
-        "--conditional",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="grl: ask each head for what the other label does not tell (yes)",
-    )
+    g.add_argument("--conditional", action=yes_no, default=True, help="grl: correct priors (yes)")
     g.add_argument("--entropy", type=weight, default=0.01, help="lntl: weight of it (0.01)")
     g.add_argument("--first-epochs", type=some, default=1, help="jtt: of the first net (1)")
 
@@ -140,11 +124,7 @@ def get_args(argv=None):
     g.add_argument("--lr", type=rate, default=1e-3, help="of AdamW, onecycle's peak (0.001)")
     g.add_argument("--schedule", choices=("constant", "onecycle", "cosine"), default="constant")
     g.add_argument("--batch", type=some, default=128, help="images per step (128)")
-    g.add_argument(
-        "--balance-groups",
-        action="store_true",
-        help="draw every (digit, colour) group equally often",
-    )
+    g.add_argument("--balance-groups", action="store_true", help="equal (digit, colour) groups")
     g.add_argument("--shuffle-labels", action="store_true", help="a null model: permuted labels")
     g.add_argument("--amp", action="store_true", help="train in bfloat16; scores stay float32")
     g.add_argument("--model", choices=MODELS, default="simplecnn", help="default: simplecnn")
@@ -160,30 +140,26 @@ def get_args(argv=None):
     args, usual = p.parse_args(argv), p.parse_args([])
     check_args(p, args, usual)
     if args.name is None:
-        skip = ("method", "name", "resume", "eval")
-        args.name = name_of(args.method, args, usual, skip)
+        args.name = name_of(args.method, args, usual, ("method", "name", "resume", "eval"))
     return args
 
 
-def check_args(parser, args, usual):
+def check_args(p, args, usual):
     """Refuse what cannot work before any work is done."""
-    own = METHODS[args.method].flags
-    for flag in {flag for method in METHODS.values() for flag in method.flags} - {*own}:
-        if getattr(args, flag) != getattr(usual, flag):
-            flag = flag.replace("_", "-")
-            parser.error(f"--{flag} means nothing for --method {args.method}; leave it out")
-    if args.batch == 1 and args.model.startswith("resnet"):
-        parser.error("--batch 1 is too small for batch norm; give a ResNet 2 or more")
+    for method in METHODS.values():
+        for flag in set(method.flags) - set(METHODS[args.method].flags):
+            if getattr(args, flag) != getattr(usual, flag):
+                flag = flag.replace("_", "-")
+                p.error(f"--{flag} means nothing for --method {args.method}; leave it out")
     if args.clean_epochs + args.finetune_epochs >= args.epochs:
-        parser.error(f"--epochs {args.epochs} counts all phases and leaves none for the attack")
+        p.error(f"--epochs {args.epochs} counts all phases and leaves none for the attack")
     for name in (args.name, args.init, args.eval):
         if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
-            parser.error(f"the name {name!r} may hold letters, digits and _ . + - only")
-    name = (args.name or "").lower()
-    if name in ("meta", "gradcam", *SPLITS) or name.startswith(("attack_", "gradcam_")):
-        parser.error(f"--name {args.name} belongs to another file of --dir")
-    if name.endswith((".pt", ".json", ".part")):
-        parser.error(f"--name {args.name}: leave the ending out, it is added")
+            p.error(f"the name {name!r} may hold letters, digits and _ . + - only")
+    if re.match(rf"(meta|gradcam|attack|{'|'.join(SPLITS)})(_|$)", args.name or ""):
+        p.error(f"--name {args.name} belongs to other files of --dir")
+    if re.search(r"\.(pt|json|part)$", args.name or ""):
+        p.error(f"--name {args.name}: leave the ending out, it is added")
 
 
 def settings(args):
@@ -223,11 +199,18 @@ def main(argv=None):
         start_from(args.init, model, args)
     print_start(model, args, device)
     epochs, kept = train(model, splits, args, device, args.dir / f"{args.name}.part.pt")
-    if RANK == 0:
-        about = {"classes": classes, "size": size, "seconds": time.time() - start, "device": device}
-        save_results(model, splits, args, epochs, kept, about)
     if WORLD > 1:
         dist.destroy_process_group()
+    if RANK == 0:
+        run_facts = {
+            "seconds": round(time.time() - start, 1),
+            "torch": torch.__version__,
+            "threads": args.threads,
+            "processes": WORLD,
+            "device": str(device),
+        }
+        shape = {"classes": classes, "size": size}
+        save_results(model, splits, args, epochs, kept, shape, run_facts)
 
 
 def print_start(model, args, device):
@@ -244,19 +227,15 @@ def print_start(model, args, device):
     )
 
 
-def save_results(model, splits, args, epochs, kept, about):
+def save_results(model, splits, args, epochs, kept, shape, run_facts):
     """NAME.pt and NAME.json of each phase whose weights were kept; then the answer in words."""
-    facts = {
-        "seconds": round(about["seconds"], 1),
-        "torch": torch.__version__,
-        "threads": args.threads,
-        "processes": WORLD,
-        "device": str(about["device"]),
-    }
     for phase, best in kept.items():
         model.load_state_dict(best["weights"])
-        name = re.sub(r"(_s\d+)?$", rf"_{phase}\1", args.name, count=1) if phase else args.name
-        flags = settings(args) | ({"phase": phase} if phase else {})
+        name, flags = args.name, settings(args)
+        if phase:  # at_s42 and its clean phase: at_clean_s42
+            name = re.sub(r"(_s\d+)?$", rf"_{phase}\1", name, count=1)
+            flags["phase"] = phase
+        checkpoint = {"weights": best["weights"], "args": flags, **shape}
         record = {
             "schema": 1,
             "script": "train.py",
@@ -267,34 +246,27 @@ def save_results(model, splits, args, epochs, kept, about):
             "selected_on": best["on"],
             "selected_epoch": best["epoch"],
             **evaluate(model, splits),
-            **best.get("record", {}),
             "epochs": epochs,
-            "run": facts,
+            "run": run_facts,
         }
-        checkpoint = {
-            "weights": best["weights"],
-            "args": flags,
-            "classes": about["classes"],
-            "size": about["size"],
-            **best.get("checkpoint", {}),
-        }
-        save_pt(checkpoint, args.dir / f"{name}.pt")
-        save_json(record, args.dir / f"{name}.json")
+        save_pt({**checkpoint, **best.get("checkpoint", {})}, args.dir / f"{name}.pt")
+        save_json({**record, **best.get("record", {})}, args.dir / f"{name}.json")
         print_scores(record)
-        print(f"wrote {args.dir / name}.pt and .json after {facts['seconds']:.0f}s")
+        print(f"wrote {args.dir / name}.pt and .json after {run_facts['seconds']:.0f}s")
     (args.dir / f"{args.name}.part.pt").unlink(missing_ok=True)
     print(f"see where it looks: python gradcam.py --dir {args.dir} --models {args.name}")
 
 
 def print_scores(record):
+    """The answer in plain words, five lines."""
+    print(f"{record['name']}, share of images that it reads correctly:")
     for split, s in record["final"].items():
-        print(f"{record['name']}: {s['acc']:.1%} of the {s['n']:,} images of {split} are right")
-    hard, probe = record["final"]["test_hard"], record["probe"]
-    if hard["follows_colour"] is not None:
-        print(f"on test_hard it names the colour's digit {hard['follows_colour']:.1%} of the time")
-        worst = hard["worst_digit"]
-        read = f"the colour with {probe['colour']:.1%}, the digit with {probe['digit']:.1%}"
-        print(f"its worst digit is at {worst:.1%}; a linear probe reads from its features {read}")
+        print(f"  {split:13s} {s['acc']:.3f} of {s['n']:,}, worst digit {s['worst_digit']:.3f}")
+    follows, probe = record["final"]["test_hard"]["follows_colour"], record["probe"]
+    if follows is not None:
+        print(f"  on test_hard it names the colour's digit {follows:.1%} of the time; from its")
+        print(f"  features a linear probe reads the colour with {probe['colour']:.3f}", end="")
+        print(f", the digit with {probe['digit']:.3f}")
 
 
 def score_again(args, device):
@@ -1260,7 +1232,7 @@ class RobGAN(AT):
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
         data = splits["train"]
-        self.judge = load_judge(splits, self.classes, args)
+        self.judge = functools.partial(judged, load_judge(splits, self.classes, args))
         self.some = take(data, slice(self.watched))
         if args.model.startswith("resnet"):
             hint = "choose simplecnn or saturatedcnn"
@@ -1272,7 +1244,7 @@ class RobGAN(AT):
         self.real, self.belongs = nn.Linear(128, 1), nn.Embedding(self.classes, 128)
         self.register_buffer("tally", torch.zeros(3), persistent=False)  # losses D, G; steps
         self.register_buffer("steps", torch.zeros(()))
-        self.spread = within_class(judged(self.judge, self.some)[1], self.some, self.classes)
+        self.spread = within_class(self.judge(self.some)[1], self.some, self.classes)
         if not (self.spread > 0).all():
             die(f"--judge {args.judge} cannot tell images of a class apart", "train it first")
 
@@ -1288,9 +1260,8 @@ class RobGAN(AT):
         against = self.discriminator_loss(model, batch.x, fake, batch.y)
         update(optimiser, learned + against, clip=self.args.clip_grad)
         with frozen(model, self.head, self.real, self.belongs):
-            towards = self.generator_loss(
-                model, batch.x, self.generator.draw(batch.y, gen), batch.y
-            )
+            fake = self.generator.draw(batch.y, gen)
+            towards = self.generator_loss(model, batch.x, fake, batch.y)
             update(optimiser, towards)
         self.follow()
         losses = [against.detach(), towards.detach(), torch.ones_like(against)]
@@ -1342,7 +1313,7 @@ class RobGAN(AT):
         """AT's, both losses, and what the judge says of samples."""
         y = self.some.labels
         gen = stream(self.args.seed, "samples to watch", y.device)
-        said, z = judged(self.judge, self.sample(y, gen))
+        said, z = self.judge(self.sample(y, gen))
         diversity = within_class(z, self.some, self.classes) / self.spread
         against, towards, steps = self.tally.tolist()
         self.tally.zero_()
@@ -1370,14 +1341,16 @@ class RobGAN(AT):
         n = min(10_000, len(test.labels), len(train_split.labels))
         gen = stream(args.seed, "samples", test.labels.device)
         reference = take(train_split, slice(n))
-        pictures = self.sample(reference.labels, gen)
-        z = judged(self.judge, reference)[1]
-        measured = {
-            "generated": compare(pictures, reference, z, self.judge, self.classes),
-            "real": compare(take(test, slice(n)), reference, z, self.judge, self.classes),
+        sources = {  # the same classes in each
+            "generated": self.sample(reference.labels, gen),
+            "real": take(test, slice(n)),
+            "collapsed": collapsed(train_split, self.classes, reference.labels),
         }
-        one_each = collapsed(train_split, self.classes, reference.labels)
-        measured["collapsed"] = compare(one_each, reference, z, self.judge, self.classes)
+        z = self.judge(reference)[1]
+        measured = {
+            name: compare(pictures, reference, z, self.judge, self.classes)
+            for name, pictures in sources.items()
+        }
         worlds = {
             "generated": self.sample(train_split.labels, gen),
             "real": train_split,
@@ -1385,12 +1358,10 @@ class RobGAN(AT):
         }
         for name, data in worlds.items():
             measured[name]["trained_on"] = accuracy_when_trained_on(data, name, splits, args)
-        measured["generated"]["nearest"] = nearest(pictures, train_split)
-        measured["real"]["nearest"] = nearest(take(test, slice(n)), train_split)
         params = sum(p.numel() for p in self.generator.parameters())
         facts = {"params": params, "n": n, "judge": args.judge, "measured": measured}
         half = copy_of(self.average.half().state_dict())  # the training is over
-        kept = {"generator": half, **self.shown(model, reference, pictures, gen)}
+        kept = {"generator": half, **self.shown(model, reference, sources["generated"], gen)}
         return {"record": {"generator": facts}, "checkpoint": kept}
 
     def shown(self, model, reference, pictures, gen):
@@ -1424,16 +1395,12 @@ def take(split, index):
 
 def load_judge(splits, classes, args):
     """The classifier that judges samples; it fits the world, and every class can be compared."""
-    train_split, n = splits["train"], len(splits["test_unbiased"].labels)
-    for labels in (
-        train_split.labels[:2000],
-        train_split.labels[:n],
-        splits["test_unbiased"].labels,
-    ):
+    images = splits["train"].images
+    for labels in (splits["train"].labels[:2000], splits["test_unbiased"].labels):
         if (labels.bincount(minlength=classes) < 4).any():
             die(f"--method robgan needs four images of each class among {len(labels)}", "add some")
-    judge, about = load_model(args.dir, args.judge, train_split.images.device)
-    if (about["classes"], list(about["size"])) != (classes, list(train_split.images.shape[2:])):
+    judge, about = load_model(args.dir, args.judge, images.device)
+    if (about["classes"], list(about["size"])) != (classes, list(images.shape[2:])):
         die(f"--judge {args.judge} is built for another world than {args.dir}", "train one there")
     return judge
 
@@ -1585,40 +1552,13 @@ def within_class(z, split, classes):
 
 def compare(made, real, z_real, judge, classes):
     """How pictures compare with real ones of the same classes, in a judge's features (N,F)."""
-    said, z = judged(judge, made)
+    said, z = judge(made)
     spread = within_class(z, made, classes) / within_class(z_real, real, classes)
     return {
         "agreement": (said == made.labels.cpu()).double().mean().item(),
         "diversity": spread.double().mean().item(),
         "diversity_worst": spread.double().min().item(),
-        "frechet": frechet(z, z_real),
     }
-
-
-def frechet(a, b):
-    """Frechet distance of Gaussians fitted to two sets of features (Heusel et al., 2017).
-
-    |m - n|^2 + tr(A + B - 2 (AB)^1/2), means m and n, covariances A and B; a and b (N,F).
-    """
-    a, b = a.double(), b.double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    shift = (a.mean(0) - b.mean(0)).square().sum()
-    return (shift + cov_a.trace() + cov_b.trace() - 2 * overlap).item()
-
-
-def nearest(made, train_split, n=5000):
-    """L2 distance to the nearest training image (pixels in [0, 1], mean channel): quantiles."""
-    a = made.x(slice(n)).mean(1).flatten(1)  # (n,HW)
-    found = []
-    for low in range(0, len(train_split.labels), 6000):
-        b = train_split.x(slice(low, low + 6000)).mean(1).flatten(1)
-        found.append(torch.cdist(a, b).amin(1))
-    distance = torch.stack(found).amin(0)
-    low, median = distance.quantile(distance.new_tensor([0.01, 0.5])).tolist()
-    return {"n": len(a), "one_percent": low, "median": median}
 
 
 # ---- tables

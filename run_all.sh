@@ -203,7 +203,7 @@ biased() {  # Biased-MNIST, beside its published table; every method at the lear
   for c in $BIASED; do
     for s in $FEW; do
       case $s$c in 42* | *${BIASED%% *} | *${BIASED##* }) ;; *) continue ;; esac  # more seeds at both ends only
-      short flat_$c/jitter_s$s --method jitter --grain 0 --lr 0.01 --seed $s $net 4
+      short flat_$c/jitter_s$s --method jitter --alpha 1 --grain 0 --lr 0.01 --seed $s $net 4
       short flat_$c/baseline_s$s --lr 0.01 --seed $s $net 4
     done
     short flat_$c/biasbal_s42 --method biasbal --lr 0.003 $net 4
@@ -222,7 +222,7 @@ lntl() {  # Learning Not to Learn, beside its published table
     short lntl_$v/baseline_s42 $net
     case $v in 020 | 050)
       short lntl_$v/grayscale_s42 --grayscale $net
-      short lntl_$v/jitter_s42 --method jitter --grain 0 $net ;;
+      short lntl_$v/jitter_s42 --method jitter --alpha 1 --grain 0 $net ;;
     esac
   done
   for s in ${FEW#42}; do  # how much a seed matters

@@ -288,6 +288,12 @@ def test_the_row_at_answers_by_colour_and_does_not_train_where_colour_says_nothi
     assert min(of("at", follows)) > 0.98 and max(of("oracle_at", hard)) < 0.2
 
 
+def test_oracle_at_gives_every_picture_one_answer():
+    for record in runs("oracle_at").values():
+        confusion = record["final"]["test_hard"]["confusion"]
+        assert sum(sum(column) > 0 for column in zip(*confusion, strict=True)) == 1
+
+
 # ---- which part of the cure does the work?
 
 

@@ -50,21 +50,21 @@ def test_every_report_fills_tables_and_draws_figures(tiny, call, tmp_path, monke
 # ---- the commands of run_all.sh
 
 
-def listed(quick):
-    """[(script, its words)] of every step that run_all.sh would run in a fresh clone, in order."""
-    env = {**os.environ, "PYTHON": os.sys.executable, "QUICK": str(int(quick))}
-    done = subprocess.run(["bash", "run_all.sh", "--list"], text=True, capture_output=True, env=env)
-    assert done.returncode == 0, done.stderr
-    lines = [line.partition(" --step ")[2].split() for line in done.stdout.splitlines()]
-    return [(script.removesuffix(".py"), words) for script, *words in lines]
-
-
-@pytest.fixture
-def bare(tmp_path, monkeypatch):
-    """The scripts and run_all.sh, without any result."""
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """{QUICK: [(script, its words)]} of every step that run_all.sh runs in a fresh clone."""
+    folder, found = tmp_path_factory.mktemp("bare"), {}
     for name in ("run_all.sh", "common.py", "make_data.py", "train.py", "gradcam.py", "attack.py"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    monkeypatch.chdir(tmp_path)
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    for quick in (False, True):
+        env = {**os.environ, "PYTHON": os.sys.executable, "QUICK": str(int(quick))}
+        command = ["bash", "run_all.sh", "--list"]
+        out = subprocess.run(
+            command, cwd=folder, env=env, check=True, stdout=subprocess.PIPE
+        ).stdout
+        lines = [line.partition(" --step ")[2].split() for line in out.decode().splitlines()]
+        found[quick] = [(script.removesuffix(".py"), words) for script, *words in lines]
+    return found
 
 
 def trained(steps):
@@ -79,24 +79,24 @@ def trained(steps):
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_every_step_is_a_command_that_its_script_takes(bare, quick):
-    for script, words in listed(quick):
+def test_every_step_is_a_command_that_its_script_takes(steps, quick):
+    for script, words in steps[quick]:
         importlib.import_module(script).get_args(words)
 
 
-def test_no_training_step_overwrites_another_and_quick_gives_the_same_names(bare):
-    names, steps = trained(listed(False))
-    assert len(names) == steps > 90
-    few, steps = trained(listed(True))
-    assert len(few) == steps and few <= names
+def test_no_training_step_overwrites_another_and_quick_gives_the_same_names(steps):
+    names, n = trained(steps[False])
+    assert len(names) == n > 90
+    few, n = trained(steps[True])
+    assert len(few) == n and few <= names
     short = {(world, name) for world, name in names if len(name) > 30}
     assert not short, "a name that nobody would type"
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_every_model_that_a_step_reads_was_trained_by_a_step_before(bare, quick):
+def test_every_model_that_a_step_reads_was_trained_by_a_step_before(steps, quick):
     there = set()
-    for script, words in listed(quick):
+    for script, words in steps[quick]:
         args = importlib.import_module(script).get_args(words)
         if script == "train":
             there |= {args.dir / args.name, args.dir / re.sub(r"(_s\d+)$", r"_clean\1", args.name)}

@@ -121,7 +121,7 @@ def test_every_picture_of_a_batch_has_its_own_draw():
 
 
 def test_palettes_are_those_of_their_sources():
-    """Red, green and blue from 0 to 255 of one colour that is easy to get wrong, and of the ends."""
+    """Red, green and blue, 0 to 255, of four colours."""
     found = {}
     for recipe in ("background", "flat", "digit"):
         means = [tuple(bytes.fromhex(mean[1:])) for mean in common.PALETTES[recipe].values()]
@@ -146,8 +146,9 @@ def test_val_is_a_tenth_of_the_training_digits_and_none_is_in_both():
     splits = world()
     train, val = (set(splits[name]["gray"][:, 0, 0].tolist()) for name in ("train", "val"))
     assert len(train) == 180 and len(val) == 20 and not train & val
-    digits = splits["train"]["gray"][:, 0, 0] % 10
-    assert torch.equal(digits.long(), splits["train"]["labels"])
+    for name in ("train", "val"):
+        digits = splits[name]["gray"][:, 0, 0] % 10
+        assert torch.equal(digits.long(), splits[name]["labels"])
     assert val != set(range(20))  # drawn at random
 
 

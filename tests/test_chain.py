@@ -10,9 +10,6 @@ import pytest
 from conftest import ROOT
 from test_make_data import write_idx
 
-import attack
-import gradcam
-
 
 def test_the_four_commands_of_the_card(cli, call, tmp_path):
     """Warnings are errors in `cli`."""
@@ -24,27 +21,8 @@ def test_the_four_commands_of_the_card(cli, call, tmp_path):
     cli("attack.py --src 7 --tgt 3 --eps 0.05")
     found = {path.name for path in (tmp_path / "results").iterdir()}
     assert {"baseline_s42.json", "jitter_s42.json", "gradcam.json", "attack_7to3.json"} <= found
-
-
-@pytest.mark.filterwarnings("error")
-def test_every_report_fills_tables_and_draws_figures(tiny, call, tmp_path, monkeypatch):
-    for module, name, less in (
-        (gradcam, "SANITY_IMAGES", 10),
-        (gradcam, "SANITY_DRAWS", 1),
-        (attack, "RESOLUTION", 0.1),
-        (attack, "SEARCH_STEPS", 1),
-    ):
-        monkeypatch.setattr(module, name, less)
-    tiny(tmp_path / "results", n=100)
-    for name in ("baseline", "jitter"):
-        call(f"train.py --method {name} --epochs 1 --name {name}_s42")
-    call("gradcam.py")
-    call("attack.py --n 2 --steps 2")
     for script in ("make_data.py", "train.py", "gradcam.py", "attack.py"):
         assert "tables.md" in call(f"{script} --report"), script
-    tables = (tmp_path / "results" / "tables.md").read_text()
-    assert "| baseline |" in tables and "| jitter |" in tables
-    assert len(list((tmp_path / "results" / "figures").glob("*.png"))) >= 4
 
 
 # ---- the commands of run_all.sh

@@ -1,13 +1,13 @@
-"""How fast the scripts are: ours against the way most people write it, in one process, on one thread, taken in turns.
+"""How fast the scripts are: ours against the way most people write it, taken in turns.
 
     python tests/bench.py            # about four minutes; needs the data: python make_data.py
     python tests/bench.py --quick    # under a minute, on fewer images
     python tests/bench.py --json bench.json
 
-The other way is a DataLoader over a Dataset of single images with torchvision's transforms, an attack of a fixed number of steps
-(100) on one image after the other, and one heat map at a time through hooks; on fewer images, scaled. Where it is cheap the results are compared too:
-colours, predictions, maps, which images were fooled and by how much. Seconds are of CPU time, which other processes blur less than the
-clock, and a ratio is the median of its rounds. The naive way gains from what the process shares: one thread and a warm allocator.
+The other way is a DataLoader over single images with torchvision's transforms, an attack of 100
+steps on one image after the other, and one heat map at a time through hooks; it is timed on fewer
+images and scaled. Where it is cheap the results are compared too. Seconds are of CPU time on one
+thread, and a ratio is the median of its rounds.
 """
 
 import argparse
@@ -15,10 +15,10 @@ import contextlib
 import io
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ import train  # noqa: E402
 
 EPS, STEPS, FAR, TARGET = 0.05, 100, 0.5, 3  # of the attacks; FAR is the largest radius
 
-# ---------------------------------------------------------------- the way most people write it
+# ---- the way most people write it
 
 
 class PlainCNN(nn.Module):
@@ -67,12 +67,10 @@ def plain(model):
 
 
 def plain_paint(gray, colours):
-    rng, palette = (
-        np.random.default_rng(0),
-        np.array(list(common.PALETTES["background"].values())) / 255,
-    )
-    images = []
-    for digit, colour in zip(gray.numpy(), colours.numpy()):
+    rng = np.random.default_rng(0)
+    means = [bytes.fromhex(mean[1:]) for mean in common.PALETTES["background"].values()]
+    palette, images = np.array([list(mean) for mean in means]) / 255, []
+    for digit, colour in zip(gray.numpy(), colours.numpy(), strict=True):
         g = digit[:, :, None] / 255
         background = np.clip(palette[colour] + rng.normal(0, 0.15, (28, 28, 1)), 0, 1)
         images.append(np.round((background * (1 - g) + 0.6 * g) * 255).astype(np.uint8))
@@ -125,7 +123,7 @@ def plain_predict(model, split):
 
 
 def plain_pgd(model, x, target, eps, steps, step_size, stop=False):
-    """Targeted PGD on one image x (1,3,H,W), all steps; with `stop` no further than the first success."""
+    """Targeted PGD on one image x (1,3,H,W); with `stop` no further than the first success."""
     x_adv = (x + (2 * torch.rand_like(x) - 1) * eps).clamp(0, 1)
     for _ in range(steps):
         x_adv.requires_grad_()
@@ -148,21 +146,26 @@ def plain_attack(model, images, stop=False):
 
 
 def plain_min_eps(model, images):
-    """Bisection per image and criterion, every probe a PGD of as many steps as ours takes at a new radius; float (2,N)."""
+    """Bisection per image and criterion, each probe a PGD of its own; float (2,N)."""
+
+    def is_target(p):
+        return p.argmax().item() == TARGET
+
+    def is_sure(p):
+        return p[TARGET].item() >= attack.CONFIDENT
+
     found = []
-    for reached in (
-        lambda p: p.argmax().item() == TARGET,
-        lambda p: p[TARGET].item() >= attack.CONFIDENT,
-    ):
+    for reached in (is_target, is_sure):
         radii = []
         for x in images.split(1):
             low, high = 0.0, FAR
             while high - low > attack.RESOLUTION:
-                middle = (low + high) / 2
-                p = model(
-                    plain_pgd(model, x, TARGET, middle, attack.SEARCH_STEPS, middle / 10)
-                ).softmax(1)[0]
-                low, high = (low, middle) if reached(p) else (middle, high)
+                eps = (low + high) / 2
+                x_adv = plain_pgd(model, x, TARGET, eps, attack.SEARCH_STEPS, eps / 10)
+                if reached(model(x_adv).softmax(1)[0]):
+                    high = eps
+                else:
+                    low = eps
             radii.append(high)
         found.append(radii)
     return torch.tensor(found)
@@ -171,27 +174,27 @@ def plain_min_eps(model, images):
 def plain_maps(model, images):
     """Grad-CAM of the predicted class, by hooks on the last ReLU; float (N,7,7)."""
     seen, maps = {}, []
-    hooks = [
-        model.relu.register_forward_hook(
-            lambda module, inputs, output: seen.update(activation=output.detach())
-        ),
-        model.relu.register_full_backward_hook(
-            lambda module, inputs, outputs: seen.update(gradient=outputs[0])
-        ),
-    ]
+
+    def forward(module, inputs, output):
+        seen["activation"] = output.detach()
+
+    def backward(module, inputs, outputs):
+        seen["gradient"] = outputs[0]
+
+    hooks = [model.relu.register_forward_hook(forward)]
+    hooks.append(model.relu.register_full_backward_hook(backward))
     for x in images.split(1):
         logits = model(x)
         model.zero_grad()
         logits[0, logits.argmax()].backward()
-        maps.append(
-            F.relu((seen["gradient"].mean((2, 3), keepdim=True) * seen["activation"]).sum(1))
-        )
+        weights = seen["gradient"].mean((2, 3), keepdim=True)
+        maps.append(F.relu((weights * seen["activation"]).sum(1)))
     for hook in hooks:
         hook.remove()
     return torch.cat(maps)
 
 
-# ---------------------------------------------------------------- taking turns
+# ---- taking turns
 
 
 def seconds(work, *given):
@@ -202,89 +205,76 @@ def seconds(work, *given):
     return time.process_time() - began, result
 
 
+def agree(naive, ours):
+    return True
+
+
 class Row(NamedTuple):
     what: str
     goal: float | None  # how many times faster ours should be
-    naive: object  # the first n images -> a result
+    naive: object  # the first n images to a result
     ours: object
     few: int  # images that the naive way is timed on
     n: int  # images that ours is timed on, and that both are scaled to
-    same: object = lambda naive, ours: True  # do the two results agree
+    same: object = agree  # do the two results agree
 
 
 def race(row, rounds):
-    """The row as a dictionary: medians of seconds, and of their ratios, over rounds in which one follows the other."""
+    """Medians of seconds, and of their ratios, over rounds in which one follows the other."""
     times = []
     for _ in range(rounds):
         (naive, theirs), (ours, result) = seconds(row.naive, row.few), seconds(row.ours, row.n)
         assert row.same(theirs, result), f"{row.what}: the naive way and ours disagree"
         times.append((naive * row.n / row.few, ours))
-    naive, ours = (median(t) for t in zip(*times))
-    return {
-        "what": row.what,
-        "naive": naive,
-        "ours": ours,
-        "ratio": median(a / b for a, b in times),
-        "goal": row.goal,
-        "n_naive": row.few,
-        "n": row.n,
-    }
+    naive, ours = (median(t) for t in zip(*times, strict=True))
+    ratio = median(a / b for a, b in times)
+    return {"what": row.what, "naive": naive, "ours": ours, "ratio": ratio, "goal": row.goal}
 
 
 def take(split, n):
     return common.Split(*(part[:n] for part in split))
 
 
-def rows(splits, nets):
-    """Every row at full size."""
-    trained, test = splits["train"], splits["test_unbiased"]
-    gray, colours = (
-        torch.cat([getattr(split, key) for split in splits.values()])[:70_000]
-        for key in ("gray", "colors")
-    )
-    sevens = (test.labels == 7).nonzero()[:, 0]
-    sevens = test.x(sevens[torch.arange(1000) % len(sevens)])
-    target = torch.full((1000,), TARGET)
+def epoch(splits, n, flags=""):
+    """A model after one epoch on the first n training images."""
+    args = train.get_args(["--epochs", "1", *flags.split()])
+    torch.manual_seed(args.seed)
+    model = common.build_model()
+    few = {name: take(split, n if name == "train" else 10) for name, split in splits.items()}
+    train.train(model, few, args, torch.device("cpu"))
+    return model
 
-    def epoch(n, flags=""):
-        args = train.get_args(["--epochs", "1", *flags.split()])
-        torch.manual_seed(args.seed)
-        model = common.build_model()
-        train.train(
-            model,
-            {name: take(split, n if name == "train" else 10) for name, split in splits.items()},
-            args,
-            torch.device("cpu"),
-        )
-        return model
 
-    def predicts_alike(_, model):
-        return (
-            plain_predict(plain(model), take(test, 500)) == common.predict(model, take(test, 500))
-        ).float().mean() > 0.99
+def training_rows(splits):
+    trained, test = splits["train"], take(splits["test_unbiased"], 500)
+    gray = torch.cat([split.gray for split in splits.values()])[:70_000]
+    colours = torch.cat([split.colors for split in splits.values()])[:70_000]
+    recolour = transforms.ColorJitter(0.5, 0.5, 0.5, 0.5)
+
+    def ours_painted(n):
+        return common.paint(gray[:n], colours[:n], common.stream(0, "paint"))
+
+    def by_colour(x):
+        groups = [x[colours[: len(x)] == c] for c in range(10)]
+        return torch.stack([torch.stack([g.mean((0, 2, 3)), g.std((0, 2, 3))]) for g in groups])
 
     def painted_alike(naive, ours):
-        mean_and_sd = lambda x: torch.stack(
-            [
-                torch.stack(
-                    [
-                        x[colours[: len(x)] == c].mean((0, 2, 3)),
-                        x[colours[: len(x)] == c].std((0, 2, 3)),
-                    ]
-                )
-                for c in range(10)
-            ]
-        )
         naive = torch.from_numpy(naive).permute(0, 3, 1, 2).float()
-        return (mean_and_sd(naive) - mean_and_sd(ours[: len(naive)].float())).abs().max() < 1
+        return (by_colour(naive) - by_colour(ours[: len(naive)].float())).abs().max() < 1
 
-    recolour = transforms.ColorJitter(0.5, 0.5, 0.5, 0.5)
-    published = "--method jitter --jitter hsv --classify image --no-fade"
+    def predicts_alike(_, model):
+        naive = plain_predict(plain(model), test)
+        return (naive == common.predict(model, test)).float().mean() > 0.99
+
+    def naive_jitter(n):
+        return plain_epoch(take(trained, n), recolour)
+
+    sizes = 9000, 54_000
     yield Row(
         "paint the four splits",
         10,
         lambda n: plain_paint(gray[:n], colours[:n]),
-        lambda n: common.paint(gray[:n], colours[:n], common.stream(0, "paint")),
+        ours_painted,
         2000,
         70_000,
         painted_alike,
@@ -293,230 +283,153 @@ def rows(splits, nets):
         "baseline epoch",
         3,
         lambda n: plain_epoch(take(trained, n)),
-        epoch,
-        9000,
-        54_000,
+        lambda n: epoch(splits, n),
+        *sizes,
         predicts_alike,
     )
+    for what, flags in (("mix", ""), ("torchvision's", "--jitter hsv --classify image --no-fade")):
+        yield Row(
+            f"jitter epoch, {what} recolouring",
+            6,
+            naive_jitter,
+            lambda n, flags=flags: epoch(splits, n, f"--method jitter {flags}"),
+            *sizes,
+        )
+
+
+def attack_rows(test, name, model):
+    sevens = (test.labels == 7).nonzero()[:, 0]
+    sevens = test.x(sevens[torch.arange(1000) % len(sevens)])
+    target = torch.full((1000,), TARGET)
+    simple, args = plain(model), attack.get_args(["--steps", str(STEPS)])
+
+    def fool(n):
+        gen = common.stream(0, "attack")
+        return attack.headline(model, sevens[:n], target[:n], args, gen)[0]["confidence"].isfinite()
+
+    def radii(n):
+        gen = common.stream(0, "min-eps")
+        steps = attack.SEARCH_STEPS
+        found = attack.search_min_eps(
+            model, sevens[:n], target[:n], attack.RADII, gen, steps
+        ).values()
+        return torch.stack(list(found))
+
+    def as_often(naive, ours):
+        return (naive == ours[: len(naive)]).float().mean() >= 0.9
+
+    def as_near(naive, ours):
+        apart = naive - ours[:, : naive.shape[1]].clamp(max=FAR)
+        return apart.abs().median() < 3 * attack.RESOLUTION
+
+    def maps(n):
+        subject = SimpleNamespace(model=model, target_layer=model.relu)
+        return gradcam.heat_of(subject, take(test, n), "gradcam").maps
+
+    def maps_alike(naive, ours):
+        return torch.allclose(naive, ours[: len(naive)], atol=1e-4 * float(ours.max()))
+
+    what = f"{name}, 7 to {TARGET}"
     yield Row(
-        "jitter epoch",
-        6,
-        lambda n: plain_epoch(take(trained, n), recolour),
-        lambda n: epoch(n, "--method jitter"),
-        9000,
-        54_000,
+        f"attack {what}", 10, lambda n: plain_attack(simple, sevens[:n]), fool, 20, 1000, as_often
     )
     yield Row(
-        "jitter epoch, torchvision's own jitter",
-        6,
-        lambda n: plain_epoch(take(trained, n), recolour),
-        lambda n: epoch(n, published),
-        9000,
-        54_000,
+        f"attack {what}, naive stops early too",
+        None,
+        lambda n: plain_attack(simple, sevens[:n], stop=True),
+        fool,
+        50,
+        1000,
+        as_often,
     )
-    for name, model in nets.items():
-        simple, args = plain(model), attack.get_args(["--steps", str(STEPS)])
-        fool = lambda n: attack.headline(
-            model, sevens[:n], target[:n], args, common.stream(0, "attack")
-        )[0]["confidence"].isfinite()
-        radii = lambda n: torch.stack(
-            [
-                *attack.search_min_eps(
-                    model, sevens[:n], target[:n], args.sweep, common.stream(0, "min-eps")
-                ).values()
-            ]
-        )
-        as_often = lambda naive, ours: (naive == ours[: len(naive)]).float().mean() >= 0.9
-        as_near = lambda naive, ours: (
-            (naive - ours[:, : naive.shape[1]].clamp(max=FAR)).abs().median()
-            < 3 * attack.RESOLUTION
-        )
-        yield Row(
-            f"attack {name}, 7 to {TARGET}",
-            10,
-            lambda n: plain_attack(simple, sevens[:n]),
-            fool,
-            20,
-            1000,
-            as_often,
-        )
-        yield Row(
-            f"attack {name}, naive stops early too",
-            None,
-            lambda n: plain_attack(simple, sevens[:n], stop=True),
-            fool,
-            50,
-            1000,
-            as_often,
-        )
-        yield Row(
-            f"min-eps of {name}, two criteria",
-            20,
-            lambda n: plain_min_eps(simple, sevens[:n]),
-            radii,
-            10,
-            200,
-            as_near,
-        )
+    yield Row(
+        f"min-eps of {name}, two criteria",
+        20,
+        lambda n: plain_min_eps(simple, sevens[:n]),
+        radii,
+        10,
+        200,
+        as_near,
+    )
     yield Row(
         f"heat maps of {name}",
         30,
         lambda n: plain_maps(simple, take(test, n).x(slice(None))),
-        lambda n: gradcam.heat_of(model, model.relu, take(test, n), "gradcam").maps,
+        maps,
         500,
         10_000,
-        lambda naive, ours: torch.allclose(
-            naive, ours[: len(naive)], atol=1e-4 * float(ours.max())
-        ),
+        maps_alike,
     )
 
 
-# ---------------------------------------------------------------- numbers without a rival
+# ---- numbers without a rival
 
 
 def share_of_peak(splits, rounds):
-    """GFLOP/s of a baseline step (batch of 128), those of a large float32 matrix product, and the share."""
-    model, batch, square = common.build_model(), 128, torch.rand(1024, 1024)
-    optimiser, x, y = (
-        torch.optim.AdamW(model.parameters(), fused=True),
-        splits["train"].x(slice(batch)),
-        splits["train"].labels[:batch],
-    )
-    step = lambda: train.update(optimiser, F.cross_entropy(model(x), y))
+    """GFLOP/s of a baseline step (batch of 128), and of a large float32 matrix product."""
+    model, square = common.build_model(), torch.rand(1024, 1024)
+    optimiser = torch.optim.AdamW(model.parameters(), fused=True)
+    x, y = splits["train"].x(slice(128)), splits["train"].labels[:128]
+
+    def steps(times):
+        for _ in range(times):
+            train.update(optimiser, F.cross_entropy(model(x), y))
+
+    def products(times):
+        for _ in range(times):
+            square @ square
+
     with FlopCounterMode(display=False) as counter:
-        step()
-    repeat = lambda work, times: [work() for _ in range(times)]
-    speeds = [
-        (
-            50 * counter.get_total_flops() / seconds(repeat, step, 50)[0] / 1e9,
-            20 * 2 * 1024**3 / seconds(repeat, lambda: square @ square, 20)[0] / 1e9,
-        )
-        for _ in range(rounds)
-    ]
-    step, peak = (median(s) for s in zip(*speeds))
-    return {"step_gflops": step, "peak_gflops": peak, "share": median(a / b for a, b in speeds)}
+        steps(1)
+    work = counter.get_total_flops() / 1e9, 2 * 1024**3 / 1e9
+    ours = [50 * work[0] / seconds(steps, 50)[0] for _ in range(rounds)]
+    peak = [20 * work[1] / seconds(products, 20)[0] for _ in range(rounds)]
+    return {"step_gflops": median(ours), "peak_gflops": median(peak)}
 
 
-def growth(row, rounds):
-    """Microseconds per image on a sixteenth of the images, a quarter, and all of them."""
-    sizes = [row.n // 16, row.n // 4, row.n]
-    times = [[seconds(row.ours, n)[0] / n * 1e6 for n in sizes] for _ in range(rounds)]
-    return {
-        "what": row.what,
-        "n": sizes,
-        "microseconds_per_image": [median(t) for t in zip(*times)],
-    }
-
-
-def start_up(folder, rounds):
-    """Seconds by the clock until a script has read its arguments, and until train.py is in its first epoch; beside a bare `import torch`."""
-    scripts = ("make_data.py", "train.py", "gradcam.py", "attack.py")
-    commands = {
-        "import torch": ["-c", "import torch"],
-        **{f"{script} --help": [str(ROOT / script), "--help"] for script in scripts},
-        "train.py, in its first epoch": [str(ROOT / "train.py"), "--dir", str(folder)],
-    }
-    times = []
-    for _ in range(rounds):
-        times.append([])
-        for what, command in commands.items():
+def start_up(rounds):
+    """Seconds by the clock of --help, beside a bare `import torch`."""
+    commands = {"import torch": ["-c", "import torch"]}
+    for script in ("make_data.py", "train.py", "gradcam.py", "attack.py"):
+        commands[f"{script} --help"] = [str(ROOT / script), "--help"]
+    found = {}
+    for what, command in commands.items():
+        times = []
+        for _ in range(rounds):
             began = time.time()
-            with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE) as child:
-                if "epoch" in what:
-                    child.stdout.readline()  # the arguments, printed when everything is loaded
-                    child.kill()
-                else:
-                    child.communicate()
-            times[-1].append(time.time() - began)
-    return {what: median(t) for what, t in zip(commands, zip(*times))}
-
-
-def peak_memory(folder):
-    """GB that one epoch on all training images takes at its peak."""
-    ask = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    )  # a child starts with its parent's peak, so this small one comes between
-    command = [
-        sys.executable,
-        "-c",
-        ask,
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--dir",
-        str(folder),
-        "--epochs",
-        "1",
-    ]
-    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, kilobytes elsewhere
+            subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
+            times.append(time.time() - began)
+        found[what] = median(times)
+    return found
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    p.add_argument("--dir", type=Path, default=ROOT / "results", help="the world and its models")
     p.add_argument("--quick", action="store_true", help="a tenth of the images, one round")
     p.add_argument("--json", type=Path, help="write the numbers here as well")
     args = p.parse_args()
-    common.setup(argparse.Namespace(dir=Path(tempfile.gettempdir()), device="cpu", threads=1))
-    splits = common.load_splits(ROOT / "results")
-    nets = {
-        name: common.load_model(ROOT / "results", f"{name}_s42")[0]
-        for name in ("baseline", "jitter")
-    }
-    rounds, found = 1 if args.quick else 3, {"rows": [], "growth": []}
-    table = []
-    for row in rows(splits, nets):
-        small = row._replace(few=max(row.few // 5, 5), n=row.n // 10) if args.quick else row
-        r = race(small, rounds)
-        found["rows"].append(r)
-        print(f"{row.what}: {r['ratio']:.1f}x", file=sys.stderr, flush=True)
-        table.append(
-            [
-                f"{small.n:,} images: {row.what}",
-                f"{r['naive']:.2f} s",
-                f"{r['ours']:.2f} s",
-                f"{r['ratio']:.1f}x",
-                f"{row.goal}x" if row.goal else "-",
-                f"naive {small.few:,}, ours {small.n:,}",
-            ]
-        )
-        if row.what in ("paint the four splits", "baseline epoch") or "heat" in row.what:
-            found["growth"].append(growth(small, rounds))
-    with tempfile.TemporaryDirectory() as folder:
-        for name in (*(f"{split}.pt" for split in common.SPLITS), "meta.json"):
-            (Path(folder) / name).symlink_to(ROOT / "results" / name)
-        found |= {
-            "peak": share_of_peak(splits, rounds),
-            "start_up": start_up(folder, rounds),
-            "memory_gb": peak_memory(folder),
-        }
-    print(common.markdown(["what", "naive", "ours", "ratio", "goal", "images timed"], table))
-    print(
-        common.markdown(
-            ["microseconds per image", "1x", "4x", "16x"],
-            [
-                [
-                    f"{g['what']}, {g['n'][0]:,} images and more",
-                    *(f"{t:.1f}" for t in g["microseconds_per_image"]),
-                ]
-                for g in found["growth"]
-            ],
-        )
-    )
-    print(
-        common.markdown(
-            ["seconds to start", ""], [[what, f"{t:.2f}"] for what, t in found["start_up"].items()]
-        )
-    )
-    peak = found["peak"]
-    print(
-        f"A baseline step does {peak['step_gflops']:.1f} GFLOP/s, {peak['share']:.0%} of the {peak['peak_gflops']:.0f} of a 1024x1024 float32 product."
-    )
-    print(f"An epoch of 54,000 images takes {found['memory_gb']:.2f} GB at its peak.")
+    common.setup(SimpleNamespace(dir=args.dir, device="cpu", threads=1))
+    splits = {name: common.load_split(args.dir, name) for name in common.SPLITS}
+    races = list(training_rows(splits))
+    for name in ("baseline", "jitter"):
+        model = common.load_model(args.dir, f"{name}_s42")[0]
+        races += attack_rows(splits["test_unbiased"], name, model)
+    rounds, found = 1 if args.quick else 3, []
+    for row in races:
+        if args.quick:
+            row = row._replace(few=max(row.few // 5, 5), n=row.n // 10)
+        found.append(race(row, rounds))
+        print(f"{row.what}: {found[-1]['ratio']:.1f} times faster", file=sys.stderr, flush=True)
+    record = {"races": found, "start_up": start_up(rounds), "peak": share_of_peak(splits, rounds)}
+    table = [[r["what"], *(f"{r[k]:.2f}" for k in ("naive", "ours", "ratio"))] for r in found]
+    print(common.markdown(["what", "naive (s)", "ours (s)", "ratio"], table))
+    for key in ("start_up", "peak"):
+        table = [[what, f"{number:.2f}"] for what, number in record[key].items()]
+        print(common.markdown([key, "seconds" if key == "start_up" else "GFLOP/s"], table))
     if args.json:
-        common.save_json(found, args.json)
+        common.save_json(record, args.json)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ import pytest
 from conftest import ROOT
 from test_make_data import write_idx
 
+import attack
+import gradcam
+
 
 def test_the_four_commands_of_the_card(cli, call, tmp_path):
     """Warnings are errors in `cli`."""
@@ -24,7 +27,14 @@ def test_the_four_commands_of_the_card(cli, call, tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_every_report_fills_tables_and_draws_figures(tiny, call, tmp_path):
+def test_every_report_fills_tables_and_draws_figures(tiny, call, tmp_path, monkeypatch):
+    for module, name, less in (
+        (gradcam, "SANITY_IMAGES", 10),
+        (gradcam, "SANITY_DRAWS", 1),
+        (attack, "RESOLUTION", 0.1),
+        (attack, "SEARCH_STEPS", 1),
+    ):
+        monkeypatch.setattr(module, name, less)
     tiny(tmp_path / "results", n=100)
     for name in ("baseline", "jitter"):
         call(f"train.py --method {name} --epochs 1 --name {name}_s42")

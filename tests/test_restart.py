@@ -221,7 +221,7 @@ STEPS = 5  # of QUICK=1 bash run_all.sh cures
 
 @pytest.fixture
 def stages(tmp_path):
-    """run_all.sh beside scripts that note when they begin and end, and wait while there is `hold`."""
+    """run_all.sh beside scripts that note when they begin and end, and wait for `hold`."""
     (tmp_path / "run_all.sh").write_bytes((ROOT / "run_all.sh").read_bytes())
     script = textwrap.dedent("""
         import os, sys, time

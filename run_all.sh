@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Regenerates every table and figure of results/report.md on real MNIST.
+# Regenerates every table and figure on real MNIST.
 #
-#   bash run_all.sh                 every stage, in order
-#   bash run_all.sh STAGE...        only these stages: lazy evidence cures ablations biased lntl robust robgan
-#   bash run_all.sh report          write report.md again from the results that are there
-#   bash run_all.sh test            set up, then run the tests
-#   bash run_all.sh --list STAGE... what remains to be done, a command a line behind its level; a level needs those below it
-#   bash run_all.sh --step SCRIPT   one such command: python SCRIPT, its mark in DIR/.done
-#   QUICK=1 bash run_all.sh         everything in a few minutes on a small subset, into results/quick
-#   FRESH=1 bash run_all.sh         start over instead of continuing
-#   JOBS=4 bash run_all.sh          steps side by side (default: one per core), one thread each
-#   PYTHON=... bash run_all.sh      use this python (default: one that has torch, else a new .venv)
+#   bash run_all.sh                every stage: lazy evidence cures ablations biased lntl robust robgan
+#   bash run_all.sh STAGE...       only these
+#   bash run_all.sh report         refill tables and redraw figures from the results that are there
+#   bash run_all.sh test           format, lint and the fast tests
+#   bash run_all.sh --list STAGE   what remains, a command a line behind its level; a level needs those below
+#   bash run_all.sh --step SCRIPT  one such command
+#   QUICK=1 bash run_all.sh        everything on 6,000 images, into results/quick
+#   FRESH=1 bash run_all.sh        start over, and replace results of other settings
+#   JOBS=4 bash run_all.sh         steps side by side (default: one per core), one thread each
+#   PYTHON=... bash run_all.sh     this python (default: one that has torch, else a new .venv)
 #
-# A finished step leaves a mark in DIR/.done, named after its command and the code it ran: a second call continues where the
-# first one stopped, and after a script was changed it runs again, with all that read its results.
+# A finished step leaves a mark in DIR/.done, named after its command and the code it ran. A second call continues
+# where the first one stopped, and repeats what a changed script makes, with all that reads its results.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -21,74 +21,73 @@ STAGES="lazy evidence cures ablations biased lntl robust robgan"
 DIR=results
 JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
 SEEDS="42 43 44 45 46" FEW="42 43 44"  # of the headline, and of side tables
-VARIANCES="020 030 040 050"  # thousandths, of lntl
-BIASED="999 995 99"  # the worlds of biased, by the digits behind the point
-DATA= BUDGET= RESNET=resnet50 N=1000
+VARIANCES="020 030 040 050" BIASED="999 995 99"  # worlds of lntl, in thousandths; of biased, behind the point
+DATA= BUDGET= SHORT= RESNET=resnet50 N=1000
 if [ "${QUICK:-0}" = 1 ]; then
-  DIR=results/quick SEEDS="42 43" FEW="42" DATA="--limit 6000" BUDGET="--epochs 2" RESNET=resnet18 N=50 VARIANCES="020 050" BIASED="999 99"
+  DIR=results/quick SEEDS="42 43" FEW=42 VARIANCES="020 050" BIASED="999 99"
+  DATA="--limit 6000" BUDGET="--lr 0.01 --schedule onecycle" SHORT="--epochs 2" RESNET=resnet18 N=50
 fi
 DONE=$DIR/.done
-export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # busy threads of side-by-side processes on few cores stall each other
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # threads of processes side by side on few cores stall each other
 
 fail() { echo "run_all.sh: $*" >&2; exit 2; }
 case $JOBS in *[!0-9]* | 0* | ????*) fail "JOBS is '$JOBS'; give a number from 1 to 999" ;; esac
 case ${QUICK:-0}${FRESH:-0} in [01][01]) ;; *) fail "QUICK is '${QUICK:-}' and FRESH is '${FRESH:-}'; both are 0 or 1" ;; esac
-[ -z "${PYTHON:-}" ] || command -v "$PYTHON" > /dev/null || fail "PYTHON is '$PYTHON', which cannot be run; leave it out to find one"
 
-# ---- setup: $PYTHON if you name one, else the first python here that can import what we need, else a fresh .venv
+# ---- setup: $PYTHON if you name one, else the first python with all we need, else a new .venv
 setup() {
-  [ -z "${PYTHON:-}" ] || return 0
-  local probe="import sys, torch, torchvision, numpy, matplotlib, pytest, ruff; assert sys.version_info >= (3, 11)"
+  local new="import sys; assert sys.version_info >= (3, 11)" all="import torch, torchvision, matplotlib, pytest, ruff"
+  if [ -n "${PYTHON:-}" ]; then
+    "$PYTHON" -c "$new" 2> /dev/null || fail "PYTHON is '$PYTHON', which is no Python 3.11 or newer; leave it out to find one"
+    return
+  fi
   for PYTHON in .venv/bin/python python3 python; do
-    command -v "$PYTHON" > /dev/null && "$PYTHON" -c "$probe" 2> /dev/null && return
+    "$PYTHON" -c "$new; $all" 2> /dev/null && return
   done
-  PYTHON=$(command -v python3 || command -v python) || fail "there is no python3 here; install Python 3.11 or newer"
+  for PYTHON in python3 python3.14 python3.13 python3.12 python3.11 none; do
+    "$PYTHON" -c "$new" 2> /dev/null && break
+  done
+  [ $PYTHON != none ] || fail "there is no Python 3.11 or newer here; install one"
   echo "run_all.sh: making .venv from requirements.txt (a few minutes, about 6 GB)"
   "$PYTHON" -m venv .venv || fail "python -m venv failed; install the venv module (Debian: apt install python3-venv)"
   PYTHON=.venv/bin/python
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt || fail "pip could not install requirements.txt; its message is above"
+  "$PYTHON" -m pip install -q -r requirements.txt || fail "pip could not install requirements.txt; its message is above"
 }
 
-# ---- one at a time: descriptor 9 holds the lock, and so do the steps, which a killed run_all.sh leaves behind; the system frees it with the last
+# ---- one at a time: descriptor 9 holds the lock, and so do the steps that a killed run leaves behind
 alone() {
   [ -z "${LOCKED:-}" ] || return 0
   mkdir -p "$DIR"
   exec 9>> "$DIR/.run_all.lock"
-  "$PYTHON" -c '
-import fcntl, sys
-try:
-    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except BlockingIOError:
-    sys.exit(1)
-except OSError:
-    pass  # a file system without locks' ||
+  "$PYTHON" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2> /dev/null ||
     fail "another run_all.sh (process $(cat "$DIR/.run_all.lock")) or a step that it left behind is at work in $DIR; wait for it"
   LOCKED=$$
   echo $$ > "$DIR/.run_all.lock"
   [ "${FRESH:-0}" != 1 ] || rm -rf "$DONE"
   mkdir -p "$DONE"
-  find "$DONE" -name 'log.*' -mtime +1 -delete  # of killed steps; a younger one may be of a --step elsewhere
 }
 
 # ---- steps: queue them with `step`, run the queue side by side with `go`
 QUEUE=()
 step() { set -- $*; QUEUE+=("$*"); }  # one blank between words, as --step will see them
+at() { local dir=$DIR/$1; echo "--dir ${dir%/.} ${*:2}"; }  # WORLD FLAGS
+paint() { step "make_data.py $(at "$@") $DATA"; }  # WORLD FLAGS
+attack() { step "attack.py $(at "$@")"; }  # WORLD FLAGS
+short() { step "train.py $(at ${1%/*} --name ${1#*/} ${*:2})"; }  # WORLD/NAME FLAGS: not the name train.py would give
+fit() { step "train.py --dir $DIR ${*:2} ${BUDGET:+$BUDGET --name $1}"; }  # NAME FLAGS: the name it gives, but for BUDGET
 
 mark() {  # the file that says this command was run by this code: every script upstream of it counts
-  local code
-  case $1 in
-    make_data.py*) code="make_data.py" ;;
-    train.py*) code="make_data.py train.py" ;;
-    *) code="make_data.py train.py ${1%% *}" ;;
-  esac
+  local code=make_data.py
+  case $1 in make_data.py*) ;; *) code="make_data.py train.py ${1%% *}" ;; esac
   echo "$DONE/$( { echo "$1"; cat common.py $code; } | cksum | tr ' ' -)"
 }
 
 one() {  # one step; what it printed is shown if it fails
-  local began=$SECONDS log=$DONE/log.${HOSTNAME:-here}.$$.$K mark child=
-  trap 'kill $child 2> /dev/null || :; rm -f "$log"; exit 143' TERM  # before there is anything to leave behind
+  local began=$SECONDS again= log=$DONE/log.${HOSTNAME:-here}.$$.$K mark child=
+  trap 'kill $child 2> /dev/null || :; rm -f "$log"; exit 143' TERM
   mark=$(mark "$1") || return 1
-  "$PYTHON" $1 > "$log" 2>&1 &
+  [ "${FRESH:-0}" != 1 ] || again=--overwrite
+  "$PYTHON" $1 $again > "$log" 2>&1 &
   child=$!
   if wait $child; then
     mv "$log" "$mark"
@@ -102,7 +101,7 @@ one() {  # one step; what it printed is shown if it fails
 }
 
 minutes() {  # what a stage takes on two cores; the time left is told from these and the pace so far
-  case $1 in lazy) echo 12 ;; evidence) echo 6 ;; cures) echo 5 ;; robust) echo 29 ;; robgan) echo 17 ;; *) echo 9 ;; esac
+  case $1 in lazy) echo 12 ;; evidence) echo 6 ;; cures) echo 5 ;; robust) echo 32 ;; robgan) echo 17 ;; *) echo 9 ;; esac
 }
 
 left() {  # after the K-th of the STEPS steps of this stage
@@ -130,192 +129,167 @@ go() {  # runs the queue, JOBS steps at a time; after a failure nothing new is s
     { one "$command" "$STAGE $K/$STEPS" || : > "$DONE/failed"; } &
   done
   wait
-  [ ! -e "$DONE/failed" ] || { echo "run_all.sh: stopped at the failed step above; mend it and run the same command again to continue" >&2; exit 1; }
+  [ ! -e "$DONE/failed" ] || { echo "run_all.sh: stopped at the failed step above; run the same command again to continue" >&2; exit 1; }
 }
 
 # ---- stages: one line a step, fit to paste behind `python`; behind it what it feeds
 lazy() {
-  step "make_data.py --dir $DIR $DATA"                                       # samples.png
-  step "make_data.py --dir $DIR/unbiased --corr 0.1 $DATA"                   # the oracle's world
+  local s method
+  paint .  # samples.png
+  paint unbiased --corr 0.1  # the oracle's world
   go "paint the worlds"
   for s in $SEEDS; do
-    for method in combined jitter grl baseline; do
-      step "train.py --dir $DIR --method $method --seed $s $BUDGET"          # headline table, learning curves, confusion
-    done
-    step "train.py --dir $DIR/unbiased --name oracle_s$s --seed $s $BUDGET"  # the last row of the table: its ceiling
+    for method in combined jitter grl baseline; do fit ${method}_s$s --method $method --seed $s; done  # headline table
+    short unbiased/oracle_s$s --seed $s $BUDGET  # the ceiling at the same budget
   done
-  step "train.py --dir $DIR --method jitter --alpha 2 --jitter hsv --classify image --no-fade --name jitter_published_s42 $BUDGET"  # the published cures
-  step "train.py --dir $DIR --method grl --no-conditional --name grl_unconditional_s42 $BUDGET"
+  fit jitter_hsv_image_nofade_s42 --method jitter --jitter hsv --classify image --no-fade  # the cures as published
+  fit grl_noconditional_s42 --method grl --no-conditional
   go "train"
-  step "attack.py --dir $DIR --src 7 --tgt 3 --eps 0.05"                     # a first look at seed 42; `evidence` takes all seeds
-  step "gradcam.py --dir $DIR --models $(SEEDS=$FEW over_seeds baseline jitter combined unbiased/oracle)"  # heat maps, flip rates, null rows
+  attack . --src 7 --tgt 3 --eps 0.05  # a first look at seed 42
+  step "gradcam.py --dir $DIR"
   go "look and attack"
   report
 }
 
 cures() {  # the other rows of the headline table
-  step "train.py --dir $DIR --method lntl $BUDGET"                           # slow: its heads look at every pixel of the background
+  local s method
+  fit lntl_s42 --method lntl  # slow: its heads look at every pixel
   for s in $FEW; do
-    for method in lff groupdro jtt biasbal; do step "train.py --dir $DIR --method $method --seed $s $BUDGET"; done
+    for method in lff groupdro jtt biasbal; do fit ${method}_s$s --method $method --seed $s; done
   done
   go "train"
   report
 }
 
 evidence() {  # what a sceptic asks for: nulls, ceilings, all seeds, other attacks, other weights
-  local few="$(SEEDS=$FEW over_seeds baseline jitter)"
-  step "attack.py --dir $DIR --n $((N / 2)) --models $few grl_s42 combined_s42 unbiased/oracle_s42"  # min-eps, sweep, the verdict
-  step "train.py --dir $DIR --shuffle-labels --name shuffled_s42 $BUDGET"  # a null model for the heat maps
-  step "train.py --dir $DIR --method jitter --alpha 2 --name jitter_alpha2_s42 $BUDGET"
-  step "train.py --dir $DIR --method grl --gamma 1 --name grl_gamma1_s42 $BUDGET"
-  step "attack.py --dir $DIR --untargeted --n $((2 * N)) --models $few grl_s42 combined_s42 unbiased/oracle_s42"
-  step "gradcam.py --dir $DIR --cam hirescam --models $few"
-  step "attack.py --dir $DIR --pairs"
-  go "train the null row and other weights, attack"
-  step "gradcam.py --dir $DIR --models $(over_seeds baseline jitter grl combined unbiased/oracle) shuffled_s42"
-  step "attack.py --dir $DIR --check"                                        # fails the stage if an attack cannot be trusted
+  local few="$(over_seeds "$FEW" baseline jitter)" others="grl_s42 combined_s42 unbiased/oracle_s42"
+  local all="$(over_seeds "$SEEDS" baseline jitter grl combined unbiased/oracle) baseline_shufflelabels_s42"
+  attack . --n $((N / 2)) --models $few $others  # min-eps, paired
+  fit baseline_shufflelabels_s42 --shuffle-labels  # a null model for the heat maps
+  fit grl_gamma1_s42 --method grl --gamma 1
+  attack . --untargeted --n $((2 * N)) --models $few $others
+  attack . --pairs --n $((N / 20))
+  go "train the null row and another weight, attack"
+  step "gradcam.py --dir $DIR --name all --models $all"  # lift and flips, null rows
+  step "gradcam.py --dir $DIR --name all --cam hirescam --models $few"
+  attack . --check  # fails if an attack cannot be trusted
   go "look, and check the attacks"
   report
 }
 
-ablations() {  # which part of the cure does the work, and how much is budget or size (budget.png)
-  local e m cycle="--schedule onecycle --lr 1e-2"
-  variant() { step "train.py --dir $DIR --method $1 --name $2_s42 $BUDGET"; }
-  step "train.py --dir $DIR --name baseline_epochs30_s42 ${BUDGET:---epochs 30}"
-  for m in jitter baseline; do variant "$m --width 16" ${m}_width16; done
-  step "train.py --dir $DIR/unbiased --width 16 --name oracle_width16_s42 $BUDGET"
-  for m in combined jitter biasbal baseline; do variant "$m $cycle" ${m}_onecycle; done
-  step "train.py --dir $DIR/unbiased --name oracle_onecycle_s42 $cycle $BUDGET"
-  variant "combined --gamma 0" combined_gamma0  # jitter with colour labels, nothing reversed
-  variant "jitter --alpha 0" jitter_alpha0      # plain augmentation: the control for the KL term
-  variant "jitter --no-fade" jitter_nofade
-  variant "jitter --classify image" jitter_image
-  variant "jitter --jitter hsv" jitter_hsv
-  variant "jitter --grain 0" jitter_grain0
-  variant "jitter --divergence reverse" jitter_reverse
-  for e in 3 1; do
-    for m in jitter baseline; do step "train.py --dir $DIR --method $m --name ${m}_epochs${e}_s42 ${BUDGET:---epochs $e}"; done
-    step "train.py --dir $DIR/unbiased --name oracle_epochs${e}_s42 ${BUDGET:---epochs $e}"
+ablations() {  # which part of the cure does the work, and how much is budget or size
+  local m v cycle="--lr 0.01 --schedule onecycle"
+  fit baseline_epochs30_s42 --epochs 30
+  for v in "width 16" "epochs 3" "epochs 1"; do
+    for m in jitter baseline; do fit ${m}_${v/ /}_s42 --method $m --$v; done
+    short unbiased/oracle_${v/ /}_s42 --$v $BUDGET
   done
+  for m in combined jitter biasbal baseline; do fit ${m}_lr0.01_onecycle_s42 --method $m $cycle; done
+  short unbiased/oracle_lr0.01_onecycle_s42 $cycle
+  fit combined_gamma0_s42 --method combined --gamma 0  # jitter with colour labels, nothing reversed
+  for v in "alpha 0" "alpha 1" "grain 0"; do fit jitter_${v/ /}_s42 --method jitter --$v; done  # alpha 0: plain augmentation
+  fit jitter_nofade_s42 --method jitter --no-fade
+  fit jitter_image_s42 --method jitter --classify image
+  fit jitter_hsv_s42 --method jitter --jitter hsv
   go "train"
   report
 }
 
 biased() {  # Biased-MNIST, beside its published table; every method at the learning rate that val prefers
-  local c m s cycle="--schedule onecycle --lr 1e-2"
-  four() {  # the four methods on world flat_$1 with seed $2
-    for m in "jitter --grain 0 $cycle" "baseline $cycle" "biasbal --schedule onecycle --lr 3e-3" lff; do
-      step "train.py --dir $DIR/flat_$1 --seed $2 --width 16 --method $m ${BUDGET:---epochs 4}"
-    done
-  }
-  for c in $BIASED; do step "make_data.py --dir $DIR/flat_$c --recipe flat --corr 0.$c $DATA"; done
+  local c s net="--width 16 --schedule onecycle --epochs"
+  for c in $BIASED; do paint flat_$c --recipe flat --corr 0.$c; done
   go "paint the worlds"
-  step "train.py --dir $DIR/flat_99 --method biasbal --name biasbal_long_s42 --width 16 --schedule onecycle --lr 3e-3 ${BUDGET:---epochs 10}"
-  for c in $BIASED; do four $c 42; done
-  for s in ${FEW#42}; do  # how much a seed matters, where the shortcut is strongest and weakest
-    for c in ${BIASED%% *} ${BIASED##* }; do
-      for m in "jitter --grain 0" baseline; do step "train.py --dir $DIR/flat_$c --seed $s --width 16 --method $m $cycle ${BUDGET:---epochs 4}"; done
+  short flat_99/biasbal_long_s42 --method biasbal --lr 0.003 $net 10
+  for c in $BIASED; do
+    for s in $FEW; do
+      case $s$c in 42* | *${BIASED%% *} | *${BIASED##* }) ;; *) continue ;; esac  # more seeds at both ends only
+      short flat_$c/jitter_s$s --method jitter --alpha 1 --grain 0 --lr 0.01 --seed $s $net 4
+      short flat_$c/baseline_s$s --lr 0.01 --seed $s $net 4
     done
+    short flat_$c/biasbal_s42 --method biasbal --lr 0.003 $net 4
+    short flat_$c/lff_s42 --method lff --width 16 --epochs 4
   done
   go "train"
   report
 }
 
 lntl() {  # Learning Not to Learn, beside its published table
-  local v epochs="${BUDGET:---epochs 5}" cycle="--width 16 --schedule onecycle --lr 1e-2" hiding="--method lntl --entropy 20 --model saturatedcnn"
-  for v in $VARIANCES; do step "make_data.py --dir $DIR/lntl_$v --recipe digit --sigma2 0.$v $DATA"; done
+  local v s net="--width 16 --lr 0.01 --schedule onecycle --epochs 5" hiding="--method lntl --entropy 20 --model saturatedcnn"
+  for v in $VARIANCES; do paint lntl_$v --recipe digit --sigma2 0.$v; done
   go "paint the worlds"
   for v in $VARIANCES; do
-    step "train.py --dir $DIR/lntl_$v $hiding $cycle $epochs"
-    step "train.py --dir $DIR/lntl_$v --method baseline $cycle $epochs"
+    short lntl_$v/lntl_s42 $hiding $net
+    short lntl_$v/baseline_s42 $net
     case $v in 020 | 050)
-      step "train.py --dir $DIR/lntl_$v --method baseline --grayscale --name grayscale_s42 $cycle $epochs"
-      step "train.py --dir $DIR/lntl_$v --method jitter --grain 0 $cycle $epochs" ;;
+      short lntl_$v/grayscale_s42 --grayscale $net
+      short lntl_$v/jitter_s42 --method jitter --alpha 1 --grain 0 $net ;;
     esac
   done
   for s in ${FEW#42}; do  # how much a seed matters
-    step "train.py --dir $DIR/lntl_020 --seed $s $hiding $cycle $epochs"
-    step "train.py --dir $DIR/lntl_020 --method baseline --seed $s $cycle $epochs"
+    short lntl_020/lntl_s$s $hiding --seed $s $net
+    short lntl_020/baseline_s$s --seed $s $net
   done
-  step "train.py --dir $DIR/lntl_020 --name lntl_paper_s42 $hiding --entropy 0.01 $cycle $epochs"       # the paper's weights
-  step "train.py --dir $DIR/lntl_020 --name lntl_simplecnn_s42 $hiding --model simplecnn $cycle $epochs"  # what the net is worth
-  step "train.py --dir $DIR/lntl_020 --name baseline_saturatedcnn_s42 --model saturatedcnn $cycle $epochs"
+  short lntl_020/lntl_paper_s42 $hiding --entropy 0.01 $net  # the paper's weight
+  short lntl_020/lntl_simplecnn_s42 $hiding --model simplecnn $net  # what the net is worth
+  short lntl_020/baseline_saturatedcnn_s42 --model saturatedcnn $net
   go "train"
   report
 }
 
-tests() {  # the format, then the fast ones, one process a file, JOBS side by side
-  "$PYTHON" -m ruff format --check . || fail "some files are not formatted; run: $PYTHON -m ruff format ."
-  printf '%s\n' tests/test_*.py | xargs -P "$JOBS" -n 1 bash -c 'said=$("$0" -m pytest -q -m "not slow" "$1" 2>&1); code=$?; printf "%s: %s\n" "$1" "$said"; exit $code' "$PYTHON"
-}
-
-robust() {  # adversarial training: the published problem, a ResNet-50 from end to end, and what it does to a shortcut
-  local m="--dir $DIR/mnist --method at --clean-epochs 1 --eps-ramp 0.3 --schedule onecycle"
-  step "make_data.py --dir $DIR/mnist --recipe gray $DATA"
+robust() {  # adversarial training: the published problem, a ResNet from end to end, and what it does to a shortcut
+  local at="--method at --clean-epochs 1 --schedule onecycle" net="--eps-ramp 0.3 --width 24 --eps 0.3 --lr 0.005"
+  paint mnist --recipe gray
   go "paint the world"
-  step "train.py $m --model $RESNET --name ${RESNET}_s42 --amp --steps 2 --step-size 0.06 --eps 0.1 --lr 2e-3 ${BUDGET:---epochs 3}"
-  step "train.py $m --width 24 --eps 0.3 --lr 5e-3 ${BUDGET:---epochs 8}"
-  step "train.py --dir $DIR --method at --width 16 --clean-epochs 1 --eps-ramp 0.5 --steps 3 --schedule onecycle --lr 1e-2 --balance-groups --crop 2 --name at_balanced_s42 $BUDGET"  # unbiased and robust
-  step "train.py --dir $DIR/unbiased --method at --name oracle_at_s42 $BUDGET"  # where there is no shortcut
-  step "train.py --dir $DIR --method at $BUDGET"  # in the headline table: the same net and budget as every row
-  step "train.py --dir $DIR --balance-groups --name balanced_s42 $BUDGET"
+  short mnist/${RESNET}_s42 $at --eps-ramp 0.3 --model $RESNET --amp --steps 2 --step-size 0.06 --eps 0.1 --lr 0.002 ${SHORT:---epochs 3}
+  short mnist/at_s42 $at $net ${SHORT:---epochs 8}
+  short mnist/trades_s42 $at $net --beta 6 ${SHORT:---epochs 4}
+  short mnist/fgsm_s42 $at $net --attack fgsm ${SHORT:---epochs 4}
+  short ./at_balanced_s42 $at --eps-ramp 0.5 --width 16 --steps 3 --lr 0.01 --balance-groups --crop 2 $SHORT  # unbiased and robust
+  short unbiased/oracle_at_s42 --method at $BUDGET  # where there is no shortcut
+  fit at_s42 --method at  # in the headline table
+  fit baseline_balancegroups_s42 --balance-groups
   go "train"
-  step "attack.py --dir $DIR/mnist --untargeted --eps 0.3 --restarts 10 --queries $((3 * N)) --n $((N / 2)) --models at_s42 at_clean_s42"
-  step "attack.py --dir $DIR/mnist --untargeted --name resnet --eps 0.1 --n $((N / 10)) --sweep 0.1 0.2 --models ${RESNET}_s42 ${RESNET}_clean_s42"
-  step "attack.py --dir $DIR --untargeted --name at --eps 0.05 --restarts 10 --n $((N / 2)) --models baseline_s42 jitter_s42 balanced_s42 at_s42 at_balanced_s42 unbiased/oracle_s42 unbiased/oracle_at_s42"
-  [ "${QUICK:-0}" = 1 ] ||  # nets of two epochs say nothing about the attacks
-    step "attack.py --dir $DIR/mnist --check --eps 0.3 --n $((N / 5)) --models at_s42"  # fails the stage if an attack cannot be trusted
+  attack mnist --untargeted --name mnist --eps 0.3 --restarts 10 --queries $((3 * N)) --n $((N / 2)) --models at_s42 at_clean_s42 trades_s42 fgsm_s42
+  attack mnist --untargeted --name resnet --eps 0.1 --n $((N / 10)) --sweep 0.1 0.2 --models ${RESNET}_s42 ${RESNET}_clean_s42
+  attack . --untargeted --name at --eps 0.05 --restarts 10 --n $((N / 2)) --models baseline_s42 jitter_s42 baseline_balancegroups_s42 at_s42 at_balanced_s42 unbiased/oracle_s42 unbiased/oracle_at_s42
+  [ -n "$SHORT" ] || attack mnist --check --eps 0.3 --n $((N / 5)) --models at_s42  # two epochs say nothing about the attacks
   go "attack"
   report
 }
 
-robgan() {  # a generator beside adversarial training: did it collapse, and does it help? The same net and number of steps in all three
-  local s m="--dir $DIR/mnist --width 16 --eps 0.3 --eps-ramp 0.3 --batch 64 --schedule cosine --lr 2e-3 ${BUDGET:---epochs 3}"
-  step "make_data.py --dir $DIR/mnist --recipe gray $DATA"
+robgan() {  # a generator beside adversarial training: the same net and number of steps in all three
+  local s few="${FEW% *}" net="--width 16 --eps 0.3 --eps-ramp 0.3 --batch 64 --schedule cosine --lr 0.002 ${SHORT:---epochs 3}"
+  paint mnist --recipe gray
   go "paint the world"
-  step "train.py --dir $DIR/mnist --name judge_s42 --width 16 --schedule onecycle --lr 1e-2 ${BUDGET:---epochs 5}"  # sees no generated image
+  short mnist/judge_s42 --width 16 --lr 0.01 --schedule onecycle ${SHORT:---epochs 5}  # sees no generated image
   go "train the judge"
-  for s in ${FEW% *}; do step "train.py $m --method robgan --judge judge_s42 --seed $s"; done
-  step "train.py $m --method robgan --judge judge_s42 --name robgan_finetuned_s42 --finetune-epochs 1"
-  for s in ${FEW% *}; do step "train.py $m --method at --name robgan_without_s$s --seed $s"; done
+  for s in $few; do short mnist/robgan_s$s --method robgan --judge judge_s42 --seed $s $net; done
+  short mnist/robgan_finetuned_s42 --method robgan --judge judge_s42 --finetune-epochs 1 $net
+  for s in $few; do short mnist/robgan_without_s$s --method at --seed $s $net; done
   go "train"
-  step "attack.py --dir $DIR/mnist --untargeted --name robgan --eps 0.3 --restarts 10 --n $((N / 5)) --models $(SEEDS=${FEW% *} over_seeds robgan_without robgan) robgan_finetuned_s42"
+  attack mnist --untargeted --name robgan --eps 0.3 --restarts 10 --n $((N / 5)) --models $(over_seeds "$few" robgan_without robgan) robgan_finetuned_s42
   go "attack"
   report
 }
 
-over_seeds() {  # NAME... to the names of all their seeds
+over_seeds() {  # "SEED..." NAME... to NAME_sSEED...
   local name s
-  for name in "$@"; do for s in $SEEDS; do printf '%s_s%s ' "$name" "$s"; done; done
+  for name in "${@:2}"; do for s in $1; do printf '%s_s%s ' $name $s; done; done
 }
 
-CHAPTERS=("The question" "The world" "Does it cheat?" "Where does it look?" "What cures it?" "What does the cure cost?" "Is the cured model safer?"
-  "Learning not to learn" "Robust training" "Rob-GAN" "Surprises and negative results" "What we could not do")
-
-report() {  # results/report.md: what each script says of its own results, side by side, then chapter by chapter
+report() {  # tables and figures from the results that are there; one script at a time, for they fill the same files
   [ $LIST = 0 ] || return 0
-  local command said chapter k=0 jobs=() part=$DIR/report.md.$$.part
-  said=$(mktemp -d "$DIR/report.XXXXXX")
-  for command in make_data.py train.py gradcam.py "gradcam.py --cam hirescam" attack.py; do
-    case $command in  # a stage that was run alone has not all of them
-      *hirescam) [ -e "$DIR/gradcam_hirescam.json" ] || continue ;;
-      gradcam.py) [ -e "$DIR/gradcam.json" ] || continue ;;
-      attack.py) ls "$DIR"/attack_*.json "$DIR"/mnist/attack_*.json > /dev/null 2>&1 || continue ;;
-    esac
-    k=$((k + 1))
-    "$PYTHON" $command --dir "$DIR" --report > "$said/$k" &
-    jobs+=($!)
+  local script
+  for script in make_data.py train.py gradcam.py attack.py; do
+    "$PYTHON" $script --dir "$DIR" --report > /dev/null || fail "$script --report failed; the reason is above"
   done
-  for k in "${jobs[@]}"; do wait "$k" || { rm -rf "$said"; fail "no report; the reason is above"; }; done
-  {
-    echo "# The lazy artist: what was measured"
-    for chapter in "${CHAPTERS[@]}"; do
-      awk -v want="## $chapter" '/^## / { on = $0 == want; if (on && !told++) print "\n" want; next } on' "$said"/*
-    done
-  } > "$part"
-  rm -rf "$said"
-  mv "$part" "$DIR/report.md"
-  echo "$STAGE: wrote $DIR/report.md, $((SECONDS / 60)) min $((SECONDS % 60)) s so far"
+  echo "$STAGE: tables and figures of $DIR are up to date, $((SECONDS / 60)) min $((SECONDS % 60)) s so far"
+}
+
+tests() {  # format and lint, then the fast tests, one process a file, JOBS side by side
+  "$PYTHON" -m ruff format --check . || fail "some files are not formatted; run: $PYTHON -m ruff format ."
+  "$PYTHON" -m ruff check . || fail "ruff has found what is above"
+  printf '%s\n' tests/test_*.py | xargs -P "$JOBS" -n 1 bash -c 'said=$("$0" -m pytest -q -m "not slow" "$1" 2>&1); code=$?; printf "%s: %s\n" "$1" "$said"; exit $code' "$PYTHON"
 }
 
 if [ "${1:-}" = --step ]; then
@@ -347,6 +321,6 @@ BEGAN=$SECONDS
 for STAGE in "$@"; do
   STEPS=${TODO[0]} K=0
   TODO=("${TODO[@]:1}")
-  case $STAGE in test) tests ;; report) report ;; *) alone; "$STAGE" ;; esac
+  case $STAGE in test) tests ;; report) alone; report ;; *) alone; "$STAGE" ;; esac
   [ "$STEPS" = 0 ] || PAST=$((PAST + $(minutes "$STAGE")))
 done

@@ -24,7 +24,6 @@ import os
 import re
 import sys
 import time
-from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
@@ -62,7 +61,6 @@ from common import (
     save_pt,
     setup,
     stream,
-    wilson,
     world_of,
     write,
 )
@@ -86,7 +84,7 @@ def get_args(argv=None):
     g.add_argument("--method", choices=METHODS, default="baseline", help="default: baseline")
 
     g = p.add_argument_group("cures: jitter, combined")
-    g.add_argument("--alpha", type=weight, default=1.0, help="weight of the KL term (1)")
+    g.add_argument("--alpha", type=weight, default=2.0, help="weight of the KL term (2)")
     g.add_argument("--jitter", choices=JITTERS, default="mix", help="kind of recolouring (mix)")
     g.add_argument("--classify", choices=("recoloured", "image"), default="recoloured")
     g.add_argument("--grain", type=share, default=0.1, help="mix: largest sd of pixel noise (0.1)")
@@ -1563,9 +1561,650 @@ def compare(made, real, z_real, judge, classes):
 
 # ---- tables
 
+SUMMARY = ("baseline", "jtt", "jitter", "combined", "oracle")  # the best of each tier, one a row
+STRONGER = ("baseline_width16", "baseline_epochs30", "baseline_lr0.01_onecycle")
+CURES = (*METHODS, "baseline_balancegroups", "oracle")
+CONFUSION = ("baseline", "jtt", "jitter", "oracle")
+NUMBERS = {  # column: where the number stands in the record of a run
+    **{split: ("final", split, "acc") for split in EVAL_SPLITS},
+    "worst digit": ("final", "test_hard", "worst_digit"),
+    "follows colour": ("final", "test_hard", "follows_colour"),
+    "colour probe": ("probe", "colour"),
+    "digit probe": ("probe", "digit"),
+}
+MEASURES = {  # of pictures that a generator made; features are a judge's
+    "label agreement": ("agreement",),
+    "diversity within a class": ("diversity",),
+    "the same, worst class": ("diversity_worst",),
+    "accuracy of a classifier trained on them": ("trained_on",),
+}
+
+
+class World(NamedTuple):
+    about: dict  # what meta.json says of the painting
+    rows: dict  # {row: [records of its runs, by seed]}
+
+
+class Sweep(NamedTuple):
+    """Worlds that differ in one number, and what others published about them."""
+
+    title: str
+    key: str  # of meta.json: the number
+    axis: str
+    hardest: object  # max or min of that number
+    published: str  # key of published.json
+
+
+OWN = "share of training digits in their own colour"
+SPREAD = "variance of the stroke's colour around its mean"
+SWEEPS = {  # by recipe
+    "flat": Sweep("Biased-MNIST (Bahng et al., 2020)", "corr", OWN, max, "biased_mnist"),
+    "digit": Sweep("Learning Not to Learn (Kim et al., 2019)", "sigma2", SPREAD, min, "lntl"),
+    "cmnist": Sweep("Coloured MNIST (Nam et al., 2020)", "corr", OWN, max, "cmnist"),
+}
+
 
 def report(args):
-    die("no report yet", "wait")
+    """Fill the tables and draw the figures of every run in --dir; trains and scores nothing."""
+    worlds = read_worlds(args.dir)
+    rows = with_oracle(worlds)
+    if not worlds[""].rows:
+        die(f"{args.dir} holds no results of train.py", f"run: python train.py --dir {args.dir}")
+    hint = "git checkout results/published.json restores it"
+    published = load_json(ROOT / "results" / "published.json", hint)
+    files = fill(args.dir, make_tables(worlds, rows, published))
+    files.append(write_csv(worlds, args.dir / "summary.csv"))
+    files += draw_figures(args.dir, worlds, rows, published)
+    print(f"{sum(map(len, worlds[''].rows.values()))} runs in {args.dir}; wrote")
+    for path in files:
+        print(f"  {path}")
+
+
+def make_tables(worlds, rows, published):
+    """{name: Markdown, or None without results}."""
+    lazy = ("baseline", *STRONGER, "oracle")
+    lazy_columns = (*EVAL_SPLITS, "follows colour", "colour probe", "digit probe")
+    tables = {
+        "summary": table(rows, SUMMARY, ("val", "test_hard")),
+        "lazy": table(rows, lazy, lazy_columns),
+        "cures": cures_table(rows),
+        "lazy_artist": lazy_artist_table(rows, worlds[""].about, published["lazy_artist"]),
+        "parts": parts_table(rows),
+        "robust_training": robust_table(robust_rows(worlds)),
+        "robgan": robgan_table(generators(worlds)),
+        "all_runs": all_runs_table(rows),
+    }
+    for recipe, sweep in SWEEPS.items():
+        ours = sweep_rows(worlds, recipe)
+        tables[recipe] = sweep_table(sweep, ours, published[sweep.published])
+    return tables
+
+
+def read_worlds(folder):
+    """{name: World} of a folder, "" for itself, and of the worlds inside it."""
+    inside = sorted(path.parent.name for path in folder.glob("*/meta.json"))
+    names = ["", *(name for name in inside if name != "quick")]  # QUICK has a report of its own
+    return {name: World(world_of(folder / name), read_runs(folder / name)) for name in names}
+
+
+def read_runs(folder):
+    """{row: [records by seed]} of every train.py run on the present painting of this world."""
+    world, rows = world_of(folder), {}
+    for path in sorted(folder.glob("*.json")):
+        record = load_json(path, hint := "delete it, or run it again")
+        if record.get("script") != "train.py":
+            continue
+        missing = {"name", "args", "world", "final", "probe", "epochs", "params"} - record.keys()
+        if missing:
+            die(f"{path} lacks {', '.join(sorted(missing))}", hint)
+        if record["world"] != world:
+            what = f"{path} was trained on another painting of {folder}"
+            print(f"train.py: {what}, so it is left out", file=sys.stderr)
+            continue
+        rows.setdefault(row_of(record["name"]), []).append(record)
+    for runs in rows.values():
+        runs.sort(key=lambda record: record["args"]["seed"])
+    return in_order(rows)
+
+
+def in_order(rows, run_of=lambda runs: runs[0]):
+    """Rows by method as METHODS has them, then by name; `run_of` finds a run of a row."""
+    place = {method: i for i, method in enumerate(METHODS)}
+
+    def key(item):
+        return place.get(run_of(item[1])["args"]["method"], len(place)), item[0]
+
+    return dict(sorted(rows.items(), key=key))
+
+
+def with_oracle(worlds):
+    """The rows of the headline world, and those named oracle of the unbiased one."""
+    rows = dict(worlds[""].rows)
+    if "unbiased" in worlds:
+        unbiased = worlds["unbiased"].rows
+        rows |= {row: runs for row, runs in unbiased.items() if row.startswith("oracle")}
+    return rows
+
+
+def knows(record):
+    """What the training of a run is told about the bias."""
+    args = record["args"]
+    if row_of(record["name"]).startswith("oracle"):
+        return "no bias in training"
+    if args.get("balance_groups") or args.get("balance"):
+        return "colour labels"
+    method = METHODS.get(args["method"])
+    if args.get("grayscale") and method and method.knows == "nothing":
+        return "the kind of bias"
+    return method.knows if method else "-"
+
+
+def trained(record):
+    """False for a run that ended near chance on val, or that gives nearly always one answer."""
+    val = record["final"]["val"]
+    answers = [sum(column) for column in zip(*val["confusion"], strict=True)]
+    return val["acc"] >= 0.2 and max(answers) <= 0.9 * sum(answers)
+
+
+def note(runs):
+    """The mark of a row, or a cell, with runs that did not train."""
+    failed = sum(not trained(record) for record in runs)
+    if failed == 0:
+        return ""
+    if failed == len(runs):
+        return " (did not train)"
+    return f" ({failed} of {len(runs)} did not train)"
+
+
+def dig(record, keys):
+    """record[key][key]...; None where there is none, as without colours."""
+    for key in keys:
+        record = None if record is None else record.get(key)
+    return record
+
+
+def get(record, column):
+    return dig(record, NUMBERS[column])
+
+
+def over_seeds(runs, column):
+    return mean_sd([get(record, column) for record in runs])
+
+
+def pairs(runs, others):
+    """[(run, other)] of the seeds that both rows have, without those that did not train."""
+    other_of = {other["args"]["seed"]: other for other in others if trained(other)}
+    mine = {record["args"]["seed"]: record for record in runs if trained(record)}
+    return [(mine[seed], other_of[seed]) for seed in mine if seed in other_of]
+
+
+def differences(runs, others, column):
+    """Of one number, seed by seed."""
+    both = [(get(record, column), get(other, column)) for record, other in pairs(runs, others)]
+    return [mine - theirs for mine, theirs in both if None not in (mine, theirs)]
+
+
+def table(rows, names, columns):
+    """A line for each of these rows that has results: what it knows, and these numbers."""
+    lines = table_lines(rows, names, columns)
+    return markdown(["method", "knows", *columns], lines) if lines else None
+
+
+def table_lines(rows, names, columns):
+    return [
+        [
+            f"`{name}`{note(rows[name])}",
+            knows(rows[name][0]),
+            *(over_seeds(rows[name], column) for column in columns),
+        ]
+        for name in names
+        if name in rows
+    ]
+
+
+def cures_table(rows):
+    """Every method at the usual budget; the time of an epoch is that of baseline, times this."""
+    columns = ("val", "test_hard", "worst digit", "follows colour", "colour probe")
+    names = [name for name in CURES if name in rows]
+    lines = table_lines(rows, names, columns)
+    for name, line in zip(names, lines, strict=True):
+        line.append(relative_time(rows[name], rows.get("baseline", [])))
+    return markdown(["method", "knows", *columns, "time"], lines) if lines else None
+
+
+def relative_time(runs, others):
+    """Mean time of an epoch over that of other runs of the same seeds."""
+    both = pairs(runs, others)
+    if not both:
+        return "-"
+    mine, theirs = (
+        fmean(record["run"]["seconds"] / len(record["epochs"]) for record in side)
+        for side in zip(*both, strict=True)
+    )
+    return f"{mine / theirs:.1f}"
+
+
+def lazy_artist_table(rows, about, published):
+    """Our runs of the published recipes, in the published world, beside the published figures."""
+    if not published["world"].items() <= about.items():
+        return None
+    lines = []
+    for theirs in published["rows"]:
+        runs = rows.get(theirs["row"], [])
+        if runs:
+            line = [f"`{theirs['row']}`{note(runs)}"]
+            for split in ("val", "test_hard"):
+                line += [over_seeds(runs, split), f"{theirs[split]:.3f}"]
+            lines.append(line)
+    header = ["method", "val", "published val", "test_hard", "published test_hard"]
+    return markdown(header, lines) if lines else None
+
+
+def changed(runs, others):
+    """The settings in which two rows differ."""
+    mine, theirs = runs[0]["args"], others[0]["args"]
+    return {key for key in mine.keys() & theirs.keys() if mine[key] != theirs[key]} - {"seed"}
+
+
+def parts(rows):
+    """{row: differences of test_hard to `jitter`} of rows that change one part, best first."""
+    found = {}
+    for row, runs in rows.items():
+        flags = changed(runs, rows["jitter"]) if "jitter" in rows else ()
+        if len(flags) == 1 and flags <= {*METHODS["jitter"].flags}:
+            found[row] = differences(runs, rows["jitter"], "test_hard")
+    return dict(sorted(found.items(), key=lambda item: -fmean(item[1] or [-math.inf])))
+
+
+def parts_table(rows):
+    """The parts of the cure, one at a time; the difference is over seeds that both rows have."""
+    lines = [
+        [
+            f"`{row}`{note(rows[row])}",
+            over_seeds(rows[row], "test_hard"),
+            f"{fmean(gains):+.3f}" if gains else "-",
+            len(gains),
+        ]
+        for row, gains in parts(rows).items()
+    ]
+    header = ["method", "test_hard", "difference to `jitter`", "seeds"]
+    return markdown(header, lines) if lines else None
+
+
+def sweep_rows(worlds, recipe):
+    """{row: {number of the world: runs}} of the worlds of one recipe."""
+    key, found = SWEEPS[recipe].key, {}
+    for name, world in worlds.items():
+        if name in ("", "unbiased") or world.about.get("recipe") != recipe:
+            continue
+        for row, runs in world.rows.items():
+            found.setdefault(row, {})[world.about[key]] = runs
+    return in_order(found, lambda by_value: next(iter(by_value.values()))[0])
+
+
+def sweep_values(sweep, ours, published):
+    """The numbers of our worlds and of the published ones, the hardest first."""
+    values = {value for by_value in ours.values() for value in by_value}
+    values |= {value for theirs in published for value in accuracies(theirs)}
+    return sorted(values, reverse=sweep.hardest is max)
+
+
+def sweep_table(sweep, ours, published):
+    """Accuracy on test_unbiased: a line a row, ours then published, and a column a world."""
+    if not ours:
+        return None
+    values, lines = sweep_values(sweep, ours, published), []
+    for row, by_value in ours.items():
+        line = [f"`{row}`", knows(next(iter(by_value.values()))[0])]
+        for value in values:
+            runs = by_value.get(value, [])
+            line.append(over_seeds(runs, "test_unbiased") + note(runs))
+        lines.append(line)
+    for theirs in published:
+        points = accuracies(theirs)
+        cells = [f"{points[value]:.3f}" if value in points else "-" for value in values]
+        lines.append([cite(theirs), theirs["knows"], *cells])
+    return markdown(["method", "knows", *(f"{value:g}" for value in values)], lines)
+
+
+def accuracies(theirs):
+    """{number of the world: accuracy} of a published row."""
+    return {float(value): acc for value, acc in theirs["accuracy"].items()}
+
+
+def cite(theirs):
+    """The name of a published row; it says so where the figure was not read in its source."""
+    return theirs["row"] + (", as reported" if theirs["how"] == "as reported" else "")
+
+
+def robust_rows(worlds):
+    """{row: runs} of adversarial training, here and in the worlds of plain MNIST inside."""
+    found = {}
+    for name, world in worlds.items():
+        if name == "" or world.about.get("recipe") == "gray":
+            for row, runs in world.rows.items():
+                if "val_pgd" in runs[0]["epochs"][0] and "phase" not in runs[0]["args"]:
+                    found[f"{name}/{row}" if name else row] = runs
+    return found
+
+
+def robust_table(rows):
+    header = ["method", "eps", "parameters", "epoch kept, first seed", "val", "val under PGD"]
+    lines = [
+        [
+            f"`{row}`{note(runs)}",
+            f"{runs[0]['args']['eps']:g}",
+            f"{runs[0]['params']:,}",
+            f"{runs[0]['selected_epoch']} of {len(runs[0]['epochs'])}",
+            over_seeds(runs, "val"),
+            mean_sd([record["epochs"][record["selected_epoch"] - 1]["val_pgd"] for record in runs]),
+            over_seeds(runs, "test_hard"),
+            over_seeds(runs, "follows colour"),
+        ]
+        for row, runs in rows.items()
+    ]
+    return markdown([*header, "test_hard", "follows colour"], lines) if lines else None
+
+
+def generators(worlds):
+    """{row: runs} that trained a generator."""
+    rows = {row: runs for world in worlds.values() for row, runs in world.rows.items()}
+    return {row: runs for row, runs in rows.items() if "generator" in runs[0]}
+
+
+def robgan_table(rows):
+    """Did the generator collapse? Its pictures beside real ones and a collapsed control."""
+    if not rows:
+        return None
+    first = next(iter(rows.values()))
+    columns = [(runs, "generated") for runs in rows.values()]
+    columns += [(first, "real"), (first, "collapsed")]
+    lines = []
+    for what, keys in MEASURES.items():
+        lines.append([what])
+        for runs, kind in columns:
+            where = ("generator", "measured", kind, *keys)
+            lines[-1].append(mean_sd([dig(record, where) for record in runs]))
+    names = [f"`{row}`{note(runs)}" for row, runs in rows.items()]
+    return markdown(["measure", *names, "real", "collapsed"], lines)
+
+
+def all_runs_table(rows):
+    """Every row of the headline world with all its numbers."""
+    lines = table_lines(rows, rows, NUMBERS)
+    for runs, line in zip(rows.values(), lines, strict=True):
+        groups = [record["final"]["test_hard"]["worst_group"] for record in runs]
+        worst = min(filter(None, groups), key=lambda group: group["acc"], default=None)
+        line.append(f"{worst['acc']:.3f} of {worst['n']}" if worst else "-")
+    return markdown(["method", "knows", *NUMBERS, "worst group"], lines) if lines else None
+
+
+def write_csv(worlds, path):
+    """Every run of every world, a line each; returns the path."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    columns = [column.replace(" ", "_") for column in NUMBERS]
+    lines.writerow(["world", "name", "method", "seed", "knows", "trained", "params", *columns])
+    for world, (_, rows) in worlds.items():
+        for record in itertools.chain(*rows.values()):
+            args = record["args"]
+            about = [world or ".", record["name"], args["method"], args["seed"], knows(record)]
+            lines.writerow(
+                [*about, trained(record), record["params"], *(get(record, c) for c in NUMBERS)]
+            )
+    write(path, lambda file: file.write(text.getvalue().encode()))
+    return path
+
+
+# ---- figures
+
+
+def draw_figures(folder, worlds, rows, published):
+    """Every figure that has results; returns the files."""
+    figures = {
+        "learning_curves": (draw_learning_curves, curves(rows)),
+        "confusion": (draw_confusion, {row: rows[row][0] for row in CONFUSION if row in rows}),
+        "budget": (draw_budget, budget(rows)),
+        "parts": (draw_parts, {row: gains for row, gains in parts(rows).items() if gains}),
+        "robust_training": (draw_robust_training, robust_rows(worlds)),
+        "robgan_samples": (draw_samples, load_samples(folder, worlds)),
+    }
+    for recipe, sweep in SWEEPS.items():
+        ours = sweep_rows(worlds, recipe)
+        lines = sweep_lines(sweep, ours, published[sweep.published]) if ours else None
+        figures[recipe] = (draw_sweep, lines)
+    files = []
+    for name, (draw, data) in figures.items():
+        if data:
+            path = folder / "figures" / f"{name}.png"
+            save_figure(draw(data), path)
+            files.append(path)
+    return files
+
+
+def ink(record):
+    """One colour per method in every figure."""
+    is_oracle = row_of(record["name"]).startswith("oracle")
+    return INK.get("oracle" if is_oracle else record["args"]["method"], "0.4")
+
+
+def spread(values):
+    """Mean, lowest, highest."""
+    return fmean(values), min(values), max(values)
+
+
+def curves(rows):
+    """{row: (its colour, {split: [spread over seeds, by epoch]})} of the rows of the summary."""
+    found = {}
+    for row in SUMMARY:
+        runs = [record for record in rows.get(row, []) if trained(record)]
+        if runs:
+            epochs = min(len(record["epochs"]) for record in runs)
+            by_split = {
+                split: [
+                    spread([record["epochs"][i][split] for record in runs]) for i in range(epochs)
+                ]
+                for split in ("val", "test_hard")
+            }
+            found[row] = ink(runs[0]), by_split
+    return found
+
+
+def panels(n, width, height, most=4):
+    """A figure with n panels of so many inches that share their y axis, and these in a list."""
+    import matplotlib.pyplot as plt
+
+    columns = min(most, n)
+    lines = math.ceil(n / columns)
+    how = {"figsize": (width * columns + 0.5, height * lines), "layout": "constrained"}
+    fig, axes = plt.subplots(lines, columns, sharey=True, squeeze=False, **how)
+    for ax in axes.flat[n:]:
+        ax.axis("off")
+    return fig, list(axes.flat[:n])
+
+
+def by_epoch(ax, title):
+    ax.set(xlabel="epoch", ylim=(0, 1))
+    ax.set_title(title, fontsize=10)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.3)
+
+
+def draw_learning_curves(curves):
+    fig, axes = panels(2, 4.1, 3.9)
+    titles = {"val": "val: biased like the training data", "test_hard": "test_hard: conflicting"}
+    for ax, (split, title) in zip(axes, titles.items(), strict=True):
+        for row, (colour, by_split) in curves.items():
+            mean, low, high = zip(*by_split[split], strict=True)
+            x, style = range(1, len(mean) + 1), "--" if row == "oracle" else "-"
+            ax.plot(x, mean, color=colour, marker="o", ms=3, ls=style, label=row)
+            ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+        by_epoch(ax, title)
+    axes[0].set_ylabel("accuracy, mean and range of seeds")
+    axes[1].legend(fontsize=8, loc="lower right")
+    return fig
+
+
+def draw_confusion(runs):
+    """{row: record of a run}, a panel each: shares of a digit's images in test_hard."""
+    fig, axes = panels(len(runs), 3.1, 3.4)
+    for ax, (row, record) in zip(axes, runs.items(), strict=True):
+        counts = torch.tensor(record["final"]["test_hard"]["confusion"], dtype=torch.double)
+        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        picture = ax.imshow(share.tolist(), vmin=0, vmax=1, cmap="Blues")
+        for i, j in (share >= 0.05).nonzero().tolist():
+            colour = "white" if share[i, j] > 0.5 else "black"
+            text = f"{100 * share[i, j]:.0f}"
+            ax.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
+        ax.set_title(f"{row}, seed {record['args']['seed']}", fontsize=10)
+        ax.set(xlabel="predicted", xticks=range(len(share)), yticks=range(len(share)))
+    axes[0].set_ylabel("digit in test_hard")
+    fig.colorbar(picture, ax=axes, shrink=0.8, label="share of the digit's images (numbers: %)")
+    return fig
+
+
+def budget(rows):
+    """{flag: {method: {its value: [test_hard of the seeds]}}} of rows that change no other flag."""
+    found = {"width": {}, "epochs": {}}
+    for method in ("baseline", "jitter", "oracle"):
+        usual = rows.get(method)
+        for row, runs in rows.items():
+            flags = changed(runs, usual) if usual and row.startswith(method) else {"nothing"}
+            for flag in found:
+                accs = [get(record, "test_hard") for record in runs if trained(record)]
+                if flags <= {flag} and accs:
+                    found[flag].setdefault(method, {})[runs[0]["args"][flag]] = accs
+    return found if any(len(x) > 1 for lines in found.values() for x in lines.values()) else None
+
+
+def draw_budget(found):
+    """A line a method by width and by epochs; a dash is a seed."""
+    fig, axes = panels(2, 4.1, 3.6)
+    for ax, lines in zip(axes, found.values(), strict=True):
+        for method, points in lines.items():
+            x, style = sorted(points), "--" if method == "oracle" else "-"
+            means = [fmean(points[k]) for k in x]
+            ax.plot(x, means, color=INK[method], marker="o", ms=4, ls=style, label=method)
+            for k in x:
+                ax.plot([k] * len(points[k]), points[k], color=INK[method], marker="_", ls="")
+        ticks = sorted({k for points in lines.values() for k in points})
+        ax.set_xscale("log")
+        ax.set(xticks=ticks, xticklabels=ticks, ylim=(0, 1))
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    axes[0].set(xlabel="width of SimpleCNN, channels", ylabel="accuracy on test_hard")
+    axes[1].set_xlabel("epochs")
+    axes[1].legend(fontsize=8, loc="lower right")
+    return fig
+
+
+def draw_parts(found):
+    """{row: differences of test_hard to `jitter`}, a bar each; a dot is a seed."""
+    fig, (ax,) = panels(1, 6.5, 0.4 * len(found) + 1)
+    for y, gains in enumerate(found.values()):
+        ax.barh(y, fmean(gains), color=INK["jitter"], alpha=0.6)
+        ax.plot(gains, [y] * len(gains), color="black", marker="o", ms=4, ls="")
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set(yticks=range(len(found)), yticklabels=found)
+    ax.set_xlabel("accuracy on test_hard, difference to jitter over the same seeds")
+    ax.invert_yaxis()
+    ax.grid(axis="x", alpha=0.3)
+    return fig
+
+
+def sweep_lines(sweep, ours, published):
+    """Our rows that stand in several worlds, and the published ones, as draw_sweep shows them."""
+    worlds, lines = {value for by_value in ours.values() for value in by_value}, {}
+    for row, by_value in ours.items():
+        if len(by_value) >= min(2, len(worlds)):
+            points, failed = {}, {}
+            for value, runs in by_value.items():
+                accs = [get(record, "test_unbiased") for record in runs if trained(record)]
+                if accs:
+                    points[value] = spread(accs)
+                else:
+                    failed[value] = get(runs[0], "test_unbiased")
+            lines[row] = ink(runs[0]), points, failed
+    theirs = {cite(row): accuracies(row) for row in published}
+    return sweep, sweep_values(sweep, ours, published), lines, theirs
+
+
+def draw_sweep(data):
+    """Accuracy by the number the worlds differ in; what did not train is a cross."""
+    sweep, values, lines, theirs = data
+    fig, (ax,) = panels(1, 8.5, 4.2)
+    place = {value: x for x, value in enumerate(values)}
+    for marker, (row, points) in zip(itertools.cycle("sDv^<>X*1234"), theirs.items(), strict=False):
+        x = [place[value] for value in values if value in points]
+        y = [points[value] for value in values if value in points]
+        ax.plot(x, y, color="0.6", ls="--", lw=0.8, marker=marker, ms=5, label=row)
+    seen = set()
+    for row, (colour, points, failed) in lines.items():
+        shown = [value for value in values if value in points]
+        if shown:
+            x = [place[value] for value in shown]
+            mean, low, high = zip(*(points[value] for value in shown), strict=True)
+            inside = "white" if colour in seen else colour  # the second row of a method
+            ax.plot(x, mean, color=colour, marker="o", mfc=inside, label=row)
+            ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+            seen.add(colour)
+        if failed:
+            x, label = [place[value] for value in failed], f"{row} (did not train)"
+            ax.plot(x, failed.values(), color=colour, marker="x", ms=8, mew=2, ls="", label=label)
+    ax.set(xticks=range(len(values)), xticklabels=[f"{value:g}" for value in values])
+    ax.set(xlabel=sweep.axis, ylabel="accuracy on test_unbiased", ylim=(0, 1))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    ax.set_title(f"{sweep.title}: ours in colour, published in grey", fontsize=10)
+    return fig
+
+
+def draw_robust_training(rows):
+    """{row: runs}, a panel each: val, clean and under PGD, by epoch, a line a seed."""
+    fig, axes = panels(len(rows), 2.9, 2.7)
+    for ax, (row, runs) in zip(axes, rows.items(), strict=True):
+        for record in runs:
+            x = [epoch["epoch"] for epoch in record["epochs"]]
+            for key, style in (("val", "-"), ("val_pgd", "--")):
+                y = [epoch[key] for epoch in record["epochs"]]
+                ax.plot(x, y, color=ink(record), ls=style, marker=".")
+            ax.axvline(record["selected_epoch"], color="grey", lw=0.8, ls=":")
+        ax.legend(["clean", f"PGD at {runs[0]['args']['eps']:g}"], fontsize=7, loc="lower right")
+        by_epoch(ax, row)
+    fig.supylabel("accuracy on val", fontsize=10)
+    return fig
+
+
+def load_samples(folder, worlds):
+    """What a checkpoint with a generator shows, of the first run whose checkpoint is there."""
+    for name, world in worlds.items():
+        for record in itertools.chain(*generators({name: world}).values()):
+            path = folder / name / f"{record['name']}.pt"
+            if path.exists() and "shown" in (checkpoint := load_pt(path, "train it again")):
+                return checkpoint
+    return None
+
+
+def draw_samples(checkpoint):
+    """Four pictures a class: real, generated, attacked; in each corner the trained net's answer."""
+    titles = {"real": "real", "generated": "generated", "attacked": "generated, then attacked"}
+    classes = len(checkpoint["said"][0]) // 4
+    fig, axes = panels(3, 3.1, 0.72 * classes + 0.5)
+    for ax, kind, said in zip(axes, titles, checkpoint["said"], strict=True):
+        pictures = checkpoint["shown"][kind]  # (4K,C,H,W)
+        _, c, h, w = pictures.shape
+        grid = pictures.reshape(classes, 4, c, h, w).permute(0, 3, 1, 4, 2)
+        ax.imshow(grid.reshape(classes * h, 4 * w, c).numpy(), cmap="gray", vmin=0, vmax=255)
+        for i, answer in enumerate(said):
+            right = answer == i // 4
+            look = {"color": "#56B4E9"} if right else {"color": "#FF5544", "weight": "bold"}
+            x, y = w * (i % 4 + 0.97), h * (i // 4 + 0.97)
+            ax.text(x, y, answer, ha="right", va="bottom", fontsize=8, **look)
+        centres = [h * (k + 0.5) for k in range(classes)]
+        ax.set(xticks=[], yticks=centres, yticklabels=range(classes))
+        ax.set_title(titles[kind], fontsize=10)
+    axes[0].set_ylabel("class asked for")
+    return fig
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A made-up world of 10 classes that needs no download: each class is a blob pattern of its own, painted like the real thing."""
+"""A made-up world that needs no download: ten blob patterns, painted like the real digits."""
 
 import importlib
 import subprocess
@@ -12,65 +12,46 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402  (the scripts live at the top, not in a package)
+import make_data  # noqa: E402
 
 torch.set_num_threads(1)
 
 
 def made_up_digits(n, size=28, seed=0):
-    """Gray uint8 (n,size,size) and labels (n,): ten fixed blob patterns, each image shifted by up to two pixels."""
+    """Gray uint8 (n,size,size), labels (n,): ten fixed patterns, each shifted by up to 2 pixels."""
     gen = torch.Generator().manual_seed(1)
-    patterns = torch.nn.functional.interpolate(
-        (torch.rand(10, 1, 5, 5, generator=gen) > 0.6).float(), size=size - 8
-    )[:, 0]
+    patterns = (torch.rand(10, 1, 5, 5, generator=gen) > 0.6).float()
+    patterns = torch.nn.functional.interpolate(patterns, size=size - 8)[:, 0]
     gen = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % 10
     gray = torch.zeros(n, size, size, dtype=torch.uint8)
     for i, d in enumerate(labels.tolist()):
-        dy, dx = (torch.randint(2, 7, (2,), generator=gen)).tolist()
+        dy, dx = torch.randint(2, 7, (2,), generator=gen).tolist()
         gray[i, dy : dy + size - 8, dx : dx + size - 8] = (patterns[d] * 255).to(torch.uint8)
     return gray, labels
 
 
 def write_world(folder, n=200, size=28):
-    """Split files of a biased world, as make_data.py writes them."""
+    """The files of a world as make_data.py writes them; nine of ten digits on their own colour."""
+    splits = {}
+    own_share = {"train": 0.9, "val": 0.9, "test_hard": 0.0, "test_unbiased": 0.1}
     for k, name in enumerate(common.SPLITS):
         gray, labels = made_up_digits(n if name == "train" else n // 2, size, seed=k)
         gen = torch.Generator().manual_seed(100 + k)
         other = (labels + torch.randint(1, 10, labels.shape, generator=gen)) % 10
-        own = (
-            torch.rand(len(labels), generator=gen)
-            < {"train": 0.9, "val": 0.9, "test_hard": 0.0, "test_unbiased": 0.1}[name]
-        )
+        own = torch.rand(len(labels), generator=gen) < own_share[name]
         colors = torch.where(own, labels, other)
-        common.save_pt(
-            {
-                "images": common.paint(gray, colors, gen),
-                "labels": labels,
-                "colors": colors,
-                "gray": gray,
-            },
-            Path(folder) / f"{name}.pt",
-        )
-    common.save_json(
-        {
-            "schema": 1,
-            "script": "make_data.py",
-            "recipe": "background",
-            "corr": 0.9,
-            "seed": 42,
-            "limit": None,
-        },
-        Path(folder) / "meta.json",
-    )
+        images = common.paint(gray, colors, gen)
+        splits[name] = {"images": images, "labels": labels, "colors": colors, "gray": gray}
+        common.save_pt(splits[name], Path(folder) / f"{name}.pt")
+    args = make_data.get_args(["--corr", "0.9"])
+    meta = {**make_data.describe(splits, args), "is_mnist": False}
+    common.save_json(meta, Path(folder) / "meta.json")
 
 
 def contents(folder):
-    """{path: bytes, None for a folder} of everything inside but the locks of killed runs."""
-    return {
-        p: p.read_bytes() if p.is_file() else None
-        for p in Path(folder).rglob("*")
-        if p.suffix != ".lock"
-    }
+    """{path: bytes, None for a folder} of everything inside."""
+    return {p: p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
 
 
 @pytest.fixture
@@ -79,34 +60,40 @@ def tiny():
 
 
 @pytest.fixture
+def splits(tmp_path):
+    """{name: Split} of a made-up world in results/."""
+    write_world(tmp_path / "results")
+    return {name: common.load_split(tmp_path / "results", name) for name in common.SPLITS}
+
+
+@pytest.fixture
 def cli(tmp_path):
-    """Run a script by its real command line in an empty folder; returns the finished process."""
+    """Run a script by its real command line in an empty folder; warnings are errors."""
 
     def call(command, check=True, **kwargs):
         script, *rest = command.split()
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), *rest],
-            cwd=tmp_path,
-            text=True,
-            capture_output=True,
-            **kwargs,
-        )
-        assert not check or done.returncode == 0, done.stderr
+        command = [sys.executable, "-W", "error", str(ROOT / script), *rest]
+        done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, **kwargs)
+        assert not check or (done.returncode, done.stderr) == (0, ""), done.stderr
         return done
 
     return call
 
 
+def run_main(script, rest, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [script, *rest])
+    common.run(importlib.import_module(script.removesuffix(".py")).main)
+
+
 @pytest.fixture
 def call(tmp_path, monkeypatch, capfd):
-    """The same within this process, which need not import torch anew; returns what the script printed."""
+    """The same within this process, which need not import torch anew; returns what it printed."""
 
     def call(command):
         script, *rest = command.split()
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [script, *rest])
         capfd.readouterr()
-        common.run(importlib.import_module(script.removesuffix(".py")).main)
+        run_main(script, rest, tmp_path, monkeypatch)
         return capfd.readouterr().out
 
     return call
@@ -114,23 +101,17 @@ def call(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def mistake(tmp_path, monkeypatch, capfd):
-    """Assert that a command ends with exit code 2 and one line that says `says`, and that nothing in its folder has changed."""
+    """Assert that a command ends with exit code 2 and one line, and that no file has changed."""
 
     def fails(command, says, folder=tmp_path):
         script, *rest = command.split() if isinstance(command, str) else command
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", [script, *rest])
         before = contents(folder)
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
-            common.run(importlib.import_module(script.removesuffix(".py")).main)
+            run_main(script, rest, folder, monkeypatch)
         said = capfd.readouterr()
-        assert (
-            stop.value.code == 2
-            and said.err.count("\n") == 1
-            and said.err.startswith(script)
-            and says in said.err
-        ), said.err
+        assert stop.value.code == 2 and said.err.count("\n") == 1, said.err
+        assert said.err.startswith(f"{script}: ") and says in said.err, said.err
         assert "code inside" not in said.out
         assert contents(folder) == before
 

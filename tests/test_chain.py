@@ -1,140 +1,196 @@
-"""run_all.sh and the four scripts, one after the other, by the real command line."""
+"""The four scripts in a row by the real command line, and run_all.sh beside scripts of straw."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 
 import pytest
-
 from conftest import ROOT
+from test_make_data import write_idx
 
 
-def test_the_four_scripts_in_a_row(tiny, cli, call, tmp_path):
-    tiny(tmp_path / "results")
-    cli("train.py --epochs 1")
-    call("train.py --epochs 1 --method jitter")
+def test_the_four_commands_of_the_card(cli, call, tmp_path):
+    """Warnings are errors in `cli`."""
+    write_idx(tmp_path / "idx", n=(200, 120))
+    cli("make_data.py --mnist idx")
+    call("train.py")
+    cli("train.py --method jitter --alpha 2")
     cli("gradcam.py")
-    cli("attack.py --src 7 --tgt 3 --eps 0.05 --steps 5")
-    for script in ("train.py", "gradcam.py", "attack.py"):
-        pictures = [
-            line for line in call(f"{script} --report").splitlines() if line.startswith("![")
-        ]
-        assert pictures
-        for line in pictures:
-            assert (tmp_path / "results" / line.split("](")[1].rstrip(")")).exists(), line
+    cli("attack.py --src 7 --tgt 3 --eps 0.05")
+    found = {path.name for path in (tmp_path / "results").iterdir()}
+    assert {"baseline_s42.json", "jitter_s42.json", "gradcam.json", "attack_7to3.json"} <= found
 
 
-def shell(*words, **env):
-    return subprocess.run(
-        ["bash", str(ROOT / "run_all.sh"), *words],
-        text=True,
-        capture_output=True,
-        env={**os.environ, **env},
-    )
+@pytest.mark.filterwarnings("error")
+def test_every_report_fills_tables_and_draws_figures(tiny, call, tmp_path):
+    tiny(tmp_path / "results", n=100)
+    for name in ("baseline", "jitter"):
+        call(f"train.py --method {name} --epochs 1 --name {name}_s42")
+    call("gradcam.py")
+    call("attack.py --n 2 --steps 2")
+    for script in ("make_data.py", "train.py", "gradcam.py", "attack.py"):
+        assert "tables.md" in call(f"{script} --report"), script
+    tables = (tmp_path / "results" / "tables.md").read_text()
+    assert "| baseline |" in tables and "| jitter |" in tables
+    assert len(list((tmp_path / "results" / "figures").glob("*.png"))) >= 4
 
 
-def test_an_unknown_stage_is_named(tmp_path):
-    done = shell("lunch")
-    assert done.returncode == 2 and "there is no stage 'lunch'" in done.stderr
+# ---- the commands of run_all.sh
+
+
+def listed(quick):
+    """[(script, its words)] of every step that run_all.sh would run in a fresh clone, in order."""
+    env = {**os.environ, "PYTHON": os.sys.executable, "QUICK": str(int(quick))}
+    done = subprocess.run(["bash", "run_all.sh", "--list"], text=True, capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr
+    lines = [line.partition(" --step ")[2].split() for line in done.stdout.splitlines()]
+    return [(script.removesuffix(".py"), words) for script, *words in lines]
+
+
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """The scripts and run_all.sh, without any result."""
+    for name in ("run_all.sh", "common.py", "make_data.py", "train.py", "gradcam.py", "attack.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+
+
+def trained(steps):
+    """{(world below DIR, NAME)} of the training steps, and how many there are."""
+    names = []
+    for script, words in steps:
+        if script == "train":
+            args = importlib.import_module("train").get_args(words)
+            world = re.sub(r"^results(/quick)?/?", "", str(args.dir))
+            names.append((world, args.name.replace("resnet18", "resnet50")))
+    return set(names), len(names)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_step_is_a_command_that_its_script_takes(bare, quick):
+    for script, words in listed(quick):
+        importlib.import_module(script).get_args(words)
+
+
+def test_no_training_step_overwrites_another_and_quick_gives_the_same_names(bare):
+    names, steps = trained(listed(False))
+    assert len(names) == steps > 90
+    few, steps = trained(listed(True))
+    assert len(few) == steps and few <= names
+    short = {(world, name) for world, name in names if len(name) > 30}
+    assert not short, "a name that nobody would type"
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_model_that_a_step_reads_was_trained_by_a_step_before(bare, quick):
+    there = set()
+    for script, words in listed(quick):
+        args = importlib.import_module(script).get_args(words)
+        if script == "train":
+            there |= {args.dir / args.name, args.dir / re.sub(r"(_s\d+)$", r"_clean\1", args.name)}
+            names = [args.judge] if args.method == "robgan" else []
+        else:
+            names = getattr(args, "models", [])
+        for name in names:
+            assert args.dir / name in there, (words, name)
+
+
+# ---- run_all.sh itself
 
 
 @pytest.fixture
 def sandbox(tmp_path):
-    """run_all.sh beside scripts that only note that they ran; train.py fails while there is a file called `broken`."""
+    """run_all.sh beside scripts that only note that they ran; train.py may be `broken`."""
     (tmp_path / "run_all.sh").write_bytes((ROOT / "run_all.sh").read_bytes())
     for name in ("common.py", "make_data.py", "train.py", "gradcam.py", "attack.py"):
         (tmp_path / name).write_text(
-            "import sys, pathlib\nif 'train.py' in sys.argv[0] and pathlib.Path('broken').exists(): sys.exit('no luck')\n"
-            "if '--report' not in sys.argv: open('ran', 'a').write(' '.join(sys.argv) + chr(10))\n"
+            "import sys, pathlib\n"
+            "if 'train.py' in sys.argv[0] and pathlib.Path('broken').exists():\n"
+            "    sys.exit('no luck')\n"
+            "open('ran', 'a').write(' '.join(sys.argv) + chr(10))\n"
         )
 
-    def call(*words):
-        env = {**os.environ, "PYTHON": os.sys.executable, "QUICK": "1", "JOBS": "2"}
-        return subprocess.run(
-            ["bash", "run_all.sh", *words], cwd=tmp_path, text=True, capture_output=True, env=env
-        )
+    def call(*words, **env):
+        env = {**os.environ, "PYTHON": os.sys.executable, "QUICK": "1", "JOBS": "2", **env}
+        command = ["bash", "run_all.sh", *words]
+        return subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, env=env)
 
-    call.ran = lambda: (
-        (tmp_path / "ran").read_text().splitlines() if (tmp_path / "ran").exists() else []
-    )
-    call.folder = tmp_path
+    def ran(report=False):
+        lines = (tmp_path / "ran").read_text().splitlines() if (tmp_path / "ran").exists() else []
+        return [line for line in lines if ("--report" in line) == report]
+
+    call.ran, call.folder = ran, tmp_path
     return call
 
 
-def test_a_second_call_repeats_nothing(sandbox):
+def test_a_second_call_repeats_nothing_and_fresh_replaces_everything(sandbox):
     assert sandbox("lazy").returncode == 0
-    once = len(sandbox.ran())
+    once = sandbox.ran()
+    assert len(once) > 10 and not any("--overwrite" in line for line in once)
     done = sandbox("lazy")
-    assert done.returncode == 0 and once > 10 and len(sandbox.ran()) == once, done.stdout
+    assert done.returncode == 0 and sandbox.ran() == once, done.stdout
+    assert sandbox("lazy", FRESH="1").returncode == 0
+    again = sandbox.ran()[len(once) :]
+    assert sorted(again) == sorted(f"{line} --overwrite" for line in once)
+
+
+def test_the_report_runs_one_script_after_the_other(sandbox):
+    assert sandbox("report").returncode == 0
+    scripts = ("make_data.py", "train.py", "gradcam.py", "attack.py")
+    assert sandbox.ran(report=True) == [f"{s} --dir results/quick --report" for s in scripts]
 
 
 def test_it_stops_at_a_failure_names_it_and_continues_there(sandbox):
     (sandbox.folder / "broken").touch()
     done = sandbox("lazy")
-    assert (
-        done.returncode == 1
-        and "FAILED" in done.stderr
-        and "python train.py" in done.stderr
-        and "no luck" in done.stderr
-    )
+    assert done.returncode == 1
+    for text in ("FAILED", "python train.py", "no luck"):
+        assert text in done.stderr
     before = sandbox.ran()
     assert before and all("make_data.py" in line for line in before)
     (sandbox.folder / "broken").unlink()
     assert sandbox("lazy").returncode == 0
-    assert sandbox.ran()[: len(before)] == before and not any(
-        "make_data.py" in line for line in sandbox.ran()[len(before) :]
-    )
+    after = sandbox.ran()
+    assert after[: len(before)] == before
+    assert not any("make_data.py" in line for line in after[len(before) :])
 
 
 def test_a_changed_script_runs_again_with_all_that_reads_its_results(sandbox):
     sandbox("lazy")
-    before = len(sandbox.ran())
-    (sandbox.folder / "gradcam.py").write_text(
-        (sandbox.folder / "gradcam.py").read_text() + "# changed\n"
-    )
-    sandbox("lazy")
-    assert {line.split()[0] for line in sandbox.ran()[before:]} == {"gradcam.py"}
-    (sandbox.folder / "train.py").write_text(
-        (sandbox.folder / "train.py").read_text() + "# changed\n"
-    )
-    before = len(sandbox.ran())
-    sandbox("lazy")
-    assert {line.split()[0] for line in sandbox.ran()[before:]} == {
-        "train.py",
-        "gradcam.py",
-        "attack.py",
-    }
+    for script, again in (
+        ("gradcam.py", {"gradcam.py"}),
+        ("train.py", {"train.py", "gradcam.py", "attack.py"}),
+    ):
+        before = len(sandbox.ran())
+        with (sandbox.folder / script).open("a") as file:
+            file.write("# changed\n")
+        sandbox("lazy")
+        assert {line.split()[0] for line in sandbox.ran()[before:]} == again
 
 
 def test_a_listed_step_is_a_command_of_its_own_and_leaves_its_mark(sandbox):
-    listed = sandbox("--list", "lazy").stdout.splitlines()
-    assert (
-        sandbox.ran() == []
-        and [line[0] for line in listed] == sorted(line[0] for line in listed)
-        and {line[0] for line in listed} == {"1", "2", "3"}
-    )
-    for line in listed[:3]:  # in any order within a level, on any machine that shares the folder
-        done = subprocess.run(
-            ["bash", "-c", line[2:]],
-            cwd=sandbox.folder,
-            env={**os.environ, "PYTHON": os.sys.executable},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-    assert [line.partition("--step ")[2] for line in listed[:3]] == sandbox.ran()
-    remaining = sandbox("--list", "lazy").stdout.splitlines()
-    assert [line.partition(" ")[2] for line in remaining] == [
-        line.partition(" ")[2] for line in listed[3:]
-    ] and remaining[0][0] == "1"
+    lines = sandbox("--list", "lazy").stdout.splitlines()
+    levels = [int(line.split()[0]) for line in lines]
+    assert sandbox.ran() == [] and levels == sorted(levels) and set(levels) == {1, 2, 3}
+    for line in lines[:3]:  # in any order within a level, on any machine that shares the folder
+        env = {**os.environ, "PYTHON": os.sys.executable}
+        subprocess.run(["bash", "-c", line[2:]], cwd=sandbox.folder, env=env, check=True)
+    assert [line.partition("--step ")[2] for line in lines[:3]] == sandbox.ran()
+    left = sandbox("--list", "lazy").stdout.splitlines()
+    assert [line[2:] for line in left] == [line[2:] for line in lines[3:]] and left[0][0] == "1"
 
 
 @pytest.mark.slow
-def test_quick_makes_a_report_from_real_mnist():
-    assert shell(QUICK="1").returncode == 0
-    report = (ROOT / "results" / "quick" / "report.md").read_text()
-    assert "![Learning curves]" in report
-    assert (
-        json.loads((ROOT / "results" / "quick" / "baseline_s42.json").read_text())["args"]["epochs"]
-        == 2
+def test_quick_shows_the_cheat_and_the_cure_on_real_mnist():
+    done = subprocess.run(
+        ["bash", "run_all.sh", "lazy"], cwd=ROOT, env={**os.environ, "QUICK": "1"}
     )
+    assert done.returncode == 0
+    hard = {}
+    for name in ("baseline_s42", "jitter_s42"):
+        record = json.loads((ROOT / "results" / "quick" / f"{name}.json").read_text())
+        hard[name] = record["final"]["test_hard"]["acc"]
+    assert hard["baseline_s42"] < 0.05 and hard["jitter_s42"] > 0.6
+    assert "| jitter |" in (ROOT / "results" / "quick" / "tables.md").read_text()

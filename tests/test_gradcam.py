@@ -1,11 +1,11 @@
-"""gradcam.py: maps computed by hand, scores and flip rates with known answers, the command line on the tiny world."""
+"""gradcam.py: maps, scores and flip rates computed by hand, the command line on a tiny world."""
 
 import json
-import sys
 
 import pytest
 import torch
 import torch.nn as nn
+from matplotlib.image import imsave
 
 import common
 import gradcam as g
@@ -19,12 +19,14 @@ def a_split(n=40, size=28):
     return common.Split(common.paint(gray, colours, gen), torch.arange(n) % 10, colours, gray)
 
 
-def a_model(name="simplecnn", size=28):
+def a_subject(name="simplecnn", size=28, layer="relu"):
     torch.manual_seed(0)
-    return common.build_model(name, size=(size, size)).eval()
+    model = common.build_model(name, size=(size, size)).eval()
+    checkpoint = {"args": {"model": name, "width": 4}, "classes": 10, "size": [size, size]}
+    return g.Subject(model, checkpoint, layer, (size // 4, size // 4))
 
 
-# ---------------------------------------------------------------- heat maps
+# ---- heat maps
 
 A = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[0.0, 1.0], [0.0, 1.0]]]])  # (1,2,2,2)
 G = torch.tensor([[[[1.0, -1.0], [2.0, 2.0]], [[0.0, -4.0], [0.0, 0.0]]]])
@@ -39,8 +41,8 @@ def test_hirescam_by_hand():
 
 
 def test_gradcam_pp_by_hand():
-    # channel 0: activations sum to 10, so alpha = 1 / (2 + 10 g): 1/12 for g = 1, 1/22 for g = 2; g = -1 is cut by the ReLU
-    # channel 1: no positive gradient, and alpha is 0/0 where the gradient is 0: weight 0
+    # channel 0: activations sum to 10, so alpha is 1 / (2 + 10 g): 1/12 for 1, 1/22 for 2;
+    # g = -1 is cut by the ReLU. Channel 1 has no positive gradient, and alpha 0/0 counts as 0
     weight = 1 * 1 / 12 + 2 * 2 * (1 / 22)
     assert torch.allclose(g.gradcam_pp(A, G), A[:, 0] * weight)
 
@@ -50,11 +52,10 @@ class Linear(nn.Module):
 
     def __init__(self):
         super().__init__()
+        torch.manual_seed(0)
         self.look, self.fc = nn.Identity(), nn.Linear(12, 3)
 
     def forward(self, x):
-        if x.shape[-1] != 2:
-            raise ValueError("two pixels only")
         return self.fc(self.look(x).flatten(1))
 
 
@@ -62,24 +63,10 @@ def test_explain_finds_the_gradient_of_the_chosen_logit():
     model, x = Linear(), torch.rand(4, 3, 2, 2)
     target = torch.tensor([0, 1, 2, 1])
     e = g.explain(model, model.look, x, target)
-    assert torch.equal(e.activation, x) and torch.equal(
-        e.gradient, model.fc.weight[target].view(4, 3, 2, 2)
-    )
+    assert torch.equal(e.activation, x)
+    assert torch.equal(e.gradient, model.fc.weight[target].view(4, 3, 2, 2))
     assert torch.equal(g.explain(model, model.look, x).target, model(x).argmax(1))
-
-
-def test_explain_leaves_no_trace():
-    model = a_model().train()
-    g.explain(model, model.relu, torch.rand(2, 3, 28, 28))
-    assert (
-        model.training
-        and not model.relu._forward_hooks
-        and all(p.grad is None for p in model.parameters())
-    )
-    model = Linear().train()
-    with pytest.raises(ValueError, match="two pixels"):
-        g.explain(model, model.look, torch.rand(1, 3, 3, 3))
-    assert model.training and not model.look._forward_hooks
+    assert not model.look._forward_hooks and model.fc.weight.grad is None
 
 
 def test_an_in_place_relu_after_the_layer_does_not_alter_the_map():
@@ -89,156 +76,262 @@ def test_an_in_place_relu_after_the_layer_does_not_alter_the_map():
     assert torch.equal(g.explain(model, layer, x).activation, layer(x))
 
 
-@pytest.mark.parametrize("cam", g.CAMS)
-def test_a_batch_equals_one_at_a_time(cam, monkeypatch):
-    model, split = a_model(), a_split(7)
-    whole = g.heat_of(model, model.relu, split, cam)
-    monkeypatch.setattr(g, "BATCH", 1)
-    single = g.heat_of(model, model.relu, split, cam)
-    assert torch.allclose(whole.maps, single.maps, rtol=1e-4, atol=1e-6) and torch.equal(
-        whole.predicted, single.predicted
-    )
-    assert whole.maps.shape == (7, 7, 7) and whole.maps.min() >= 0
+def test_heat_is_rectified_and_a_batch_equals_one_at_a_time(monkeypatch):
+    subject, split = a_subject(), a_split(7)
+    whole = g.heat_of(subject, split, "hirescam")
+    e = g.explain(subject.model, subject.model.relu, split.x(slice(7)))
+    assert torch.equal(whole.maps, g.hirescam(e.activation, e.gradient).clamp(min=0))
+    assert torch.allclose(whole.confidence, e.logits.softmax(1).amax(1))
+    monkeypatch.setattr(g, "BATCH", 3)
+    parts = g.heat_of(subject, split, "hirescam", targets=whole.predicted)
+    assert torch.allclose(whole.maps, parts.maps, rtol=1e-4, atol=1e-6)
 
 
-def test_hirescam_is_complete_before_a_linear_head_and_gradcam_is_not():
-    model = a_model()
-    left = g.completeness(model, model.relu, a_split())
-    assert left["hirescam"]["max"] < 1e-5 < 1e-2 < left["gradcam"]["max"]
+def test_completeness_by_hand():
+    model, split = Linear(), a_split(5, size=2)
+    x = split.x(slice(5))
+    logit, target = model(x).max(1)
+    weights = model.fc.weight[target].view(5, 3, 4)
+    by_hand = (weights.mean(2) * x.flatten(2).sum(2)).sum(1)  # mean gradient times activation
+    gap = (logit - model.fc.bias[target] - by_hand).abs()
+    left = g.completeness(g.Subject(model, {}, "look", (2, 2)), split)
+    assert left["hirescam"]["max"] < 1e-6
+    assert left["gradcam"]["max"] == pytest.approx(gap.max().item(), rel=1e-4)
+    assert left["gradcam"]["mean"] == pytest.approx(gap.mean().item(), rel=1e-4)
 
 
-def test_resnet18():
-    model, split = a_model("resnet18", 32), a_split(3, 32)
-    name, size = g.find_layer(model, None, split, "resnet")
-    assert (name, size) == ("layer2", (4, 4))
-    for cam in g.CAMS:
-        assert g.heat_of(model, model.layer2, split, cam).maps.isfinite().all()
-    inside = model.layer3[0].bn1  # an in-place ReLU follows
-    assert g.heat_of(model, inside, split, "gradcam").maps.shape == (3, 2, 2)
-    assert not any(m._forward_hooks for m in model.modules())
+def test_layers_of_a_resnet():
+    subject, split = a_subject("resnet18", 32), a_split(2, 32)
+    assert g.find_layer(subject.model, None, split, "resnet") == ("layer2", (4, 4))
+    assert g.find_layer(subject.model, "layer3.0.bn1", split, "resnet")[1] == (2, 2)
+    inside = subject._replace(layer="layer3.0.bn1")  # an in-place ReLU follows
+    assert g.heat_of(inside, split, "gradcam").maps.shape == (2, 2, 2)
 
 
-# ---------------------------------------------------------------- scores
+# ---- scores
 
 
-def test_a_uniform_map_has_lift_one():
+def test_share_area_lift_and_pointing_by_hand():
+    gray = torch.zeros(4, 4, 4, dtype=torch.uint8)
+    gray[:3, :, 0] = 26  # the left column; 26 / 255 is just above 0.1
+    gray[:3, :, 1] = 25  # just below
+    maps = torch.zeros(4, 4, 4)
+    maps[0, 0, 0], maps[0, 3, 3] = 3, 1
+    maps[2, 0, 0], maps[2, 0, 3], maps[2, 1, 1] = 2, 2, 1  # a tie, half of it on the digit
+    maps[3] = 1  # picture 1 has no heat, picture 3 no digit
+    s = g.heat_scores(maps, gray)
+    assert s.share[[0, 2]].tolist() == [0.75, 0.4] and s.area[0] == 0.25
+    assert s.lift[[0, 2]].tolist() == [3, 1.6] and s.pointing[[0, 2]].tolist() == [1, 0.5]
+    assert s.share[[1, 3]].isnan().all() and s.pointing[[1, 3]].isnan().all()
+
+
+def test_a_uniform_map_has_lift_one_at_every_size():
     s = g.heat_scores(torch.full((40, 7, 7), 3.0), a_split().gray)
     assert torch.allclose(s.lift, torch.ones(40).double()) and torch.allclose(s.pointing, s.area)
 
 
-def test_share_area_and_pointing_by_hand():
-    gray = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    gray[:2, :, 0] = 26  # the left column; 26 / 255 is just above 0.1
-    gray[:2, :, 1] = 25  # just below
-    maps = torch.zeros(3, 4, 4)
-    maps[0, 0, 0], maps[0, 3, 3] = 3, 1
-    maps[2] = 1  # image 1 has no heat, image 2 no digit
-    s = g.heat_scores(maps, gray)
-    assert s.share[0] == 0.75 and s.area[0] == 0.25 and s.lift[0] == 3 and s.pointing[0] == 1
-    summary = g.summary(s)
-    assert s.share[1:].isnan().all() and (summary["n"], summary["zero_maps"], summary["lift"]) == (
-        3,
-        2,
-        3,
-    )
-    assert (
-        g.summary(s, torch.tensor([False, True, False]))["lift"] is None
-    )  # nothing left to average
+def test_summary_leaves_out_maps_without_a_score():
+    share = torch.tensor([0.1, 0.2, 0.3, torch.nan, 0.4, 0.5]).double()
+    area = torch.tensor([0.1, 0.1, 0.1, torch.nan, 0.2, 0.2]).double()
+    pointing = torch.tensor([1, 0, 0.5, torch.nan, 0, 1]).double()
+    s = g.summary(g.Scores(share, area, pointing))
+    assert (s["n"], s["zero_maps"]) == (6, 1)
+    assert s["share"] == pytest.approx(0.3) and s["area"] == pytest.approx(0.14)
+    assert s["share_quartiles"] == pytest.approx([0.2, 0.3, 0.4])
+    assert s["lift"] == pytest.approx(2.1) and s["lift_quartiles"] == pytest.approx([2, 2, 2.5])
+    assert s["pointing"]["rate"] == 0.5 and s["pointing"]["n"] == 5 and "k" not in s["pointing"]
+    nothing = g.summary(g.Scores(share[3:4], area[3:4], pointing[3:4]))
+    assert nothing["lift"] is None and nothing["share_quartiles"] is None
+
+
+def test_a_rate_carries_its_wilson_interval_and_a_count_its_k():
+    r = g.rate(torch.tensor([True, True, False, False]))
+    assert (r["k"], r["n"], r["rate"]) == (2, 4, 0.5)
+    assert (r["low"], r["high"]) == pytest.approx((0.15, 0.85), abs=1e-3)  # Wilson, 1927
+    assert "k" not in g.rate(torch.tensor([0.5, 0.25]))
 
 
 def test_spearman_with_ties_by_hand():
     # ranks 1 2.5 2.5 4 and 1 3 2 4 around their mean 2.5: products 4.5, squares 4.5 and 5
     a, b = torch.tensor([[0.0, 5.0, 5.0, 9.0]]), torch.tensor([[1.0, 30.0, 2.0, 40.0]])
     assert g.spearman(a, b).item() == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
-    assert g.spearman(a, -a).item() == pytest.approx(-1) and g.spearman(a, torch.ones(1, 4)).isnan()
+    assert g.spearman(a, -a).item() == pytest.approx(-1)
+    assert g.spearman(a, torch.ones(1, 4)).isnan()
 
 
-# ---------------------------------------------------------------- flip rates
+# ---- flip rates
+
+
+def test_flip_rates_by_hand():
+    # four colours; picture 0 is a 0 on colour 1, picture 1 a 1 on its own, picture 2 a 0 on 3
+    on_colour = torch.tensor([[0, 2, 2, 3], [1, 1, 1, 1], [1, 1, 2, 1]])
+    labels, colours = torch.tensor([0, 1, 0]), torch.tensor([1, 1, 3])
+    swapped, partner = torch.tensor([2, 0, 0]), torch.tensor([2, 0, 1])
+    rates, changed = g.flip_rates(on_colour, swapped, partner, labels, colours)
+    assert changed.tolist() == pytest.approx([2 / 3, 0, 1 / 3])
+    background, digit = rates["background"], rates["digit"]
+    assert background["changed"]["rate"] == pytest.approx(1 / 3) and background["pairs"] == 9
+    assert (background["any"]["k"], background["any"]["n"]) == (2, 3)
+    # foreign colours that are neither the old one nor the label's: {2,3}, {0,2,3}, {1,2}
+    assert background["follows"]["rate"] == pytest.approx((2 / 2 + 0 / 3 + 2 / 2) / 3)
+    # picture 0 gets another 0 and does not count; 1 gets a 0 and says 0; 2 gets a 1 and says 0
+    assert (digit["changed"]["k"], digit["follows"]["k"], digit["changed"]["n"]) == (2, 1, 2)
 
 
 class SeesColour(nn.Module):
     """Names the palette colour of the top row, which no digit of the tiny world touches."""
 
     def forward(self, x):
-        return -torch.cdist(
-            x[:, :, 0].mean(2), torch.tensor(list(common.PALETTES["background"].values())) / 255
-        )
+        palette = [list(bytes.fromhex(c[1:])) for c in common.PALETTES["background"].values()]
+        return -torch.cdist(x[:, :, 0].mean(2), torch.tensor(palette) / 255)
 
 
 class SeesShape(nn.Module):
-    """Counts the lit 4x4 cells of the digit, whose pixels are 0.6 on every background; a few stray pixels do not matter."""
+    """Counts the lit 4x4 cells of the digit, whose pixels are 0.6 on every background."""
 
     def forward(self, x):
         cells = ((x * 255).round() == 153).all(1).sum((1, 2)).add(8).div(16, rounding_mode="floor")
         return nn.functional.one_hot(cells, 30).float()
 
 
-def test_a_digit_world_is_repainted_with_its_own_variance(tiny, tmp_path):
+def test_counterfactuals_of_a_net_that_sees_colour_and_of_one_that_sees_shape(tiny, tmp_path):
     tiny(tmp_path, n=200)
-    common.save_json({"recipe": "digit", "sigma2": 0.0}, tmp_path / "meta.json")
-    split = common.load_splits(tmp_path, ("test_hard",))["test_hard"]
-    recipe, _ = g.recipe_of(tmp_path, split)
-    painted = g.repaint(split, torch.full_like(split.labels, 1), recipe, seed=0).images
-    teal = torch.tensor(list(common.PALETTES["digit"].values())[1]).view(1, 3, 1, 1)
-    assert (painted - split.gray[:, None] / 255 * teal).abs().max() <= 0.51
-
-
-def test_flip_rates_of_a_model_that_sees_only_colour_and_of_one_that_sees_only_shape(
-    tiny, tmp_path
-):
-    tiny(tmp_path, n=200)
-    split = common.load_splits(tmp_path, ("test_hard",))["test_hard"]
+    split = common.load_split(tmp_path, "test_hard")
     recipe, obstacle = g.recipe_of(tmp_path, split)
     assert recipe["recipe"] == "background" and obstacle is None
-    predictions, partner = g.counterfactuals(
-        {"colour": SeesColour(), "shape": SeesShape()}, split, recipe, seed=0
-    )
-    rates, changed = g.flip_rates(*predictions["colour"], partner, split.labels, split.colors)
-    assert (
-        rates["background"]["changed"]["rate"]
-        == rates["background"]["any"]["rate"]
-        == rates["background"]["follows"]["rate"]
-        == 1
-    )
-    assert (
-        rates["digit"]["changed"]["rate"] == 0
-        and rates["background"]["pairs"] == 9 * len(split.labels)
-        and (changed == 1).all()
-    )
-    rates, changed = g.flip_rates(*predictions["shape"], partner, split.labels, split.colors)
+    nets = {"colour": SeesColour(), "shape": SeesShape()}
+    predictions, partner = g.counterfactuals(nets, split, recipe, seed=0)
+    on_colour, swapped = predictions["colour"]
+    assert torch.equal(on_colour, torch.arange(10).expand(100, 10))
+    assert torch.equal(swapped, split.colors)
     cells = (split.gray > 0).sum((1, 2)) // 16
-    differs = split.labels[partner] != split.labels
-    assert (
-        rates["background"]["changed"]["rate"] == rates["background"]["any"]["rate"] == 0
-        and (changed == 0).all()
-    )
-    assert rates["digit"]["changed"]["n"] == differs.sum() and 0 < differs.sum() < len(differs)
-    assert rates["digit"]["changed"]["rate"] == pytest.approx(
-        (cells[partner] != cells)[differs].double().mean().item()
-    )
+    on_colour, swapped = predictions["shape"]
+    assert torch.equal(on_colour, cells[:, None].expand(100, 10))
+    assert torch.equal(swapped, cells[partner]) and not torch.equal(partner, torch.arange(100))
 
 
 def test_repainting_changes_the_colour_and_keeps_the_texture():
-    split = a_split()._replace(gray=torch.zeros(40, 28, 28, dtype=torch.uint8))  # background only
+    split = a_split()._replace(gray=torch.zeros(40, 28, 28, dtype=torch.uint8))  # no digit
+    recipe = {"recipe": "background", "sigma2": None}
     black, brown = (
-        g.repaint(split, torch.full((40,), c), {"recipe": "background"}, seed=1)
-        .images[:, 0]
-        .float()
-        for c in (9, 7)
+        g.repaint(split, torch.full((40,), c), recipe, seed=1).images[:, 0].float() for c in (9, 7)
     )
     unclipped = (black > 0) & (brown < 255)
     assert ((brown - black - 140).abs()[unclipped] <= 1).all() and unclipped.float().mean() > 0.3
 
 
-def test_what_cannot_be_repainted_says_why(tmp_path):
+def test_a_digit_world_is_repainted_with_its_own_variance(tmp_path):
+    common.save_json({"recipe": "digit", "sigma2": 0.0}, tmp_path / "meta.json")
     split = a_split()
-    assert "no colors" in g.recipe_of(tmp_path, split._replace(colors=None))[1]
-    assert "meta.json" in g.recipe_of(tmp_path, split)[1]
-    common.save_json({"recipe": "plaid"}, tmp_path / "meta.json")
-    assert "'plaid'" in g.recipe_of(tmp_path, split)[1]
+    recipe, _ = g.recipe_of(tmp_path, split)
+    painted = g.repaint(split, torch.full_like(split.labels, 1), recipe, seed=0).images
+    teal = torch.tensor([0, 128, 128]).view(1, 3, 1, 1)
+    assert (painted - split.gray[:, None] / 255 * teal).abs().max() <= 0.51
 
 
-# ---------------------------------------------------------------- the command line
+def test_what_cannot_be_repainted_says_why(tmp_path, monkeypatch):
+    def why(split, **meta):
+        common.save_json(meta, tmp_path / "meta.json")
+        return g.recipe_of(tmp_path, split)[1]
+
+    split, today = a_split(), common.PALETTES["background"]
+    assert "colors" in g.recipe_of(tmp_path, split)[1]  # no meta.json
+    assert "colors" in why(split._replace(colors=None), recipe="background")
+    assert "'plaid'" in why(split, recipe="plaid")
+    rgb = [[name, list(bytes.fromhex(colour[1:]))] for name, colour in today.items()]
+    assert why(split, recipe="background", palette=rgb) is None
+    assert why(split, recipe="background", palette=list(today.items())) is None
+    rgb[3][1][2] += 1
+    assert "another palette" in why(split, recipe="background", palette=rgb)
+    nine = dict(list(today.items())[:9])
+    monkeypatch.setitem(common.PALETTES, "background", nine)
+    assert "run to 9, but the palette ends at 8" in why(split, recipe="background")
+
+
+# ---- null rows and the pictures of the figures
+
+
+def test_the_cascade_randomises_from_the_output_down_and_keeps_the_explained_class(monkeypatch):
+    subject, split, fresh = a_subject(), a_split(6), []
+    real, heat_of = subject.model.state_dict(), g.heat_of
+    monkeypatch.setattr(g, "SANITY_DRAWS", 1)
+    classes = heat_of(subject, split, "hirescam").predicted
+
+    def watched(hybrid, split, cam, targets=None):
+        changed = [k for k, t in hybrid.model.state_dict().items() if not torch.equal(t, real[k])]
+        fresh.append(list(dict.fromkeys(name.partition(".")[0] for name in changed)))
+        assert targets is None or torch.equal(targets, classes)
+        return heat_of(hybrid, split, cam, targets)
+
+    monkeypatch.setattr(g, "heat_of", watched)
+    steps = g.cascade(subject, split, "hirescam", seed=0)
+    order = ["fc", "conv3", "conv2", "conv1"]
+    assert [step["randomised"] for step in steps] == [order[: k + 1] for k in range(4)]
+    assert [set(names) for names in fresh] == [set(order[:k]) for k in range(5)]
+    assert all(-1 < step["rank_correlation"][0] < 1 and step["lift"][0] > 0 for step in steps)
+
+
+def test_the_null_rows_score_noise_and_a_constant():
+    subject, split = a_subject(), a_split(200)
+    args = g.get_args(["--seed", "1"])
+    null = g.null_rows("x", subject, split, args)
+    assert null["uniform_map"]["lift"] == pytest.approx(1)
+    assert null["random_map"]["lift"] == pytest.approx(1, abs=0.02)
+    assert null["random_map"]["lift_quartiles"][0] < 1 and len(null["cascade"][0]["lift"]) == 5
+
+
+def test_the_figures_show_five_digits_twice_and_one_on_ten_colours(tmp_path):
+    split, recipe = a_split(), {"recipe": "background", "sigma2": None}
+    subjects = {"a_s1": a_subject(), "a_s2": a_subject(), "b_s1": a_subject(), "c_s1": a_subject()}
+    scenes = g.scenes_of(subjects, split, recipe, g.get_args(["--digit", "3"]))
+    one, ten = scenes["examples"], scenes["ten_colours"]
+    assert list(one["models"]) == ["a_s1", "b_s1"]
+    assert torch.equal(one["colors"][::2], one["labels"][::2])
+    assert torch.equal(one["labels"][::2], one["labels"][1::2])
+    assert (one["colors"][1::2] != one["labels"][1::2]).all()
+    assert len(one["labels"]) == 10 and len(one["labels"].unique()) == 5
+    assert (ten["labels"] == 3).all() and ten["colors"].tolist() == list(range(10))
+    assert torch.equal(ten["gray"], split.gray[3].expand(10, 28, 28))
+
+
+# ---- files, tables and the command line
+
+
+def test_files_are_named_by_what_differs(tmp_path):
+    def named(line):
+        args = g.get_args(line.split())
+        return g.file_of(g.stem_of(args), args.cam)
+
+    assert named("--models a_s1 --threads 2") == "gradcam"
+    assert named("--cam hirescam") == "gradcam_hirescam"
+    assert named("--cam gradcam++ --split val --digit 7") == "gradcam_val_digit7_gradcampp"
+    assert named("--target label --seed 3") == "gradcam_label_s3"
+    assert named("--name mine --split val") == "gradcam_mine"
+
+
+def test_tables_group_seeds_by_name_and_show_what_was_measured():
+    def model(lift, flip):
+        r = {"rate": flip, "n": 10}
+        maps = {"test_hard": {"n": 10, "zero_maps": 4, "lift": lift, "pointing": {"rate": 0.3}}}
+        flips = {"background": {"changed": r, "follows": {"rate": 0.2}}, "digit": {"changed": r}}
+        return {"acc": r, "maps": maps, "flips": flips, "lift_flip_correlation": -0.5}
+
+    null = {"n": 10, "zero_maps": 0, "lift": 1.0, "pointing": {"rate": 0.1}}
+    step = {"randomised": ["fc"], "rank_correlation": [0.0, 0.2], "lift": [1.0, 3.0], "without": 5}
+    cascade = {"model": "b_s1", "n": 10, "draws": 2, "cascade": [step]}
+    record = {
+        "split": "test_hard",
+        "args": {"models": ["b_s1", "x/a_s2", "b_s2"]},
+        "models": {"x/a_s2": model(2.0, 0.25), "b_s1": model(1.0, 0.5), "b_s2": model(3.0, 0.7)},
+        "null": {"random_map": null, "uniform_map": null, **cascade},
+    }
+    table = g.looks_table(record).splitlines()
+    assert table[2].startswith("| b | 0.600 ± 0.141 (2) | 0.400 ± 0.000 (2) | 2.000 ± 1.414 (2) |")
+    assert table[3] == "| a | 0.250 | 0.400 | 2.000 | 0.300 | 0.250 | 0.200 | 0.250 | -0.500 |"
+    assert table[4] == "| random map | - | 0.000 | 1.000 | 0.100 | - | - | - | - |"
+    table = g.cascade_table({"gradcam": record, "hirescam": record}).splitlines()
+    row = "fc | 0.100 ± 0.141 (2) | 2.000 ± 1.414 (2) | 5 of 20 |"
+    assert table[2:] == [f"| Grad-CAM | {row}", f"| HiResCAM | {row}"]
 
 
 def checkpoint(path, name="simplecnn", size=28, classes=10, method="baseline"):
@@ -247,141 +340,124 @@ def checkpoint(path, name="simplecnn", size=28, classes=10, method="baseline"):
     model = common.build_model(name, classes=classes, size=(size, size))
     args = {"model": name, "width": 4, "method": method, "seed": 42}
     weights = {k: v.contiguous() for k, v in model.state_dict().items()}
-    common.save_pt(
-        {"weights": weights, "args": args, "classes": classes, "size": [size, size]}, path
-    )
-
-
-def measured(folder, name="gradcam"):
-    record = json.loads((folder / f"{name}.json").read_text())
-    return {k: v for k, v in record.items() if k != "run"}
-
-
-FIGURES = ("examples", "lift_flip", "models", "sanity", "ten_colours")
-
-
-def test_command_line_and_the_same_numbers_again(tiny, cli, tmp_path, monkeypatch, capsys):
-    world = tmp_path / "results"
-    tiny(world)
-    cli("train.py --epochs 1")
-    checkpoint(world / "jitter_s42.pt", method="jitter")
-    cli("gradcam.py")
-    once = measured(world)
-    assert set(once) == {"schema", "script", "args", "split", "repainting", "models", "null"}
-    assert list(once["models"]) == ["baseline_s42", "jitter_s42"]
-    model = once["models"]["jitter_s42"]
-    assert set(model) == {
-        "method",
-        "seed",
-        "layer",
-        "map_size",
-        "acc",
-        "maps",
-        "flips",
-        "lift_flip_correlation",
-        "residual",
-    }
-    assert set(model["maps"]) == {"test_hard", "aligned", "conflicting"} and set(
-        model["flips"]
-    ) == {"background", "digit"}
-    assert (
-        model["maps"]["aligned"]["n"] + model["maps"]["conflicting"]["n"]
-        == model["maps"]["test_hard"]["n"]
-        == 100
-    )
-    assert (
-        once["null"]["uniform_map"]["lift"] == pytest.approx(1)
-        and len(once["null"]["cascade"]) == 4
-    )
-    assert {p.name for p in (world / "figures").glob("gradcam*")} == {
-        f"gradcam_{f}.png" for f in FIGURES
-    }
-    monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, capsys, "") == (0, "") and measured(world) == once
-    g.main(["--report"])
-    told = capsys.readouterr().out
-    assert (
-        all(f"(figures/gradcam_{f}.png)" in told for f in FIGURES)
-        and "| baseline | test_hard | 100 |" in told
-    )
-
-
-def call(monkeypatch, capsys, arguments):
-    """gradcam.main in this process: (exit code, what it said on stderr)."""
-    monkeypatch.setattr(sys, "argv", ["gradcam.py", *arguments.split()])
-    code = 0
-    try:
-        g.main(arguments.split())
-    except SystemExit as e:
-        code = e.code
-    return code, capsys.readouterr().err
+    record = {"weights": weights, "args": args, "classes": classes, "size": [size, size]}
+    common.save_pt(record, path)
 
 
 @pytest.fixture
 def world(tiny, tmp_path, monkeypatch):
-    """The current folder holds the tiny world in results/, with one random model of each kind."""
-    monkeypatch.chdir(tmp_path)
+    """The tiny world in results/, with two random models."""
     monkeypatch.setattr(g, "SANITY_DRAWS", 1)
     tiny(tmp_path / "results")
     checkpoint(tmp_path / "results/baseline_s42.pt")
+    checkpoint(tmp_path / "results/jitter_s42.pt", method="jitter")
     return tmp_path / "results"
 
 
-def test_every_flag_at_once_writes_beside_the_default_files(world, monkeypatch, capsys):
-    flags = "--models baseline_s42 --cam gradcam++ --target label --split test_unbiased --digit 3 --layer conv2 --seed 7"
-    assert call(monkeypatch, capsys, flags) == (0, "")
-    assert measured(world, "gradcam_gradcampp")["models"]["baseline_s42"]["map_size"] == [14, 14]
-    assert not (world / "gradcam.json").exists()
-    (
-        world / "gradcam_gradcampp.pt"
-    ).unlink()  # what the figures show is not committed: the report leaves the pictures as they are
-    before = (world / "figures/gradcam_gradcampp_examples.png").read_bytes()
-    assert call(monkeypatch, capsys, "--cam gradcam++ --report")[0] == 0
-    assert (world / "figures/gradcam_gradcampp_examples.png").read_bytes() == before
+def measured(world, name="gradcam"):
+    record = json.loads((world / f"{name}.json").read_text())
+    return {k: v for k, v in record.items() if k != "run"}
 
 
-def test_a_world_without_colours_has_heat_but_no_flips(world, monkeypatch, capsys):
-    for name in common.SPLITS:
-        split = torch.load(world / f"{name}.pt", weights_only=True)
-        common.save_pt({k: v for k, v in split.items() if k != "colors"}, world / f"{name}.pt")
-    assert call(monkeypatch, capsys, "--models baseline_s42")[0] == 0
-    model = measured(world)["models"]["baseline_s42"]
-    assert (
-        model["flips"] is None
-        and list(model["maps"]) == ["test_hard"]
-        and measured(world)["repainting"] == "the split has no colors"
+def test_command_line_and_the_same_numbers_again(world, call, monkeypatch):
+    said = call("gradcam.py").splitlines()
+    once = measured(world)
+    assert said[0] == "Grad-CAM of 2 models on 100 pictures of test_hard"
+    assert "results/figures/gradcam_ten_colours.png" in said[-1]
+    assert sorted(once) == ["args", "models", "null", "repainting", "schema", "script", "split"]
+    model = once["models"]["jitter_s42"]
+    keys = "method seed layer map_size acc maps flips lift_flip_correlation residual"
+    assert set(model) == set(keys.split()) and set(model["maps"]) == {"test_hard"}
+    assert model["flips"]["background"]["any"].keys() == {"k", "n", "rate", "low", "high"}
+    with monkeypatch.context() as quick:
+        quick.setattr(g, "draw_all", lambda *_: [world] * 4)
+        assert call("gradcam.py") and measured(world) == once
+        call("gradcam.py --cam hirescam")
+    said = call("gradcam.py --report")
+    figures = {p.name for p in (world / "figures").glob("gradcam*")}
+    names = ("examples", "lift_flip", "sanity", "ten_colours")
+    assert figures == {f"gradcam_{name}.png" for name in names}
+    assert all(f"wrote results/figures/{name}" in said for name in figures)
+    tables = (world / "tables.md").read_text()
+    assert "| HiResCAM | fc, conv3 |" in tables and "| jitter | 0." in tables
+
+
+def test_the_correlation_of_lift_and_flip_leaves_out_empty_maps(world, monkeypatch):
+    lift = torch.tensor([1.0, torch.nan, 3.0, 2.0]).double()
+    changed = torch.tensor([0.1, 9.0, 0.3, 0.4])
+    scores = g.Scores(lift, torch.ones(4), torch.ones(4))
+    monkeypatch.setattr(g, "heat_scores", lambda maps, gray: scores)
+    monkeypatch.setattr(g, "flip_rates", lambda *_: ({}, changed))
+    monkeypatch.setattr(g, "counterfactuals", lambda *_: ({"x": (0, 0)}, 0))
+    record = g.measure({"x": a_trained()}, a_split(4), {"recipe": "flat"}, g.get_args([]))
+    assert record["x"]["lift_flip_correlation"] == pytest.approx(0.5)  # ranks 1 3 2 and 1 2 3
+
+
+def a_trained():
+    subject = a_subject()
+    subject.checkpoint["args"] |= {"method": "baseline", "seed": 1}
+    return subject
+
+
+def test_a_world_without_colours_has_heat_but_no_flips(world, call):
+    split = torch.load(world / "test_hard.pt", weights_only=True)
+    del split["colors"]
+    common.save_pt(split, world / "test_hard.pt")
+    said = call("gradcam.py --models baseline_s42 --target label --layer conv2")
+    assert "no flip rates: they need colors" in said
+    record = measured(world, "gradcam_conv2_label")
+    model = record["models"]["baseline_s42"]
+    assert model["flips"] is None and model["residual"] is None and model["map_size"] == [14, 14]
+    assert "gradcam_conv2_label_examples.png" in call(
+        "gradcam.py --report --target label --layer conv2"
     )
-    assert call(monkeypatch, capsys, "--report")[0] == 0
+
+
+def test_a_palette_of_nine_colours_has_no_flips(world, call, monkeypatch):
+    nine = dict(list(common.PALETTES["background"].items())[:9])
+    monkeypatch.setitem(common.PALETTES, "background", nine)
+    assert "the palette ends at 8" in call("gradcam.py --models baseline_s42")
+
+
+def test_one_picture_of_ones_own(world, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(g, "load_split", None)  # needs no world
+    picture = torch.full((56, 56, 3), 0.5)
+    picture[:28, :, 0] = 1
+    imsave(tmp_path / "own.png", picture.numpy())
+    x = g.read_picture(tmp_path / "own.png")  # saved with transparency
+    assert x.shape == (1, 3, 56, 56) and x[0, :, 0, 0].tolist() == pytest.approx(
+        [1, 0.5, 0.5], abs=0.01
+    )
+    said = call("gradcam.py --image own.png").splitlines()
+    small = torch.nn.functional.interpolate(x, (28, 28), mode="bilinear", antialias=True)
+    logits = common.load_model(world, "jitter_s42")[0]((small * 255).round() / 255).detach()
+    confidence, answer = logits.softmax(1).max(1)
+    assert said[1] == f"jitter_s42: {int(answer)} ({float(confidence):.2f})"
+    assert (world / "figures/gradcam_image.png").exists()
 
 
 @pytest.mark.parametrize(
     "arguments, says",
     [
         ("--models nobody_s1", "nobody_s1.pt is missing"),
-        ("--models test_hard", "not a checkpoint"),
         ("--models larger", "28"),
         ("--models fewer", "5 classes"),
-        ("--models baseline_s42 --layer conv9", "choose one of conv1, conv2, conv3, relu"),
-        ("--models baseline_s42 --layer fc", "has no map"),
-        ("--models baseline_s42 --digit 11", "--digit 11"),
-        ("--models baseline_s42 --split train", "invalid choice"),
-        ("--models", "expected at least one argument"),
-        ("--cam scorecam", "invalid choice"),
-        ("--target none", "invalid choice"),
-        ("--digit -1", "whole number"),
+        ("--models baseline_s42 ./baseline_s42", "would share one row"),
+        ("--layer conv9", "its layers are conv1, conv2, conv3, relu, fc"),
+        ("--layer fc", "no map"),
+        ("--digit 11", "choose one of [0, 1"),
+        ("--split train", "invalid choice"),
         ("--dir nowhere", "nowhere/test_hard.pt is missing"),
-        ("--report --cam hirescam", "--cam hirescam"),
-        ("--models baseline_s42 --split val", "val.pt has no gray"),
+        ("--split val", "val.pt has no gray"),
+        ("--image results/meta.json", "no picture"),
+        ("--models jitter_s42", "models ['baseline_s42']"),
     ],
 )
-def test_mistakes_get_one_line_and_exit_code_2(world, monkeypatch, capsys, arguments, says):
+def test_mistakes_get_one_line_and_exit_code_2(world, mistake, arguments, says):
     checkpoint(world / "larger.pt", size=32)
     checkpoint(world / "fewer.pt", classes=5)
     split = torch.load(world / "val.pt", weights_only=True)
-    common.save_pt({k: v for k, v in split.items() if k != "gray"}, world / "val.pt")
-    code, said = call(monkeypatch, capsys, arguments)
-    assert code == 2 and says in said and "Traceback" not in said
-    assert (
-        said.strip().splitlines()[-1].startswith("gradcam.py: ")
-        and not (world / "gradcam.json").exists()
-    )
+    del split["gray"]
+    common.save_pt(split, world / "val.pt")
+    common.save_json({"args": {"models": ["baseline_s42"]}}, world / "gradcam.json")
+    mistake(f"gradcam.py {arguments}", says)

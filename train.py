@@ -1356,6 +1356,7 @@ class RobGAN(AT):
         }
         for name, data in worlds.items():
             measured[name]["trained_on"] = accuracy_when_trained_on(data, name, splits, args)
+            measured[name]["nearest"] = nearest(sources[name], train_split)
         params = sum(p.numel() for p in self.generator.parameters())
         facts = {"params": params, "n": n, "judge": args.judge, "measured": measured}
         half = copy_of(self.average.half().state_dict())  # the training is over
@@ -1559,6 +1560,15 @@ def compare(made, real, z_real, judge, classes):
     }
 
 
+def nearest(made, train_split, n=5000):
+    """Median L2 distance to the nearest training image: are the pictures copies of those?"""
+    a, found = made.x(slice(n)).mean(1).flatten(1), []  # (n,HW), pixels in [0, 1]
+    for low in range(0, len(train_split.labels), 6000):
+        b = train_split.x(slice(low, low + 6000)).mean(1).flatten(1)
+        found.append(torch.cdist(a, b).amin(1))
+    return torch.stack(found).amin(0).median().item()
+
+
 # ---- tables
 
 SUMMARY = ("baseline", "jtt", "jitter", "combined", "oracle")  # the best of each tier, one a row
@@ -1573,10 +1583,11 @@ NUMBERS = {  # column: where the number stands in the record of a run
     "digit probe": ("probe", "digit"),
 }
 MEASURES = {  # of pictures that a generator made; features are a judge's
-    "label agreement": ("agreement",),
-    "diversity within a class": ("diversity",),
-    "the same, worst class": ("diversity_worst",),
-    "accuracy of a classifier trained on them": ("trained_on",),
+    "label agreement": "agreement",
+    "diversity within a class": "diversity",
+    "the same, worst class": "diversity_worst",
+    "accuracy of a classifier trained on them": "trained_on",
+    "distance to the nearest training image, median": "nearest",
 }
 
 
@@ -1632,7 +1643,7 @@ def make_tables(worlds, rows, published):
         "parts": parts_table(rows),
         "robust_training": robust_table(robust_rows(worlds)),
         "robgan": robgan_table(generators(worlds)),
-        "all_runs": all_runs_table(rows),
+        "all_runs": table(rows, rows, NUMBERS, {"worst group": worst_group}),
     }
     for recipe, sweep in SWEEPS.items():
         ours = sweep_rows(worlds, recipe)
@@ -1744,32 +1755,30 @@ def differences(runs, others, column):
     return [mine - theirs for mine, theirs in both if None not in (mine, theirs)]
 
 
-def table(rows, names, columns):
-    """A line for each of these rows that has results: what it knows, and these numbers."""
-    lines = table_lines(rows, names, columns)
-    return markdown(["method", "knows", *columns], lines) if lines else None
-
-
-def table_lines(rows, names, columns):
-    return [
+def table(rows, names, columns, more=None):
+    """A line for each of these rows that has results; `more` is {column: function of its runs}."""
+    more = more or {}
+    lines = [
         [
             f"`{name}`{note(rows[name])}",
             knows(rows[name][0]),
             *(over_seeds(rows[name], column) for column in columns),
+            *(value(rows[name]) for value in more.values()),
         ]
         for name in names
         if name in rows
     ]
+    return markdown(["method", "knows", *columns, *more], lines) if lines else None
 
 
 def cures_table(rows):
     """Every method at the usual budget; the time of an epoch is that of baseline, times this."""
     columns = ("val", "test_hard", "worst digit", "follows colour", "colour probe")
-    names = [name for name in CURES if name in rows]
-    lines = table_lines(rows, names, columns)
-    for name, line in zip(names, lines, strict=True):
-        line.append(relative_time(rows[name], rows.get("baseline", [])))
-    return markdown(["method", "knows", *columns, "time"], lines) if lines else None
+
+    def time_of(runs):
+        return relative_time(runs, rows.get("baseline", []))
+
+    return table(rows, CURES, columns, {"time": time_of})
 
 
 def relative_time(runs, others):
@@ -1920,23 +1929,20 @@ def robgan_table(rows):
     columns = [(runs, "generated") for runs in rows.values()]
     columns += [(first, "real"), (first, "collapsed")]
     lines = []
-    for what, keys in MEASURES.items():
+    for what, key in MEASURES.items():
         lines.append([what])
         for runs, kind in columns:
-            where = ("generator", "measured", kind, *keys)
+            where = ("generator", "measured", kind, key)
             lines[-1].append(mean_sd([dig(record, where) for record in runs]))
     names = [f"`{row}`{note(runs)}" for row, runs in rows.items()]
     return markdown(["measure", *names, "real", "collapsed"], lines)
 
 
-def all_runs_table(rows):
-    """Every row of the headline world with all its numbers."""
-    lines = table_lines(rows, rows, NUMBERS)
-    for runs, line in zip(rows.values(), lines, strict=True):
-        groups = [record["final"]["test_hard"]["worst_group"] for record in runs]
-        worst = min(filter(None, groups), key=lambda group: group["acc"], default=None)
-        line.append(f"{worst['acc']:.3f} of {worst['n']}" if worst else "-")
-    return markdown(["method", "knows", *NUMBERS, "worst group"], lines) if lines else None
+def worst_group(runs):
+    """Accuracy and n of the worst (digit, colour) group of all seeds."""
+    groups = [record["final"]["test_hard"]["worst_group"] for record in runs]
+    worst = min(filter(None, groups), key=lambda group: group["acc"], default=None)
+    return f"{worst['acc']:.3f} of {worst['n']}" if worst else "-"
 
 
 def write_csv(worlds, path):

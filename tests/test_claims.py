@@ -463,10 +463,7 @@ def test_the_generator_draws_what_was_asked_and_varies_almost_as_much_as_real_di
 
 
 def test_its_digits_lie_further_from_the_training_pictures_than_real_test_digits():
-    near = [
-        [found["median"] for found in measured(kind, "nearest")] for kind in ("generated", "real")
-    ]
-    assert min(near[0]) > max(near[1])
+    assert min(measured("generated", "nearest")) > max(measured("real", "nearest"))
 
 
 def test_a_classifier_trained_on_them_alone_reads_real_digits_nearly_as_well():

@@ -164,16 +164,16 @@ def test_spearman_with_ties_by_hand():
 
 def test_flip_rates_by_hand():
     # four colours; picture 0 is a 0 on colour 1, picture 1 a 1 on its own, picture 2 a 0 on 3
-    on_colour = torch.tensor([[0, 2, 2, 3], [1, 1, 1, 1], [1, 1, 2, 1]])
+    on_colour = torch.tensor([[0, 2, 2, 2], [1, 1, 1, 1], [1, 1, 2, 1]])
     labels, colours = torch.tensor([0, 1, 0]), torch.tensor([1, 1, 3])
     swapped, partner = torch.tensor([2, 0, 0]), torch.tensor([2, 0, 1])
     rates, changed = g.flip_rates(on_colour, swapped, partner, labels, colours)
-    assert changed.tolist() == pytest.approx([2 / 3, 0, 1 / 3])
+    assert changed.tolist() == pytest.approx([1 / 3, 0, 1 / 3])
     background, digit = rates["background"], rates["digit"]
-    assert background["changed"]["rate"] == pytest.approx(1 / 3) and background["pairs"] == 9
+    assert background["changed"]["rate"] == pytest.approx(2 / 9) and background["pairs"] == 9
     assert (background["any"]["k"], background["any"]["n"]) == (2, 3)
     # foreign colours that are neither the old one nor the label's: {2,3}, {0,2,3}, {1,2}
-    assert background["follows"]["rate"] == pytest.approx((2 / 2 + 0 / 3 + 2 / 2) / 3)
+    assert background["follows"]["rate"] == pytest.approx((1 / 2 + 0 / 3 + 2 / 2) / 3)
     # picture 0 gets another 0 and does not count; 1 gets a 0 and says 0; 2 gets a 1 and says 0
     assert (digit["changed"]["k"], digit["follows"]["k"], digit["changed"]["n"]) == (2, 1, 2)
 
@@ -294,6 +294,103 @@ def test_the_figures_show_five_digits_twice_and_one_on_ten_colours(tmp_path):
     assert torch.equal(ten["gray"], split.gray[3].expand(10, 28, 28))
 
 
+# ---- what each answer wants to see
+
+
+def ascend(model, label, size=(2, 2), seed=0, **settings):
+    settings = {"steps": 100, "shift": 0, "tv": 0, **settings}
+    return g.maximise(model, torch.tensor(label), size, common.stream(seed, "x"), **settings)
+
+
+def test_on_a_linear_net_the_maximum_is_the_sign_pattern_of_the_weights():
+    model = Linear()
+    x = ascend(model, [0, 1, 2])
+    assert torch.equal(x.flatten(1), (model.fc.weight > 0).float())
+    assert model.fc.weight.grad is None
+
+
+def test_total_variation_makes_the_picture_flat_along_both_axes():
+    model = Linear()
+    rough, flat = ascend(model, [0]), ascend(model, [0], tv=5.0, step_size=0.01)
+    assert rough.diff(dim=2).abs().max() == 1 and rough.diff(dim=3).abs().max() == 1
+    assert flat.diff(dim=2).abs().max() < 0.1 and flat.diff(dim=3).abs().max() < 0.1
+
+
+def test_shifts_make_the_picture_look_alike_from_every_place():
+    class Corner(nn.Module):  # wants the pixel in one corner bright
+        def forward(self, x):
+            return x[:, :, 0, 0].sum(1, keepdim=True)
+
+    still, shifted = (
+        ascend(Corner(), [0], (8, 8)),
+        ascend(Corner(), [0], (8, 8), shift=1, steps=300),
+    )
+    assert still[0, :, 0, 0].min() == 1 and still[0, :, 1, 1].max() < 0.9
+    near = [0, 1, 7]  # a pixel away in both directions
+    assert shifted[0][:, near][:, :, near].min() == 1 and shifted[0, :, 4, 4].max() < 0.9
+
+
+def test_a_seed_repeats_a_picture_and_another_does_not():
+    model = a_subject().model
+    one, same, other = (ascend(model, [3], (28, 28), seed, shift=2, steps=3) for seed in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert one.min() >= 0 and one.max() <= 1
+
+
+def test_variance_between_channels_and_between_places_by_hand():
+    x = torch.zeros(4, 3, 2, 2)
+    x[0, 0] = 1  # one flat red
+    x[1, :, 0] = 1  # grey, a bright upper half
+    x[2, 0, 0, 0] = 1  # one red pixel: total 11/144, channels 2/144, places 3/144
+    x[3, 0, 0], x[3, 1, 1] = 1, 1  # red above green: of 2/9 a quarter, no brightness differs
+    channels, places = g.variance_shares(x)
+    assert channels.tolist() == pytest.approx([1, 0, 2 / 11, 1 / 4])
+    assert places.tolist() == pytest.approx([0, 1, 3 / 11, 0], abs=1e-6)
+
+
+def test_measures_of_found_pictures_by_hand():
+    class Reads(nn.Module):  # the colour of the first pixel, red or green
+        def forward(self, x):
+            return 10 * x[:, :2, 0, 0]
+
+    x = torch.zeros(3, 3, 2, 2)
+    x[0, 0] = 1  # red
+    x[1, 1] = 1  # green
+    x[2, 1], x[2, 0, 0, 0] = 0.9, 1  # green with a red corner
+    label = torch.tensor([0, 1, 0])
+    palette = torch.eye(3)[:2]
+    oracle = Reads()
+    oracle.forward = lambda x: -10 * x[:, :2, 0, 0]
+    found, sure = g.wants_of(Reads(), x, label, palette, oracle)
+    assert found["nearest colour is its own"] == found["named as flat colour"]
+    assert (
+        found["named as flat colour"] == pytest.approx(2 / 3) and found["read by the oracle"] == 0
+    )
+    expected = [1 / (1 + 2.718281828**-10)] * 2 + [1 / (1 + 2.718281828**-1)]
+    assert sure.tolist() == pytest.approx(expected) and found["confidence"] == pytest.approx(
+        sum(expected) / 3
+    )
+    none = g.wants_of(Reads(), x, label, None, None)[0]
+    assert none["nearest colour is its own"] is None and none["read by the oracle"] is None
+
+
+def test_maximise_on_the_command_line(world, call, monkeypatch):
+    monkeypatch.setattr(g.maximise, "__defaults__", (2, 0.05, 2, 0.05))
+    checkpoint(world / "unbiased/oracle_s42.pt")
+    said = call("gradcam.py --maximise").splitlines()
+    assert said[-1].endswith("results/figures/gradcam_maximise.png")
+    once = measured(world, "gradcam_maximise")
+    assert list(once["models"]) == ["baseline_s42", "jitter_s42"] and len(once["null"]) == 6
+    assert once["models"]["jitter_s42"]["nearest colour is its own"] is not None
+    assert once["models"]["jitter_s42"]["read by the oracle"] is not None
+    before = (world / "gradcam_maximise.pt").read_bytes()
+    call("gradcam.py --maximise")
+    assert measured(world, "gradcam_maximise") == once
+    assert (world / "gradcam_maximise.pt").read_bytes() == before
+    assert "gradcam_maximise.png" in call("gradcam.py --report")
+    assert "| random weights | 0." in (world / "tables.md").read_text()
+
+
 # ---- files, tables and the command line
 
 
@@ -307,6 +404,7 @@ def test_files_are_named_by_what_differs(tmp_path):
     assert named("--cam gradcam++ --split val --digit 7") == "gradcam_val_digit7_gradcampp"
     assert named("--target label --seed 3") == "gradcam_label_s3"
     assert named("--name mine --split val") == "gradcam_mine"
+    assert named("--maximise --seed 3") == "gradcam_maximise_s3"
 
 
 def test_tables_group_seeds_by_name_and_show_what_was_measured():
@@ -325,7 +423,7 @@ def test_tables_group_seeds_by_name_and_show_what_was_measured():
         "models": {"x/a_s2": model(2.0, 0.25), "b_s1": model(1.0, 0.5), "b_s2": model(3.0, 0.7)},
         "null": {"random_map": null, "uniform_map": null, **cascade},
     }
-    table = g.looks_table(record).splitlines()
+    table = g.table(g.looks(record)).splitlines()
     assert table[2].startswith("| b | 0.600 ± 0.141 (2) | 0.400 ± 0.000 (2) | 2.000 ± 1.414 (2) |")
     assert table[3] == "| a | 0.250 | 0.400 | 2.000 | 0.300 | 0.250 | 0.200 | 0.250 | -0.500 |"
     assert table[4] == "| random map | - | 0.000 | 1.000 | 0.100 | - | - | - | - |"
@@ -451,6 +549,8 @@ def test_one_picture_of_ones_own(world, call, tmp_path, monkeypatch):
         ("--split val", "val.pt has no gray"),
         ("--image results/meta.json", "no picture"),
         ("--models jitter_s42", "models ['baseline_s42']"),
+        ("--maximise --models nobody_s1", "nobody_s1.pt is missing"),
+        ("--maximise --layer conv1", "--layer means nothing"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(world, mistake, arguments, says):

@@ -480,8 +480,11 @@ def test_the_json_keys_are_the_promised_ones_and_the_terminal_says_the_answer(wo
     assert "2 epochs" in lines[0] and "4,486 parameters" in lines[0]
     assert lines[0].endswith("cpu; epochs 2, lr 0.002")
     assert lines[1].startswith("epoch  1/2  loss ") and len(lines) < 15
-    answer = f"{record['final']['test_hard']['acc']:.1%} of the 30 images of test_hard are right"
-    assert answer in said and "|" not in said and "gradcam.py" in lines[-1]
+    hard = record["final"]["test_hard"]
+    assert f"test_hard     {hard['acc']:.3f} of 30, worst digit {hard['worst_digit']:.3f}" in said
+    assert f"colour's digit {hard['follows_colour']:.1%} of the time" in said
+    assert f"the colour with {record['probe']['colour']:.3f}, the digit" in said
+    assert "|" not in said and "gradcam.py" in lines[-1]
     kept = common.load_pt(world / "baseline_epochs2_lr0.002_s42.pt", "")
     assert {*kept} == {"weights", "args", "classes", "size"}
     assert (kept["classes"], kept["size"]) == (10, [28, 28]) and kept["args"] == record["args"]
@@ -629,7 +632,7 @@ def test_a_world_of_one_s_own_trains_and_says_who_cannot(world, call, mistake):
 def test_other_sizes_and_a_resnet_work(tiny, call, mistake, tmp_path):
     tiny(tmp_path / "results", n=40, size=32)
     call("train.py --epochs 1 --model resnet18 --batch 39")  # 1 image is too few for batch norm
-    mistake("train.py --epochs 1 --model resnet18 --batch 1", "--batch 1 is too small")
+    mistake("train.py --epochs 1 --model resnet18 --batch 1", "--batch 1 makes a batch of 1")
     call("train.py --epochs 1 --method jitter --jitter hsv --width 3")
     record = common.load_pt(tmp_path / "results" / "jitter_hsv_epochs1_width3_s42.pt", "")
     assert record["size"] == [32, 32] and record["weights"]["conv1.weight"].shape[0] == 3
@@ -657,8 +660,8 @@ def keep(n):
         ("--method at --clean-epochs 10", None, "--epochs 10 counts all phases"),
         ("--method at --crop 28", None, "--crop 28 leaves nothing"),
         ("--name ../escape", None, "may hold letters"),
-        ("--name val", None, "belongs to another file"),
-        ("--name attack_x", None, "belongs to another file"),
+        ("--name val", None, "belongs to other files"),
+        ("--name attack_x", None, "belongs to other files"),
         ("--name x.pt", None, "leave the ending out"),
         ("--dir nowhere", None, "nowhere/train.pt is missing"),
         ("", lambda r: {**r, "labels": r["labels"] * 0}, None),
@@ -697,5 +700,6 @@ def test_only_the_first_process_speaks_and_saves(world, monkeypatch, capfd):
     for name in ("stdout", "stderr"):  # main changes them
         monkeypatch.setattr(sys, name, getattr(sys, name))
     train.main(["--epochs", "1"])
+    sys.stdout.close()
     assert capfd.readouterr().out == "" and {*world.iterdir()} == before
     assert met == ["met", "left"]

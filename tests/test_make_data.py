@@ -166,12 +166,14 @@ def test_the_test_splits_are_the_same_digits_and_do_not_depend_on_the_training_b
     assert torch.equal(splits["test_hard"]["images"], free["test_hard"]["images"])
 
 
-def test_every_split_has_draws_of_its_own():
-    splits, other = world("--recipe", "digit"), world("--recipe", "digit", "--seed", "43")
-    hard, unbiased = splits["test_hard"], splits["test_unbiased"]
-    assert not torch.equal(hard["colors"], unbiased["colors"])
-    assert not torch.equal(hard["images"], other["test_hard"]["images"])
-    assert not torch.equal(hard["gray"], splits["train"]["gray"][:60])
+def test_every_split_draws_its_colours_and_its_paint_from_streams_of_their_own():
+    rules = {"test_hard": make_data.conflicting, "test_unbiased": make_data.uniform}
+    for name, split in world("--seed", "7").items():
+        rule = rules.get(name, make_data.biased)
+        colours = rule(split["labels"], 0.95, common.stream(7, f"{name} colours"))
+        assert torch.equal(split["colors"], colours), name
+        images = common.paint(split["gray"], colours, common.stream(7, f"{name} paint"))
+        assert torch.equal(split["images"], images), name
 
 
 def test_gray_is_the_digit_in_three_channels_without_colours():

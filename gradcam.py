@@ -649,12 +649,12 @@ def draw_sanity(records, path):
     save_figure(fig, path)
 
 
-def draw_all(folder, stem):
+def draw_all(folder, stem, records):
     """The figures of one stem from the files of all its kinds of map; returns their paths.
 
     Heat maps are HiResCAM's where they are there. A figure without data stays as it is.
     """
-    records, drawn = load_records(folder, stem), []
+    drawn = []
 
     def figure(name):
         drawn.append(folder / "figures" / f"{stem}_{name}.png")
@@ -693,6 +693,18 @@ def load_records(folder, stem):
     """{cam: record} of the kinds of map that have been measured."""
     paths = {cam: folder / f"{file_of(stem, cam)}.json" for cam in CAMS}
     return {cam: load_json(path, "delete it") for cam, path in paths.items() if path.exists()}
+
+
+def widest(folder):
+    """{cam: the record with the most models}, as the tables of the write-up show."""
+    found = {}
+    for path in sorted(folder.glob("gradcam*.json")):
+        record = load_json(path, "delete it")
+        usual = record.get("split") == "test_hard" and record["args"].get("target") == "predicted"
+        cam = record["args"].get("cam")
+        if usual and len(record["models"]) > len(found.get(cam, {"models": ()})["models"]):
+            found[cam] = record
+    return {cam: found[cam] for cam in CAMS if cam in found}
 
 
 def rows_of(record):
@@ -756,8 +768,8 @@ def cascade_table(records):
 def report(args):
     """Redraw the figures and, from the default settings' files, refill the tables."""
     stem = stem_of(args)
-    records = load_records(args.dir, stem)
-    written = draw_all(args.dir, stem)
+    records = widest(args.dir) if stem == "gradcam" else load_records(args.dir, stem)
+    written = draw_all(args.dir, stem, records)
     if stem == "gradcam":
         path = args.dir / "gradcam_maximise.json"
         found = load_json(path, "delete it") if path.exists() else None
@@ -816,7 +828,7 @@ def look(args, device):
     record["run"] = facts(args, device, start)
     save_pt(scenes, args.dir / f"{name}.pt")
     save_json(record, path)
-    drawn = draw_all(args.dir, stem)
+    drawn = draw_all(args.dir, stem, load_records(args.dir, stem))
     progress("")
     if obstacle:
         print(f"no flip rates: {obstacle}")

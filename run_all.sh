@@ -147,6 +147,7 @@ lazy() {
   go "train"
   attack . --src 7 --tgt 3 --eps 0.05  # a first look at seed 42
   step "gradcam.py --dir $DIR"
+  step "gradcam.py --dir $DIR --cam hirescam"
   go "look and attack"
   report
 }

@@ -274,7 +274,8 @@ def save_pt(record, path):
 
 def save_figure(fig, path):
     write(path, lambda file: fig.savefig(file, dpi=150, metadata={"Software": None}))
-    sys.modules["matplotlib.pyplot"].close(fig)
+    if "matplotlib.pyplot" in sys.modules:  # which would keep it
+        sys.modules["matplotlib.pyplot"].close(fig)
 
 
 def load_json(path, hint):

@@ -501,24 +501,31 @@ def random_net(checkpoint, gen):
 # ---- the pictures that the figures show
 
 
-def paintings(split, choice, recipe, seed):
+def paintings(split, choice, recipe, args):
     """A Split of the pictures at [(index, colour), ...], all with one texture."""
     each = []
     for i, c in choice:
         one = take(split, [i])
-        each.append(repaint(one, torch.full_like(one.labels, c), recipe, seed))
+        each.append(repaint(one, torch.full_like(one.labels, c), recipe, args.seed))
     return Split(*(torch.cat(column) for column in zip(*each, strict=True)))
 
 
-def scene(title, pictures, subjects, recipe, args):
-    """Pictures and what models make of them: tensors and names fit for save_pt."""
-    targets, seen = pictures.labels if args.target == "label" else None, {}
+def scene(title, pictures, subjects, args, palette=None):
+    """Pictures and what models make of them: tensors and strings fit for save_pt."""
+    targets, labels, models = None, pictures.labels.cpu(), {}
+    if args.target == "label":
+        targets = pictures.labels
     for name, subject in subjects.items():
         heat = heat_of(subject, pictures, args.cam, targets)
-        seen[name] = {"maps": heat.maps, "predicted": heat.predicted, "confidence": heat.confidence}
-    parts = {key: t.cpu().contiguous() for key, t in pictures._asdict().items() if t is not None}
-    palette = list(PALETTES[recipe["recipe"]]) if recipe else None
-    return {**parts, "title": f"{TITLES[args.cam]}: {title}", "palette": palette, "models": seen}
+        models[name] = heat._asdict()
+    foreign, below = torch.ones_like(labels).bool(), [str(label) for label in labels.tolist()]
+    if palette:
+        colours = pictures.colors.cpu()
+        foreign = colours != labels
+        below = [f"{label} on {palette[c]}" for label, c in zip(below, colours, strict=True)]
+    parts = {"images": pictures.images.cpu().contiguous(), "gray": pictures.gray.cpu()}
+    parts |= {"labels": labels, "foreign": foreign, "below": below, "models": models}
+    return {**parts, "title": f"{TITLES[args.cam]}: {title}"}
 
 
 def firsts_of(names):
@@ -534,18 +541,19 @@ def scenes_of(subjects, split, recipe, args):
     """
     few = {name: subjects[name] for name in firsts_of(subjects)[:ROWS]}
     if recipe is None:
-        first = take(split, slice(10))
-        return {"examples": scene(f"the first pictures of {args.split}", first, few, None, args)}
+        title = f"the first pictures of {args.split}"
+        return {"examples": scene(title, take(split, slice(10)), few, args)}
     labels, colours = split.labels.tolist(), split.colors.tolist()
+    palette = list(PALETTES[recipe["recipe"]])
     foreign = [i for i in range(len(labels)) if colours[i] != labels[i]] or [0]
     five = sorted({labels[i]: i for i in reversed(foreign)}.values())[:5]
-    pairs = [(i, c) for i in five for c in (labels[i], colours[i])]
-    ten = [(labels.index(args.digit), c) for c in range(len(PALETTES[recipe["recipe"]]))]
+    pairs = paintings(split, [(i, c) for i in five for c in (labels[i], colours[i])], recipe, args)
+    one = labels.index(args.digit)
+    ten = paintings(split, [(one, c) for c in range(len(palette))], recipe, args)
     titles = "digits on their own and on a foreign colour", f"one {args.digit} on ten colours"
-    pairs, ten = (paintings(split, choice, recipe, args.seed) for choice in (pairs, ten))
     return {
-        "examples": scene(titles[0], pairs, few, recipe, args),
-        "ten_colours": scene(titles[1], ten, few, recipe, args),
+        "examples": scene(titles[0], pairs, few, args, palette),
+        "ten_colours": scene(titles[1], ten, few, args, palette),
     }
 
 
@@ -585,20 +593,13 @@ def draw_scene(scene, path):
 
     Under a map: ✓ or a bold ✗, the predicted class and its probability.
     """
-    labels, colours, gray = scene["labels"], scene.get("colors"), scene["gray"]
-    foreign = torch.ones_like(labels).bool() if colours is None else colours != labels
-    names = [""] * len(labels)
-    if scene["palette"]:
-        names = [f" on {scene['palette'][c]}" for c in colours]
-    below = [f"{digit}{name}" for digit, name in zip(labels, names, strict=True)]
-    nothing = [None] * len(labels)
-    rows = [(scene["title"], list(zip(scene["images"], nothing, below, strict=True)))]
+    gray, foreign, nothing = scene["gray"], scene["foreign"], [None] * len(scene["below"])
+    rows = [(scene["title"], list(zip(scene["images"], nothing, scene["below"], strict=True)))]
     for name, seen in scene["models"].items():
-        wrong = seen["predicted"] != labels
+        wrong = seen["predicted"] != scene["labels"]
         says = zip(wrong, seen["predicted"], seen["confidence"], strict=True)
         below = [f"{'✗' if w else '✓'} {answer} ({sure:.2f})" for w, answer, sure in says]
-        where = "pictures" if colours is None else "foreign colours"
-        title = f"{name}: fooled on {(wrong & foreign).sum()} of {foreign.sum()} {where}"
+        title = f"{name}: fooled on {(wrong & foreign).sum()} of {foreign.sum()}"
         maps = upsample(seen["maps"], gray.shape[1:])
         rows.append((title, list(zip(maps, gray, below, strict=True))))
     draw_rows(rows, path)
@@ -648,12 +649,12 @@ def draw_sanity(records, path):
     save_figure(fig, path)
 
 
-def draw_all(folder, stem):
+def draw_all(folder, stem, records):
     """The figures of one stem from the files of all its kinds of map; returns their paths.
 
     Heat maps are HiResCAM's where they are there. A figure without data stays as it is.
     """
-    records, drawn = load_records(folder, stem), []
+    drawn = []
 
     def figure(name):
         drawn.append(folder / "figures" / f"{stem}_{name}.png")
@@ -676,13 +677,11 @@ def draw_all(folder, stem):
 
 def stem_of(args):
     """What the kinds of map of the same settings share: gradcam, gradcam_val_digit7, ..."""
-    usual, head = get_args([]), "gradcam_maximise" if args.maximise else "gradcam"
+    head = "gradcam_maximise" if args.maximise else "gradcam"
+    if args.name:
+        return f"{head}_{args.name}"
     skip = ("models", "cam", "image", "name", "maximise")
-    return (
-        f"{head}_{args.name}"
-        if args.name
-        else name_of(head, args, usual, skip).removesuffix("_s42")
-    )
+    return name_of(head, args, get_args([]), skip).removesuffix("_s42")
 
 
 def file_of(stem, cam):
@@ -694,6 +693,18 @@ def load_records(folder, stem):
     """{cam: record} of the kinds of map that have been measured."""
     paths = {cam: folder / f"{file_of(stem, cam)}.json" for cam in CAMS}
     return {cam: load_json(path, "delete it") for cam, path in paths.items() if path.exists()}
+
+
+def widest(folder):
+    """{cam: the record with the most models}, as the tables of the write-up show."""
+    found = {}
+    for path in sorted(folder.glob("gradcam*.json")):
+        record = load_json(path, "delete it")
+        usual = record.get("split") == "test_hard" and record["args"].get("target") == "predicted"
+        cam = record["args"].get("cam")
+        if usual and len(record["models"]) > len(found.get(cam, {"models": ()})["models"]):
+            found[cam] = record
+    return {cam: found[cam] for cam in CAMS if cam in found}
 
 
 def rows_of(record):
@@ -757,8 +768,8 @@ def cascade_table(records):
 def report(args):
     """Redraw the figures and, from the default settings' files, refill the tables."""
     stem = stem_of(args)
-    records = load_records(args.dir, stem)
-    written = draw_all(args.dir, stem)
+    records = widest(args.dir) if stem == "gradcam" else load_records(args.dir, stem)
+    written = draw_all(args.dir, stem, records)
     if stem == "gradcam":
         path = args.dir / "gradcam_maximise.json"
         found = load_json(path, "delete it") if path.exists() else None
@@ -776,6 +787,13 @@ def report(args):
 # ---- the command
 
 
+def facts(args, device, start):
+    """What may differ when the same command is run again."""
+    seconds = round(time.time() - start, 1)
+    versions = {"torch": torch.__version__, "threads": args.threads, "device": str(device)}
+    return {"seconds": seconds, **versions}
+
+
 def progress(text):
     """A line that the next one replaces on a terminal, a plain line in a file."""
     if sys.stdout.isatty():
@@ -784,17 +802,10 @@ def progress(text):
         print(text, flush=True)
 
 
-def facts(args, device, start):
-    """What may differ when the same command is run again."""
-    seconds = round(time.time() - start, 1)
-    versions = {"torch": torch.__version__, "threads": args.threads, "device": str(device)}
-    return {"seconds": seconds, **versions}
-
-
 def look(args, device):
     """Measure all models, write it down and draw it."""
     start, stem = time.time(), stem_of(args)
-    skip = ("dir", "device", "threads", "report", "overwrite", "image", "name")
+    skip = ("dir", "device", "threads", "report", "overwrite", "maximise", "image", "name")
     settings = {key: value for key, value in vars(args).items() if key not in skip}
     name = file_of(stem, args.cam)
     path = args.dir / f"{name}.json"
@@ -817,7 +828,7 @@ def look(args, device):
     record["run"] = facts(args, device, start)
     save_pt(scenes, args.dir / f"{name}.pt")
     save_json(record, path)
-    drawn = draw_all(args.dir, stem)
+    drawn = draw_all(args.dir, stem, load_records(args.dir, stem))
     progress("")
     if obstacle:
         print(f"no flip rates: {obstacle}")
@@ -883,11 +894,11 @@ def say(cells, keys):
 def maximise(model, label, size, gen, steps=200, step_size=0.05, shift=2, tv=0.05):
     """Pictures (N,3,H,W) in [0, 1] that raise the logit of `label` (N,): activation maximisation.
 
-    Gradient ascent from mid-grey with a little noise (Erhan et al., 2009) on the logit (Simonyan
-    et al., 2014): the log-probability stops at a dull picture as soon as the net is sure. Total
-    variation `tv` a pixel pair (Mahendran & Vedaldi, 2015), shifts of up to `shift` pixels, other
-    ones at each step (Mordvintsev et al., 2015; Olah et al., 2017), Adam. What robust nets want
-    looks like the class (Santurkar et al., 2019; Engstrom et al., 2019).
+    Adam from mid-grey with a little noise (Erhan et al., 2009) on the logit (Simonyan et al.,
+    2014): the log-probability stops at a dull picture as soon as the net is sure. Against noise a
+    penalty `tv` on differences of neighbours, and other shifts at each step (Mordvintsev et al.,
+    2015; Olah et al., 2017). Robust nets are known to want what looks like the class (Santurkar
+    et al., 2019; Engstrom et al., 2019).
     """
     x = 0.5 + 0.05 * torch.randn(len(label), 3, *size, generator=gen)
     x = x.to(label.device).requires_grad_()
@@ -961,7 +972,10 @@ def look_for(args, device):
         pictures[name] = {"images": images.cpu(), "confidence": sure[few].cpu()}
     null = measured.pop("null")
     record = {"schema": 1, "script": "gradcam.py", "args": settings, "null": null}
-    record |= {"models": measured, "run": facts(args, device, start)}
+    record |= {
+        "models": measured,
+        "run": facts(args, device, start),
+    }
     save_pt({name: pictures[name] for name in firsts_of(measured)}, path.with_suffix(".pt"))
     save_json(record, path)
     figure = draw_wants(path.with_suffix(".pt"))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 
+import attack
 import common
 import train
 
@@ -420,6 +421,16 @@ def test_lntl_cuts_colours_into_eight_bins_where_a_feature_sees_any():
     assert torch.equal(lntl.pixels(early.value, seen)[0], row)
 
 
+def test_a_pixel_is_seen_by_the_four_features_that_it_can_change():
+    """Feature k sees pixels 2k - 1 to 2k + 2: a 3x3 convolution, then a 2x2 maximum."""
+    lntl = method_of("lntl", common.build_model(), {"train": split_of([0, 1], size=28)})
+    x = torch.zeros(1, 3, 28, 28)
+    x[0, 1, 8, 9] = 0.3
+    colour, seen = lntl.colour(x, None)
+    assert seen.tolist() == [3 * 14 + 4, 3 * 14 + 5, 4 * 14 + 4, 4 * 14 + 5]
+    assert colour.tolist() == [0, 2, 0] * 4
+
+
 @pytest.mark.parametrize("model, size", [("saturatedcnn", (29, 33)), ("resnet18", (30, 32))])
 def test_lntl_has_a_colour_for_every_feature_of_every_net(model, size):
     x = torch.rand(2, 3, *size)
@@ -621,7 +632,6 @@ def test_pgd_starts_anywhere_in_the_ball_and_takes_steps_of_its_size(linear, gen
 
 
 def test_the_two_pgd_agree(net, gen):
-    attack = pytest.importorskip("attack", exc_type=ImportError)
     x, y = torch.rand(20, 3, 8, 8, generator=gen), torch.arange(20) % 10
     ours = train.pgd(net, x, y, 0.1, 5, 0.03, common.stream(2, "a"))
     theirs = attack.pgd(net, x, y, 0.1, 5, common.stream(2, "a"), step_size=0.03)

@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -51,10 +50,7 @@ PALETTES = {  # recipe: {colour: its mean}; digit d owns entry d
 }
 
 
-# painters take gray (B,1,H,W) and mean colours (B,3,1,1), and give (B,3,H,W), all in [0, 1]
-
-
-def paint_background(gray, mean, gen, sigma2):
+def paint_background(gray, mean, gen, sigma2):  # (B,1,H,W), (B,3,1,1) to (B,3,H,W), in [0, 1]
     """A light-grey digit on its colour, with one brightness noise for R, G and B."""
     noise = torch.randn(gray[:, 0].shape, generator=gen).mul_(0.15)[:, None]
     return (mean + noise).clamp_(0, 1).lerp_(torch.tensor(0.6), gray)
@@ -89,8 +85,7 @@ def paint(gray, colours, gen, recipe="background", sigma2=None):
 class SimpleCNN(nn.Module):
     """Three 3x3 convolutions and a linear head; 4,486 parameters at width 4, 28x28, 10 classes.
 
-    Pooling before ReLU gives the same values for less work. With `saturated`, conv1's activation
-    ends at 1 (tanh), so that strokes of any colour can look the same behind it.
+    With `saturated`, conv1's activation ends at 1: strokes of any colour can look the same then.
     """
 
     early = "conv2"  # what this layer is fed, (B,w,H/2,W/2), are the early features of `lntl`
@@ -106,7 +101,7 @@ class SimpleCNN(nn.Module):
 
     def features(self, x):
         """x (B,3,H,W) in [0, 1] to the last feature map (B,2w,H/4,W/4)."""
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # as ReLU before pooling, for less work
         if self.saturated:
             x = x.tanh()
         x = F.relu(F.max_pool2d(self.conv2(x), 2))
@@ -143,9 +138,6 @@ def predict(model, split):
     model.eval()
     parts = [slice(i, i + 1000) for i in range(0, len(split.labels), 1000)]
     return torch.cat([model(split.x(part)).argmax(1) for part in parts])
-
-
-# ---- seeds, arguments, errors
 
 
 def stream(seed, purpose, device="cpu"):
@@ -185,7 +177,7 @@ def setup(args):
     name = next(kind for kind in there if there[kind]) if args.device == "auto" else args.device
     if not there[name]:
         die(f"--device {name} is not available here", "use --device auto")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA repeats only with it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or CUDA does not repeat
     torch.set_deterministic_debug_mode("warn" if name == "mps" else "error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # a cost for nothing
     torch.set_num_threads(args.threads)
@@ -212,10 +204,7 @@ def run(main, hint="finished files are whole; run the same command again"):
 
 
 def name_of(head, args, usual, skip=()):
-    """NAME of a result: `head`, what differs from the usual arguments, the seed.
-
-    A choice or a switch speaks for itself, a number follows its flag: jitter_alpha1_hsv_s42.
-    """
+    """NAME of a result: `head`, what differs from `usual`, the seed: jitter_alpha1_hsv_s42."""
     name, skip = head, {"dir", "seed", "device", "threads", "overwrite", "report", *skip}
     for key, value in vars(args).items():
         if key not in skip and value != getattr(usual, key):
@@ -225,7 +214,8 @@ def name_of(head, args, usual, skip=()):
             elif isinstance(value, str):
                 name += f"_{value.replace('_', '')}"
             else:
-                name += f"_{flag}" + "-".join(f"{v:g}" for v in np.ravel(value))
+                values = value if isinstance(value, list) else [value]
+                name += f"_{flag}" + "-".join(f"{v:g}" for v in values)
     return f"{name}_s{args.seed}"
 
 
@@ -238,8 +228,7 @@ def guard(path, settings, overwrite):
     """Stop before a result of other settings is replaced; the same command may run again."""
     if path.exists() and not overwrite:
         old = load_json(path, "delete it").get("args", {})
-        was = [f"{k} {old[k]}" for k in settings if k in old and old[k] != settings[k]]
-        if was:
+        if was := [f"{k} {old[k]}" for k in settings if k in old and old[k] != settings[k]]:
             hint = "choose another --name or --dir, or give --overwrite"
             die(f"{path} holds a result of other settings, {', '.join(was)}", hint)
 
@@ -373,10 +362,7 @@ def markdown(header, rows):
 
 
 def fill(folder, tables):
-    """Refill {name: Markdown, or None without results} behind their marks; returns the files.
-
-    Marks stand in results/report.md and README.md; another world gets a tables.md.
-    """
+    """Refill {name: Markdown or None} in report.md and README.md, else DIR/tables.md; the files."""
     ours = folder.resolve() == ROOT / "results"
     files = [folder / "report.md", ROOT / "README.md"] if ours else [folder / "tables.md"]
     for path in files:

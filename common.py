@@ -221,7 +221,7 @@ def name_of(head, args, usual, skip=()):
 
 def row_of(name):
     """'jitter_hsv' of 'jitter_hsv_s42' or 'unbiased/jitter_hsv_s42': what its seeds share."""
-    return re.sub(r"_s\d+$", "", Path(name).name)
+    return re.sub(r"(_s\d+)?(\.pt)?$", "", Path(name).name)
 
 
 def guard(path, settings, overwrite):
@@ -230,7 +230,7 @@ def guard(path, settings, overwrite):
         old = load_json(path, "delete it").get("args", {})
         if was := [f"{k} {old[k]}" for k in settings if k in old and old[k] != settings[k]]:
             hint = "choose another --name or --dir, or give --overwrite"
-            die(f"{path} holds a result of other settings, {', '.join(was)}", hint)
+            die(f"{path} holds a result of other settings, {', '.join(was)[:150]}", hint)
 
 
 def world_of(folder):

@@ -253,6 +253,7 @@ robust() {  # adversarial training: the published problem, a ResNet from end to 
   attack mnist --untargeted --eps 0.3 --restarts 10 --queries $((3 * N)) --n $((N / 2)) --models at_s42 at_clean_s42 trades_s42 fgsm_s42
   attack mnist --untargeted --name resnet --eps 0.1 --n $((N / 10)) --sweep 0.1 0.2 --models ${RESNET}_s42 ${RESNET}_clean_s42
   attack . --untargeted --name at --eps 0.05 --restarts 10 --n $((N / 2)) --models baseline_s42 jitter_s42 baseline_balancegroups_s42 at_s42 at_balanced_s42 unbiased/oracle_s42 unbiased/oracle_at_s42
+  step "gradcam.py --dir $DIR --maximise --models $(over_seeds "$FEW" baseline jitter combined unbiased/oracle) at_balanced_s42 baseline_shufflelabels_s42"  # what each answer wants to see
   [ -n "$SHORT" ] || attack mnist --check --eps 0.3 --n $((N / 5)) --models at_s42  # two epochs say nothing about the attacks
   go "attack"
   report

@@ -60,7 +60,7 @@ CHUNK = 256  # images attacked at once: what fits in the cache of one core
 CONFIDENT = 0.9  # target probability of the stricter criterion
 RESOLUTION = 1e-3  # of a min-eps
 SEARCH_STEPS = 50  # at each radius of the min-eps search; half as many in a bisection round
-SAMPLE = 1000  # images for what is too dear for the whole split: Square, robust curve, transfer
+SAMPLE = 1000  # images for what is too slow for the whole split: Square, robust curve
 QUERIES = 300  # of the Square attack, per image
 RESAMPLES = 2000  # of the bootstrap
 POINT = 0.02  # --check: a change below two percentage points is little
@@ -242,7 +242,7 @@ def headline(model, x, y, args, gen):
 
     PGD (Madry et al., 2018) on the targeted cross-entropy: random start, step eps / 10, at most
     args.steps. The criteria are two marks on one path: where argmax was reached, the attack
-    carries on to confidence. x (N,3,H,W) in [0, 1]; y (N,).
+    continues to confidence. x (N,3,H,W) in [0, 1]; y (N,).
     """
     steps, x_adv = {}, x.clone()
     todo, start = torch.arange(len(x), device=x.device), random_start(x, args.eps, gen)
@@ -585,7 +585,7 @@ def follows(m, x, y, split):
     against = colors != y
     if not against.any():
         return None
-    return (answer(m.net, x) == colors)[against].double().mean().item()
+    return (answer(m.net, x) == colors)[against].cpu().double().mean().item()
 
 
 def sampled(n, most, args):
@@ -611,21 +611,22 @@ def measure(m, x, y, args):
     """Accuracies under attack, all on the same images, that `claims` compares.
 
     PGD is the worst of both losses, as in --untargeted. How strong it is cannot be seen where
-    nobody or everybody is fooled, so the attacks are compared at a telling radius: the one that
-    leaves about half of the clean accuracy.
+    nobody or everybody is fooled, so the attacks are compared at the radius that leaves about half
+    of the clean accuracy.
     """
     right, outside = answer(m.net, x) == y, []
     goals = {f"to {k}": partial(towards, k) for k in range(m.classes)}
     attacks = {**ATTACKS, **goals, "noise": noise}
 
     def left(names, eps, steps=args.steps, seed=0):
-        """bool (N,): right when clean and under one run of each; strays are counted apart."""
+        """bool (N,): right when clean and under one run of each; counts images outside the ball."""
         standing = right.clone()
         for name in names:
             gen = stream(args.seed, f"check {name} {seed}")
             attack = partial(attacks[name], m.net, steps=steps, gen=gen)
             a = carry_out(attack, m.net, is_wrong, x, y, eps)
-            beyond = ((a.x.double() - x.double()).abs() > eps + 1e-6) | (a.x < 0) | (a.x > 1)
+            found = a.x.cpu().double()
+            beyond = ((found - x.cpu().double()).abs() > eps + 1e-6) | (found < 0) | (found > 1)
             outside.append(int(beyond.flatten(1).any(1).sum()))
             standing &= ~a.done
         return standing
@@ -940,7 +941,7 @@ def change_table(record):
             for case in found:
                 line += [interval(case["min_eps"], "+.4f"), interval(case["needs_less"], ".2f")]
             lines.append(line)
-    return markdown(header, lines) if lines else None
+    return markdown(header, lines)
 
 
 def pairs_table(record):
@@ -1170,8 +1171,6 @@ def draw(record, folder, stem):
 
 def report(args):
     """Refill the tables and redraw the figures of the write-up; computes nothing."""
-    if not args.dir.is_dir():
-        die(f"{args.dir} is missing", "choose another --dir")
     found, drawn, mnist = chosen(args.dir), [], args.dir / "mnist"
     for key, folder, stem in (
         ("targeted", args.dir, "attack_7to3"),
@@ -1262,7 +1261,7 @@ def get_args(argv=None):
         ("check", "can the attacks be trusted? exit code 1 if not"),
     ):
         g.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=what)
-    g = p.add_argument_group("attack (where two defaults are given: targeted, then the rest)")
+    g = p.add_argument_group("attack")
     g.add_argument("--src", type=number(int, 0, 999), help="targeted: digit to start from (7)")
     g.add_argument("--tgt", type=number(int, 0, 999), help="targeted: digit to reach (3)")
     g.add_argument("--eps", type=number(float, 0, 1), help="L-inf radius, pixels in [0, 1] (0.05)")
@@ -1276,7 +1275,9 @@ def get_args(argv=None):
     usual, shown = ["baseline_s42", "jitter_s42"], "DIR/NAME.pt or the path of a .pt"
     g.add_argument("--models", nargs="+", default=usual, metavar="NAME", help=shown)
     g.add_argument("--split", choices=SPLITS, default="test_hard", help="(test_hard)")
-    counts = "of digit src (100), per digit (--pairs, 50), of the split (--check, 500)"
+    counts = (
+        "of digit src (100), per digit (--pairs, 50), of the split (--check 500, --untargeted all)"
+    )
     g.add_argument("--n", type=number(int, 1, 10**9), help=f"images at most: {counts}")
     g.add_argument("--name", help="results go to DIR/attack_NAME.json (what differs from defaults)")
     common_args(p, seed_of="random starts, samples and the bootstrap")
@@ -1290,7 +1291,7 @@ def complete(args):
     args.mode = args.mode or "targeted"
     for flag in ("src", "tgt", "eps", "steps", "restarts", "queries", "sweep", "n"):
         if flag not in MODES[args.mode] and getattr(args, flag) is not None:
-            die(f"--{flag} has no meaning with --{args.mode}", "leave it out")
+            die(f"--{flag} means nothing in the {args.mode} attack", "leave it out")
         if getattr(args, flag) is None:
             setattr(args, flag, MODES[args.mode].get(flag))
     if args.mode == "targeted" and args.src == args.tgt:

@@ -29,7 +29,7 @@ def named(names, colours):
     return dict(zip(names.split(), colours.split(), strict=True))
 
 
-INK = named(  # one colour per method in every figure, told apart by colour-blind readers
+INK = named(  # one colour per method in every figure, distinct for colour-blind readers too
     "baseline jitter grl combined biasbal groupdro lff jtt lntl at robgan oracle",
     "#D55E00 #0072B2 #E69F00 #009E73 #CC79A7 #56B4E9"
     " #7A4F00 #8C8C00 #6A3D9A #A6192E #1B7F79 #000000",
@@ -185,7 +185,7 @@ def setup(args):
 
 
 def die(what, hint):
-    """The user's mistake: one line that says what is wrong and how to mend it, exit code 2."""
+    """The user's mistake: one line that says what is wrong and what to do, exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {what}; {hint}".replace("\n", " "), file=sys.stderr)
     sys.exit(2)
 
@@ -200,7 +200,7 @@ def run(main, hint="finished files are whole; run the same command again"):
     except BrokenPipeError:  # whoever read our output has left, as `| head` does
         os._exit(1)
     except OSError as e:
-        die(f"cannot use {e.filename}: {e.strerror}", "finished files are whole")
+        die(f"cannot use {e.filename or 'the disk'}: {e.strerror}", "finished files are whole")
 
 
 def name_of(head, args, usual, skip=()):
@@ -320,9 +320,9 @@ def load_split(folder, name, device="cpu"):
 def load_model(folder, name, device="cpu"):
     """(model in eval mode, its record: weights, args, classes, size) as train.py saved it."""
     path = Path(name) if name.endswith(".pt") else folder / f"{name}.pt"
-    there = [p.stem for p in sorted(folder.glob("*_s*.pt"))]
-    near = difflib.get_close_matches(name, there, 1) or there or ["not trained yet"]
-    record = load_pt(path, f"is it {near[0]}? There are: {', '.join(there)}")
+    there = [p.stem for p in sorted(folder.glob("*_s*.pt")) if ".part" not in p.name]
+    near = difflib.get_close_matches(path.stem, there, 1) or ["python train.py"]
+    record = load_pt(path, f"try {near[0]}; models in {folder}: {', '.join(there) or 'none'}")
     about, world = path.with_suffix(".json"), world_of(path.parent)
     if about.exists() and load_json(about, "delete it").get("world", world) != world:
         die(f"{path} was trained on another painting of {path.parent}", "train it again")
@@ -356,13 +356,17 @@ def mean_sd(values):
 
 
 def markdown(header, rows):
-    """A Markdown table as one string."""
+    """A Markdown table as one string, None without rows."""
+    if not rows:
+        return None
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
 def fill(folder, tables):
     """Refill {name: Markdown or None} in report.md and README.md, else DIR/tables.md; the files."""
+    if not folder.is_dir():
+        die(f"{folder} is missing", "choose another --dir")
     ours = folder.resolve() == ROOT / "results"
     files = [folder / "report.md", ROOT / "README.md"] if ours else [folder / "tables.md"]
     for path in files:
@@ -372,7 +376,7 @@ def fill(folder, tables):
             if mark not in text and not ours:
                 text += f"## {name}\n\n{mark}\n{end}\n\n"
             before, mark, after = text.partition(mark)
-            if mark:
+            if mark and end in after:
                 after = after.partition(end)[2]
                 text = f"{before}{mark}\n\n{table or '*no results yet*'}\n{end}{after}"
         write(path, lambda file, text=text: file.write(text.encode()))

@@ -22,6 +22,7 @@ import contextlib
 import copy
 import itertools
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -95,10 +96,13 @@ def main(argv=None):
         return report(args)
     device = setup(args)
     args.models = list(dict.fromkeys(args.models))
-    stems = [Path(name).stem for name in args.models]
-    shared = " and ".join(name for name in args.models if stems.count(Path(name).stem) > 1)
-    if shared:
-        die(f"--models {shared} would share one row", "save one under another --name")
+    stems = [Path(name).name.removesuffix(".pt") for name in args.models]
+    if len(set(stems)) < len(stems):
+        what = f"--models {' '.join(args.models)}: two would share one row"
+        die(what, "save one under another --name")
+    if args.name and not re.fullmatch(r"(?!hirescam|gradcampp|maximise)\w{1,60}", args.name, re.A):
+        what = f"--name {args.name!r} must be letters, digits and _, and no kind of map"
+        die(what, "choose another name")
     if args.maximise or args.image:
         usual = get_args([])
         for flag in ("split", "digit", "target", "cam", "layer"):
@@ -308,7 +312,7 @@ def summary(scores):
 
 def mean(values):
     """The mean as a float; None of nothing."""
-    return values.double().mean().item() if len(values) else None
+    return values.cpu().double().mean().item() if len(values) else None
 
 
 def quartiles(values):
@@ -495,7 +499,8 @@ def random_net(checkpoint, gen):
     """A net like the checkpoint's whose weights know nothing."""
     kind = checkpoint["args"]
     torch.manual_seed(gen.initial_seed())
-    return build_model(kind["model"], kind["width"], checkpoint["classes"], checkpoint["size"])
+    shape = checkpoint["classes"], checkpoint["size"]
+    return build_model(kind["model"], kind["width"], *shape, kind.get("grayscale", False))
 
 
 # ---- the pictures that the figures show
@@ -649,10 +654,10 @@ def draw_sanity(records, path):
     save_figure(fig, path)
 
 
-def draw_all(folder, stem, records):
+def draw_all(folder, stem, records, kinds=("hirescam", "gradcam", "gradcam++")):
     """The figures of one stem from the files of all its kinds of map; returns their paths.
 
-    Heat maps are HiResCAM's where they are there. A figure without data stays as it is.
+    Heat maps are of the first of `kinds` that is there. A figure without data stays as it is.
     """
     drawn = []
 
@@ -660,7 +665,7 @@ def draw_all(folder, stem, records):
         drawn.append(folder / "figures" / f"{stem}_{name}.png")
         return drawn[-1]
 
-    paths = [folder / f"{file_of(stem, cam)}.pt" for cam in ("hirescam", "gradcam", "gradcam++")]
+    paths = [folder / f"{file_of(stem, cam)}.pt" for cam in kinds]
     for path in [path for path in paths if path.exists()][:1]:
         for name, shown in load_pt(path, "delete it").items():
             draw_scene(shown, figure(name))
@@ -828,7 +833,7 @@ def look(args, device):
     record["run"] = facts(args, device, start)
     save_pt(scenes, args.dir / f"{name}.pt")
     save_json(record, path)
-    drawn = draw_all(args.dir, stem, load_records(args.dir, stem))
+    drawn = draw_all(args.dir, stem, load_records(args.dir, stem), [args.cam])
     progress("")
     if obstacle:
         print(f"no flip rates: {obstacle}")

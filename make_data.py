@@ -303,7 +303,6 @@ def draw_samples(folder):
         ax.set_title(name if share is None else f"{name}\nown colour: {share:.1%}", fontsize=11)
     axes[0].set_ylabel("digit")
     save_figure(fig, folder / "figures" / "samples.png")
-    plt.close(fig)
 
 
 def mean_share(meta, split):
@@ -319,8 +318,9 @@ def world_table(folder):
         if path.exists() and path.parent != folder / "quick":
             meta = load_json(path, "make_data.py writes it")
             shares = [mean_sd([mean_share(meta, name)]) for name in SPLITS]
-            rows.append([path.parent.name, *(meta[key] for key in header[1:4]), *shares])
-    return markdown(header, rows) if rows else None
+            numbers = ["-" if meta[key] is None else meta[key] for key in header[1:4]]
+            rows.append([path.parent.name, *numbers, *shares])
+    return markdown(header, rows)
 
 
 def report(folder):

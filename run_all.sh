@@ -100,7 +100,7 @@ one() {  # one step; what it printed is shown if it fails
   fi
 }
 
-minutes() {  # what a stage takes on two cores; the time left is told from these and the pace so far
+minutes() {  # what a stage takes on two cores; the time left follows from these and the pace so far
   case $1 in lazy) echo 12 ;; evidence) echo 6 ;; cures) echo 5 ;; robust) echo 32 ;; robgan) echo 17 ;; *) echo 9 ;; esac
 }
 
@@ -114,7 +114,7 @@ go() {  # runs the queue, JOBS steps at a time; after a failure nothing new is s
   local todo=() command
   for command in "${QUEUE[@]}"; do [ -e "$(mark "$command")" ] || todo+=("$command"); done
   if [ $LIST = 1 ]; then
-    [ ${#todo[@]} = 0 ] || LEVEL=$((LEVEL + 1))
+    LEVEL=$((LEVEL + 1))  # also where nothing is left: a level keeps its number while others finish
     for command in ${todo[@]+"${todo[@]}"}; do echo "$LEVEL ${QUICK:+QUICK=$QUICK }bash run_all.sh --step $command"; done
     QUEUE=()
     return

@@ -92,19 +92,27 @@ def get_args(argv=None):
 
     g = p.add_argument_group("cures: grl, combined, lntl, jtt")
     g.add_argument("--gamma", type=weight, default=0.1, help="final weight of the reversal (0.1)")
-    g.add_argument("--conditional", action=yes_no, default=True, help="grl: correct priors (yes)")
-    g.add_argument("--entropy", type=weight, default=0.01, help="lntl: weight of it (0.01)")
-    g.add_argument("--first-epochs", type=some, default=1, help="jtt: of the first net (1)")
+    g.add_argument(
+        "--conditional", action=yes_no, default=True, help="grl: correct for how they go together"
+    )
+    g.add_argument(
+        "--entropy", type=weight, default=0.01, help="lntl: weight of the entropy (0.01)"
+    )
+    g.add_argument("--first-epochs", type=some, default=1, help="jtt: epochs of the first net (1)")
 
     g = p.add_argument_group("adversarial training: at, robgan")
     g.add_argument("--attack", choices=("pgd", "fgsm"), default="pgd", help="on batches (pgd)")
     g.add_argument("--eps", type=rate, default=0.05, help="L-inf, pixels in [0, 1] (0.05)")
     g.add_argument("--steps", type=some, default=5, help="of pgd (5)")
     g.add_argument("--step-size", type=rate, help="at full eps (0.35 eps; 1.25 eps for fgsm)")
-    g.add_argument("--clean-epochs", type=count, default=0, help="of plain training first (0)")
-    g.add_argument("--eps-ramp", type=share, default=0.0, help="share of it while eps grows (0)")
+    g.add_argument("--clean-epochs", type=count, default=0, help="plain epochs at first (0)")
+    g.add_argument(
+        "--eps-ramp", type=share, default=0.0, help="share of epochs with growing eps (0)"
+    )
     g.add_argument("--beta", type=weight, default=0.0, help="weight of TRADES' KL term (0: no)")
-    g.add_argument("--finetune-epochs", type=count, default=0, help="robgan: last epochs (0)")
+    g.add_argument(
+        "--finetune-epochs", type=count, default=0, help="robgan: last, generator fixed (0)"
+    )
     g.add_argument("--judge", default="baseline_s42", help="robgan: independent classifier")
 
     g = p.add_argument_group("augmentation for at and robgan, one draw per image (default: none)")
@@ -154,7 +162,7 @@ def check_args(p, args, usual):
     for name in (args.name, args.init, args.eval):
         if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
             p.error(f"the name {name!r} may hold letters, digits and _ . + - only")
-    if re.match(rf"(meta|gradcam|attack|{'|'.join(SPLITS)})(_|$)", args.name or ""):
+    if re.match(rf"(meta|published|gradcam|attack|{'|'.join(SPLITS)})(_|$)", args.name or ""):
         p.error(f"--name {args.name} belongs to other files of --dir")
     if re.search(r"\.(pt|json|part)$", args.name or ""):
         p.error(f"--name {args.name}: leave the ending out, it is added")
@@ -202,6 +210,7 @@ def main(argv=None):
     if RANK == 0:
         run_facts = {
             "seconds": round(time.time() - start, 1),
+            "cpu_seconds": round(time.process_time(), 1),
             "torch": torch.__version__,
             "threads": args.threads,
             "processes": WORLD,
@@ -570,7 +579,7 @@ def all_reduce(tensors):
 class Method(nn.Module):
     """What every method has. A new one overrides `loss` and adds its row to METHODS."""
 
-    knows = "nothing"  # what the training is told about the bias
+    knows = "nothing"  # what the training knows about the bias
     flags = ()  # of the command line that mean nothing for other methods
     spreads = False  # may torchrun share a batch: a mean over images, and nothing kept of them
     lr_scale, betas = 1, (0.9, 0.999)  # for the method's own weights, if it has any
@@ -1093,8 +1102,8 @@ def pgd(model, x, y, eps, steps, step_size, gen, loss=F.cross_entropy, start=Non
 class AT(Method):
     """Adversarial training: --clean-epochs of plain training, then every batch is attacked first.
 
-    --attack pgd is Madry et al. (2018); fgsm is one step from a random start, by 1.25 eps unless
-    told otherwise (Wong et al., 2020); --beta is TRADES (Zhang et al., 2019): cross-entropy on the
+    --attack pgd is Madry et al. (2018); fgsm is one step from a random start, of 1.25 eps or
+    --step-size (Wong et al., 2020); --beta is TRADES (Zhang et al., 2019): cross-entropy on the
     image, and beta times the KL divergence from its prediction to that for the image attacked to
     enlarge it. A mixed batch is attacked with the mixed loss. The radius grows linearly over the
     first --eps-ramp of the adversarial epochs. PGD accuracy on val chooses the epoch, since
@@ -1213,7 +1222,7 @@ class RobGAN(AT):
     as many generated images with the real ones, and updates the generator once. In the last
     --finetune-epochs the net learns attacked real and attacked generated images only.
 
-    Departures, together the mend for the collapse to grey or to one image per class: a head of the
+    Departures, which prevent the collapse to grey or to one image per class: a head of the
     discriminator's own compares real with generated of the same class (relativistic loss, gradient
     penalties R1 + R2; Huang et al., 2024), reads the last feature map and not a mean of it, and
     sees neither side attacked; the generator is asked to look real for its class (projection;
@@ -1404,7 +1413,7 @@ def load_judge(splits, classes, args):
     return judge
 
 
-# ---- the table of methods: told nothing, told the kind of bias, told every image's colour
+# ---- the table of methods: who knows nothing, the kind of bias, every image's colour
 
 METHODS = {
     "baseline": Baseline,
@@ -1611,7 +1620,6 @@ SPREAD = "variance of the stroke's colour around its mean"
 SWEEPS = {  # by recipe
     "flat": Sweep("Biased-MNIST (Bahng et al., 2020)", "corr", OWN, max, "biased_mnist"),
     "digit": Sweep("Learning Not to Learn (Kim et al., 2019)", "sigma2", SPREAD, min, "lntl"),
-    "cmnist": Sweep("Coloured MNIST (Nam et al., 2020)", "corr", OWN, max, "cmnist"),
 }
 
 
@@ -1698,11 +1706,11 @@ def with_oracle(worlds):
 
 
 def knows(record):
-    """What the training of a run is told about the bias."""
+    """What the training of a run knows about the bias."""
     args = record["args"]
     if row_of(record["name"]).startswith("oracle"):
         return "no bias in training"
-    if args.get("balance_groups") or args.get("balance"):
+    if args.get("balance_groups"):
         return "colour labels"
     method = METHODS.get(args["method"])
     if args.get("grayscale") and method and method.knows == "nothing":
@@ -1768,7 +1776,7 @@ def table(rows, names, columns, more=None):
         for name in names
         if name in rows
     ]
-    return markdown(["method", "knows", *columns, *more], lines) if lines else None
+    return markdown(["method", "knows", *columns, *more], lines)
 
 
 def cures_table(rows):
@@ -1782,12 +1790,14 @@ def cures_table(rows):
 
 
 def relative_time(runs, others):
-    """Mean time of an epoch over that of other runs of the same seeds."""
+    """Mean processor time of an epoch over that of other runs of the same seeds."""
     both = pairs(runs, others)
     if not both:
         return "-"
+    known = all("cpu_seconds" in record["run"] for pair in both for record in pair)
+    key = "cpu_seconds" if known else "seconds"  # which other jobs beside it make longer
     mine, theirs = (
-        fmean(record["run"]["seconds"] / len(record["epochs"]) for record in side)
+        fmean(record["run"][key] / len(record["epochs"]) for record in side)
         for side in zip(*both, strict=True)
     )
     return f"{mine / theirs:.1f}"
@@ -1806,7 +1816,7 @@ def lazy_artist_table(rows, about, published):
                 line += [over_seeds(runs, split), f"{theirs[split]:.3f}"]
             lines.append(line)
     header = ["method", "val", "published val", "test_hard", "published test_hard"]
-    return markdown(header, lines) if lines else None
+    return markdown(header, lines)
 
 
 def changed(runs, others):
@@ -1837,7 +1847,7 @@ def parts_table(rows):
         for row, gains in parts(rows).items()
     ]
     header = ["method", "test_hard", "difference to `jitter`", "seeds"]
-    return markdown(header, lines) if lines else None
+    return markdown(header, lines)
 
 
 def sweep_rows(worlds, recipe):
@@ -1912,7 +1922,7 @@ def robust_table(rows):
         ]
         for row, runs in rows.items()
     ]
-    return markdown([*header, "test_hard", "follows colour"], lines) if lines else None
+    return markdown([*header, "test_hard", "follows colour"], lines)
 
 
 def generators(worlds):

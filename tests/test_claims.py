@@ -314,9 +314,8 @@ def test_a_grain_of_noise_matters():
     assert max(gains("jitter_grain0", "jitter")) < -0.03
 
 
-def test_weights_1_and_2_of_the_kl_term_differ_by_less_than_seeds_do():
-    seeds = of("jitter", hard)
-    assert abs(fmean(gains("jitter_alpha1", "jitter"))) < max(seeds) - min(seeds)
+def test_weight_1_of_the_kl_term_is_no_worse_than_2_on_test_hard():
+    assert fmean(gains("jitter_alpha1", "jitter")) > 0
 
 
 def test_with_its_own_recipe_we_find_about_what_the_lazy_artist_found():

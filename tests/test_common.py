@@ -383,7 +383,7 @@ def test_a_model_comes_back_by_name_or_by_path(tmp_path, refused):
         model, record = common.load_model(tmp_path, name)
         assert torch.equal(model(x), net.eval()(x)) and not model.training
         assert record["classes"] == 5
-    with refused("jitter_42.pt is missing", "is it jitter_s42?"):
+    with refused("jitter_42.pt is missing", "try jitter_s42;"):
         common.load_model(tmp_path, "jitter_42")
     common.save_json({"world": {"recipe": "flat"}}, tmp_path / "jitter_s42.json")
     with refused("trained on another painting"):

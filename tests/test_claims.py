@@ -79,7 +79,8 @@ def gains(row, other, number=hard):
 def gradcam(cam):
     """The record of this kind of map with the most models."""
     records = [load(path) for path in RESULTS.glob("gradcam*.json")]
-    return max((r for r in records if r["args"]["cam"] == cam), key=lambda r: len(r["models"]))
+    of_kind = (r for r in records if r["args"].get("cam") == cam)
+    return max(of_kind, key=lambda r: len(r["models"]))
 
 
 def looks(cam, row, number):
@@ -208,12 +209,12 @@ def test_a_net_of_shuffled_labels_has_learned_nothing_and_seldom_flips():
     assert max(looks("gradcam", row, flip("digit"))) < 0.2
 
 
-def test_more_than_half_of_the_gradcam_maps_of_grl_are_empty_and_no_row_has_more():
+def test_nearly_half_of_the_gradcam_maps_of_grl_are_empty_and_no_row_has_more():
     empty = {
         row: fmean(looks("gradcam", row, zero_maps))
         for row in ("baseline", "jitter", "grl", "combined", "oracle")
     }
-    assert empty["grl"] > 0.5 and max(empty, key=empty.get) == "grl"
+    assert 0.4 < empty["grl"] < 0.5 and max(empty, key=empty.get) == "grl"
 
 
 def test_hirescam_maps_are_not_empty():
@@ -240,15 +241,16 @@ def test_every_cure_but_lntl_lifts_test_hard_and_leaves_it_below_the_oracle(row)
     assert fmean(of(row, hard)) < fmean(of("oracle", hard))
 
 
-def test_jitter_and_combined_come_closest_to_the_oracle():
-    rest = [row for row in (*CURES, "lntl") if row not in ("jitter", "combined")]
-    for row in ("jitter", "combined"):
-        assert fmean(of(row, hard)) > max(fmean(of(other, hard)) for other in rest)
-        assert fmean(of("oracle", hard)) - fmean(of(row, hard)) < 0.06
-        assert max(of(row, follows)) < 0.05
+def test_combined_comes_closest_to_the_oracle_then_jitter_and_equal_groups():
+    first = ("combined", "jitter", "baseline_balancegroups")
+    rest = [row for row in (*CURES, "lntl") if row not in first]
+    mean = {row: fmean(of(row, hard)) for row in (*first, *rest, "oracle")}
+    assert mean["oracle"] > mean["combined"] > max(mean["jitter"], mean["baseline_balancegroups"])
+    assert min(mean["jitter"], mean["baseline_balancegroups"]) > max(mean[row] for row in rest)
+    assert max(number for row in first for number in of(row, follows)) < 0.05
 
 
-def test_told_nothing_jtt_beats_lff_on_average_and_both_stay_behind_every_seed_of_jitter():
+def test_knowing_nothing_jtt_beats_lff_on_average_and_both_stay_behind_every_seed_of_jitter():
     assert fmean(of("jtt", hard)) > fmean(of("lff", hard))
     assert max(of("jtt", hard) + of("lff", hard)) < min(of("jitter", hard))
 
@@ -398,10 +400,18 @@ def compared(other):
 
 
 @pytest.mark.parametrize("images, criterion", PAIRS)
-@pytest.mark.parametrize("row", ["jitter", "grl", "combined", "oracle"])
+@pytest.mark.parametrize("row", ["jitter", "grl", "combined"])
 def test_it_is_easier_to_fool_than_the_lazy_network(row, images, criterion):
     found = compared(row)[images][criterion]
     assert found["min_eps"]["high"] < 0 and found["needs_less"]["low"] > 0.5
+
+
+def test_the_oracle_needs_less_by_confidence_and_by_argmax_cannot_be_told_apart():
+    assert all(
+        compared("oracle")[images]["confidence"]["min_eps"]["high"] < 0 for images, _ in PAIRS
+    )
+    argmax = compared("oracle")["both_right"]["argmax"]["min_eps"]
+    assert argmax["low"] < 0 < argmax["high"]
 
 
 def test_7_to_3_is_no_special_case():

@@ -45,7 +45,7 @@ PALETTES = {  # recipe: {colour: its mean}; digit d owns entry d
     ),
     "digit": named(  # Learning Not to Learn (Kim et al., 2019)
         "crimson teal yellow cerulean orange purple cyan pink lime maroon",
-        "#DC143C #008080 #FDE910 #0095B6 #ED9122 #911EBC #46F0F0 #FAC5BB #D2F53C #800000",
+        "#DC143C #008080 #FDE910 #0095B6 #ED9121 #911EBC #46F0F0 #FAC5BB #D2F53C #800000",
     ),
 }
 

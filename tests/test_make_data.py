@@ -121,16 +121,18 @@ def test_every_picture_of_a_batch_has_its_own_draw():
 
 
 def test_palettes_are_those_of_their_sources():
-    """Red, green and blue, 0 to 255, of four colours."""
-    found = {}
-    for recipe in ("background", "flat", "digit"):
-        means = [tuple(bytes.fromhex(mean[1:])) for mean in common.PALETTES[recipe].values()]
-        found[recipe] = means[0], means[4], means[7], means[9]
-    assert found == {
-        "background": ((255, 0, 0), (200, 0, 200), (140, 100, 50), (0, 0, 0)),
-        "flat": ((255, 0, 0), (225, 0, 225), (255, 0, 128), (128, 128, 128)),
-        "digit": ((220, 20, 60), (237, 145, 33), (250, 197, 187), (128, 0, 0)),
+    """Red, green and blue, 0 to 255, as the papers print them."""
+    sources = {
+        "background": "255,0,0 0,200,0 0,80,255 255,220,0 200,0,200 0,200,200 255,130,180"
+        " 140,100,50 255,255,255 0,0,0",
+        "flat": "255,0,0 0,255,0 0,0,255 225,225,0 225,0,225 0,255,255 255,128,0 255,0,128"
+        " 128,0,255 128,128,128",
+        "digit": "220,20,60 0,128,128 253,233,16 0,149,182 237,145,33 145,30,188 70,240,240"
+        " 250,197,187 210,245,60 128,0,0",
     }
+    for recipe, means in sources.items():
+        found = [tuple(bytes.fromhex(mean[1:])) for mean in common.PALETTES[recipe].values()]
+        assert found == [tuple(map(int, mean.split(","))) for mean in means.split()], recipe
 
 
 # ---- worlds

@@ -312,7 +312,7 @@ def test_robgan_by_the_command_line(tiny, call, mistake, tmp_path):
     generator = record["generator"]
     measured, judge = generator["measured"], common.load_model(world, "baseline_s42")[0]
     assert {*measured} == {"generated", "real", "collapsed"}
-    keys = {"agreement", "diversity", "diversity_worst", "trained_on"}
+    keys = {"agreement", "diversity", "diversity_worst", "trained_on", "nearest"}
     assert all({*told} == keys for told in measured.values())
     test = common.load_split(world, "test_unbiased")
     right = (common.predict(judge, test) == test.labels).double().mean().item()
@@ -356,3 +356,14 @@ def test_a_grey_world_gets_a_grey_generator(splits, tmp_path):
     model = common.build_model(classes=3, size=(8, 8))
     assert train.RobGAN(model, {**splits, "train": grey}, args).generator.grow[6].out_channels == 1
     assert train.RobGAN(model, splits, args).generator.grow[6].out_channels == 3
+
+
+def test_the_nearest_training_image_is_found_in_every_chunk_and_the_median_taken():
+    def split(images):
+        return common.Split(images, torch.zeros(len(images), dtype=torch.long), None, None)
+
+    pixels = torch.tensor([30, 51, 120, 255], dtype=torch.uint8).view(4, 1, 1, 1)
+    many = torch.full((6001, 3, 8, 8), 204, dtype=torch.uint8)
+    many[6000] = 51  # alone in the second chunk
+    near = train.nearest(split(pixels.expand(4, 3, 8, 8)), split(many))
+    assert near == pytest.approx(8 * 21 / 255, abs=1e-3)  # of 21, 0, 69 and 51 steps over 64 pixels

@@ -533,6 +533,24 @@ def test_both_phases_of_adversarial_training_are_results(world, call, monkeypatc
     assert found == {"robust_s7": ("val_pgd", 3), "robust_clean_s7": ("last epoch", 1)}
 
 
+def test_the_first_weights_come_from_the_seed(world, monkeypatch):
+    nets = []
+
+    def stop(model, splits, args, device, part):
+        nets.append(model)
+        raise InterruptedError
+
+    monkeypatch.chdir(world.parent)
+    monkeypatch.setattr(train, "train", stop)
+    for seed in (7, 8):
+        with pytest.raises(InterruptedError):
+            train.main(["--seed", str(seed)])
+        torch.manual_seed(seed)
+        for a, b in zip(nets[-1].parameters(), common.build_model().parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(nets[0].fc.weight, nets[1].fc.weight)
+
+
 def test_a_null_model_learns_permuted_labels_of_the_training_split_only(world, monkeypatch):
     given = []
 

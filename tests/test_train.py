@@ -475,7 +475,8 @@ def test_the_json_keys_are_the_promised_ones_and_the_terminal_says_the_answer(wo
     assert {*record["probe"]} == {"colour", "digit", "n", "n_fit"}
     keys = {"epoch", "loss", "val", "val_aligned", "val_conflicting", "test_hard"}
     assert [{*e} for e in record["epochs"]] == [keys] * 2
-    assert {*record["run"]} == {"seconds", "torch", "threads", "processes", "device"}
+    run = {"seconds", "cpu_seconds", "torch", "threads", "processes", "device"}
+    assert {*record["run"]} == run
     lines = said.splitlines()
     assert "2 epochs" in lines[0] and "4,486 parameters" in lines[0]
     assert lines[0].endswith("cpu; epochs 2, lr 0.002")

@@ -144,17 +144,18 @@ def get_args(argv=None):
     g.add_argument("--eval", metavar="NAME", help="score DIR/NAME.pt again; no training")
     common_args(p, seed_of="weights, batches and jitter")
     args, usual = p.parse_args(argv), p.parse_args([])
-    check_args(p, args, usual)
+    nothing = argparse.Namespace(**dict.fromkeys(vars(usual)))
+    check_args(p, args, p.parse_args(argv, nothing))
     if args.name is None:
         args.name = name_of(args.method, args, usual, ("method", "name", "resume", "eval"))
     return args
 
 
-def check_args(p, args, usual):
-    """Refuse what cannot work before any work is done."""
+def check_args(p, args, given):
+    """Refuse what cannot work before any work is done; `given` is None where argv is silent."""
     for method in METHODS.values():
         for flag in set(method.flags) - set(METHODS[args.method].flags):
-            if getattr(args, flag) != getattr(usual, flag):
+            if getattr(given, flag) is not None:
                 flag = flag.replace("_", "-")
                 p.error(f"--{flag} means nothing for --method {args.method}; leave it out")
     if args.clean_epochs + args.finetune_epochs >= args.epochs:
@@ -1404,7 +1405,8 @@ def take(split, index):
 def load_judge(splits, classes, args):
     """The classifier that judges samples; it fits the world, and every class can be compared."""
     images = splits["train"].images
-    for labels in (splits["train"].labels[:2000], splits["test_unbiased"].labels):
+    test = splits["test_unbiased"].labels
+    for labels in (splits["train"].labels[:2000], splits["train"].labels[: len(test)], test):
         if (labels.bincount(minlength=classes) < 4).any():
             die(f"--method robgan needs four images of each class among {len(labels)}", "add some")
     judge, about = load_model(args.dir, args.judge, images.device)
@@ -1780,27 +1782,16 @@ def table(rows, names, columns, more=None):
 
 
 def cures_table(rows):
-    """Every method at the usual budget; the time of an epoch is that of baseline, times this."""
+    """Every method at the usual budget; its cost is the change of val, over the same seeds."""
     columns = ("val", "test_hard", "worst digit", "follows colour", "colour probe")
 
-    def time_of(runs):
-        return relative_time(runs, rows.get("baseline", []))
+    def cost(runs):
+        changes = differences(runs, rows.get("baseline", []), "val")
+        if not changes or knows(runs[0]) == "no bias in training":  # the oracle's val is another
+            return "-"
+        return f"{fmean(changes):+.3f}"
 
-    return table(rows, CURES, columns, {"time": time_of})
-
-
-def relative_time(runs, others):
-    """Mean processor time of an epoch over that of other runs of the same seeds."""
-    both = pairs(runs, others)
-    if not both:
-        return "-"
-    known = all("cpu_seconds" in record["run"] for pair in both for record in pair)
-    key = "cpu_seconds" if known else "seconds"  # which other jobs beside it make longer
-    mine, theirs = (
-        fmean(record["run"][key] / len(record["epochs"]) for record in side)
-        for side in zip(*both, strict=True)
-    )
-    return f"{mine / theirs:.1f}"
+    return table(rows, CURES, columns, {"change of val": cost})
 
 
 def lazy_artist_table(rows, about, published):

@@ -167,7 +167,7 @@ def test_a_listed_step_is_a_command_of_its_own_and_leaves_its_mark(sandbox):
         subprocess.run(["bash", "-c", line[2:]], cwd=sandbox.folder, env=env, check=True)
     assert [line.partition("--step ")[2] for line in lines[:3]] == sandbox.ran()
     left = sandbox("--list", "lazy").stdout.splitlines()
-    assert [line[2:] for line in left] == [line[2:] for line in lines[3:]] and left[0][0] == "1"
+    assert left == lines[3:]  # a level keeps its number while others finish
 
 
 @pytest.mark.slow

@@ -254,9 +254,11 @@ def test_the_report_fills_the_table_and_redraws_the_figure(call, tmp_path, monke
     assert (tmp_path / "w" / "figures" / "samples.png").exists()
 
 
-def test_the_report_without_a_world_says_so(call, tmp_path):
-    call("make_data.py --report --dir nowhere")
-    assert "no results yet" in (tmp_path / "nowhere" / "tables.md").read_text()
+def test_the_report_without_a_world_says_so(call, mistake, tmp_path):
+    mistake("make_data.py --report --dir nowhere", "nowhere is missing")
+    (tmp_path / "empty").mkdir()
+    call("make_data.py --report --dir empty")
+    assert "no results yet" in (tmp_path / "empty" / "tables.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -674,7 +674,7 @@ def keep(n):
     [
         ("--method lazyness", None, "--method"),
         ("--method jitter --alpha nan", None, "--alpha"),
-        ("--alpha 3", None, "--alpha means nothing for --method baseline"),
+        ("--alpha 2", None, "--alpha means nothing for --method baseline"),
         ("--method grl --first-epochs 2", None, "--first-epochs means nothing for --method grl"),
         ("--method at --clean-epochs 10", None, "--epochs 10 counts all phases"),
         ("--method at --crop 28", None, "--crop 28 leaves nothing"),

@@ -1971,7 +1971,6 @@ def draw_figures(folder, worlds, rows, published):
     figures = {
         "learning_curves": (draw_learning_curves, curves(rows)),
         "confusion": (draw_confusion, {row: rows[row][0] for row in CONFUSION if row in rows}),
-        "budget": (draw_budget, budget(rows)),
         "parts": (draw_parts, {row: gains for row, gains in parts(rows).items() if gains}),
         "robust_training": (draw_robust_training, robust_rows(worlds)),
         "robgan_samples": (draw_samples, load_samples(folder, worlds)),
@@ -2067,41 +2066,6 @@ def draw_confusion(runs):
         ax.set(xlabel="predicted", xticks=range(len(share)), yticks=range(len(share)))
     axes[0].set_ylabel("digit in test_hard")
     fig.colorbar(picture, ax=axes, shrink=0.8, label="share of the digit's images (numbers: %)")
-    return fig
-
-
-def budget(rows):
-    """{flag: {method: {its value: [test_hard of the seeds]}}} of rows that change no other flag."""
-    found = {"width": {}, "epochs": {}}
-    for method in ("baseline", "jitter", "oracle"):
-        usual = rows.get(method)
-        for row, runs in rows.items():
-            flags = changed(runs, usual) if usual and row.startswith(method) else {"nothing"}
-            for flag in found:
-                accs = [get(record, "test_hard") for record in runs if trained(record)]
-                if flags <= {flag} and accs:
-                    found[flag].setdefault(method, {})[runs[0]["args"][flag]] = accs
-    return found if any(len(x) > 1 for lines in found.values() for x in lines.values()) else None
-
-
-def draw_budget(found):
-    """A line a method by width and by epochs; a dash is a seed."""
-    fig, axes = panels(2, 4.1, 3.6)
-    for ax, lines in zip(axes, found.values(), strict=True):
-        for method, points in lines.items():
-            x, style = sorted(points), "--" if method == "oracle" else "-"
-            means = [fmean(points[k]) for k in x]
-            ax.plot(x, means, color=INK[method], marker="o", ms=4, ls=style, label=method)
-            for k in x:
-                ax.plot([k] * len(points[k]), points[k], color=INK[method], marker="_", ls="")
-        ticks = sorted({k for points in lines.values() for k in points})
-        ax.set_xscale("log")
-        ax.set(xticks=ticks, xticklabels=ticks, ylim=(0, 1))
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-    axes[0].set(xlabel="width of SimpleCNN, channels", ylabel="accuracy on test_hard")
-    axes[1].set_xlabel("epochs")
-    axes[1].legend(fontsize=8, loc="lower right")
     return fig
 
 

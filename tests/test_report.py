@@ -341,22 +341,6 @@ def test_all_runs_shows_the_worst_group_of_all_seeds():
     assert table["`jtt`"][3] == "0.720 ± 0.141 (2)"  # test_unbiased
 
 
-def test_budget_changes_one_flag_at_a_time():
-    rows = {
-        "baseline": [record(f"baseline_s{s}", "baseline", s, hard=0.1 * s) for s in (1, 2)],
-        "baseline_epochs30": [record("b_s1", "baseline", 1, hard=0.6, args={"epochs": 30})],
-        "baseline_width16": [record("b_s1", "baseline", 1, hard=0.7, args={"width": 16})],
-        "baseline_lr0.01": [record("b_s1", "baseline", 1, args={"lr": 0.01})],
-        "baseline_epochs3": [record("b_s1", "baseline", 1, val=0.1, args={"epochs": 3})],
-        "jitter": [record("jitter_s1", "jitter", 1, hard=0.9)],
-    }
-    assert train.budget(rows) == {
-        "width": {"baseline": {4: [0.1, 0.2], 16: [0.7]}, "jitter": {4: [0.9]}},
-        "epochs": {"baseline": {2: [0.1, 0.2], 30: [0.6]}, "jitter": {2: [0.9]}},
-    }
-    assert train.budget({"jitter": rows["jitter"]}) is None  # nothing to compare
-
-
 def test_curves_show_mean_and_range_of_the_seeds():
     runs = [record(f"jtt_s{s}", "jtt", s, hard=h) for s, h in ((1, 0.2), (2, 0.6))]
     runs += [record("jtt_s3", "jtt", 3, hard=0.9, val=0.1)]  # did not train
@@ -407,7 +391,7 @@ def test_report_fills_draws_and_says_what_it_wrote(tmp_path, capsys):
         world = {"recipe": "digit", "sigma2": sigma2}
         put(tmp_path / f"lntl_{sigma2}", record("lntl_s1", "lntl", 1, world=world), world=world)
     report(tmp_path)
-    figures = ["learning_curves", "confusion", "budget", "parts", "robust_training", "digit"]
+    figures = ["learning_curves", "confusion", "parts", "robust_training", "digit"]
     wrote = capsys.readouterr().out.splitlines()[1:]
     names = ["tables.md", "summary.csv", *(f"figures/{name}.png" for name in figures)]
     assert wrote == [f"  {tmp_path / name}" for name in names]

@@ -67,7 +67,7 @@ POINT = 0.02  # --check: a change below two percentage points is little
 RADII = [0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5]  # of the min-eps search
 CURVE = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.25, 1.5]  # radii of the robust curve, in eps
 MODES = {  # the flags that mean something in each mode, and their defaults there
-    "targeted": dict(src=7, tgt=3, eps=0.05, steps=1000, n=60),
+    "targeted": dict(src=7, tgt=3, eps=0.05, steps=1000, n=40),
     "pairs": dict(eps=0.05, steps=100, n=50),
     "untargeted": dict(eps=0.05, steps=50, restarts=3, n=None, sweep=None, queries=QUERIES),
     "check": dict(eps=0.05, steps=50, n=500),
@@ -1276,7 +1276,7 @@ def get_args(argv=None):
     g.add_argument("--models", nargs="+", default=usual, metavar="NAME", help=shown)
     g.add_argument("--split", choices=SPLITS, default="test_hard", help="(test_hard)")
     counts = (
-        "of digit src (60), per digit (--pairs, 50), of the split (--check 500, --untargeted all)"
+        "of digit src (40), per digit (--pairs, 50), of the split (--check 500, --untargeted all)"
     )
     g.add_argument("--n", type=number(int, 1, 10**9), help=f"images at most: {counts}")
     g.add_argument("--name", help="results go to DIR/attack_NAME.json (what differs from defaults)")

@@ -22,10 +22,10 @@ DIR=results
 JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
 SEEDS="42 43 44 45 46" FEW="42 43 44"  # of the headline, and of side tables
 VARIANCES="020 030 040 050" BIASED="999 995 99"  # worlds of lntl, in thousandths; of biased, behind the point
-DATA= BUDGET= SHORT= RESNET=resnet50 N=1000
+DATA= BUDGET= SHORT= RESNET=resnet50 AMP=--amp N=1000
 if [ "${QUICK:-0}" = 1 ]; then
   DIR=results/quick SEEDS="42 43" FEW=42 VARIANCES="020 050" BIASED="999 99"
-  DATA="--limit 6000" BUDGET="--lr 0.01 --schedule onecycle" SHORT="--epochs 2" RESNET=resnet18 N=50
+  DATA="--limit 6000" BUDGET="--lr 0.01 --schedule onecycle" SHORT="--epochs 2" RESNET=resnet18 AMP= N=50
 fi
 DONE=$DIR/.done
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # threads of processes side by side on few cores stall each other
@@ -241,7 +241,7 @@ robust() {  # adversarial training: the published problem, a ResNet from end to 
   local at="--method at --clean-epochs 1 --schedule onecycle" net="--eps-ramp 0.3 --width 24 --eps 0.3 --lr 0.005"
   paint mnist --recipe gray
   go "paint the world"
-  short mnist/${RESNET}_s42 $at --eps-ramp 0.3 --model $RESNET --amp --steps 2 --step-size 0.06 --eps 0.1 --lr 0.002 ${SHORT:---epochs 3}
+  short mnist/${RESNET}_s42 $at --eps-ramp 0.3 --model $RESNET $AMP --steps 2 --step-size 0.06 --eps 0.1 --lr 0.002 ${SHORT:---epochs 3}
   short mnist/at_s42 $at $net ${SHORT:---epochs 8}
   short mnist/trades_s42 $at $net --beta 6 ${SHORT:---epochs 4}
   short mnist/fgsm_s42 $at $net --attack fgsm ${SHORT:---epochs 4}

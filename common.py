@@ -296,6 +296,10 @@ class Split(NamedTuple):
         """A batch as the models see it: float (B,3,H,W) in [0, 1]."""
         return self.images[index].float().div_(255)
 
+    def take(self, index):
+        """The Split of these images only."""
+        return Split(*(None if part is None else part[index] for part in self))
+
 
 def load_split(folder, name, device="cpu"):
     """One Split of a world, on the device."""

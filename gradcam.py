@@ -394,10 +394,6 @@ def repaint(split, colours, recipe, seed):
     return split._replace(images=images, colors=colours)
 
 
-def take(split, index):
-    return Split(*(None if t is None else t[index] for t in split))
-
-
 def counterfactuals(models, split, recipe, seed):
     """({name: (on_colour (N,10), swapped (N,))}, partner (N,)): predictions after repainting.
 
@@ -455,7 +451,7 @@ def null_rows(name, subject, split, args):
     """Scores of noise, of a constant, and of the maps of nets with random weights."""
     gray = split.gray.cpu()
     noise = torch.rand(len(gray), *subject.size, generator=stream(args.seed, "random maps"))
-    part = take(split, slice(SANITY_IMAGES))
+    part = split.take(slice(SANITY_IMAGES))
     progress(f"null rows: {name} with random weights")
     return {
         "model": name,
@@ -510,7 +506,7 @@ def paintings(split, choice, recipe, args):
     """A Split of the pictures at [(index, colour), ...], all with one texture."""
     each = []
     for i, c in choice:
-        one = take(split, [i])
+        one = split.take([i])
         each.append(repaint(one, torch.full_like(one.labels, c), recipe, args.seed))
     return Split(*(torch.cat(column) for column in zip(*each, strict=True)))
 
@@ -547,7 +543,7 @@ def scenes_of(subjects, split, recipe, args):
     few = {name: subjects[name] for name in firsts_of(subjects)[:ROWS]}
     if recipe is None:
         title = f"the first pictures of {args.split}"
-        return {"examples": scene(title, take(split, slice(10)), few, args)}
+        return {"examples": scene(title, split.take(slice(10)), few, args)}
     labels, colours = split.labels.tolist(), split.colors.tolist()
     palette = list(PALETTES[recipe["recipe"]])
     foreign = [i for i in range(len(labels)) if colours[i] != labels[i]] or [0]

@@ -1241,7 +1241,7 @@ class RobGAN(AT):
         super().__init__(model, splits, args)
         data = splits["train"]
         self.judge = functools.partial(judged, load_judge(splits, self.classes, args))
-        self.some = take(data, slice(self.watched))
+        self.some = data.take(slice(self.watched))
         if args.model.startswith("resnet"):
             hint = "choose simplecnn or saturatedcnn"
             die("--method robgan: batch norm shows a discriminator which batch is generated", hint)
@@ -1348,10 +1348,10 @@ class RobGAN(AT):
         args, train_split, test = self.args, splits["train"], splits["test_unbiased"]
         n = min(10_000, len(test.labels), len(train_split.labels))
         gen = stream(args.seed, "samples", test.labels.device)
-        reference = take(train_split, slice(n))
+        reference = train_split.take(slice(n))
         sources = {  # the same classes in each
             "generated": self.sample(reference.labels, gen),
-            "real": take(test, slice(n)),
+            "real": test.take(slice(n)),
             "collapsed": collapsed(train_split, self.classes, reference.labels),
         }
         z = self.judge(reference)[1]
@@ -1377,7 +1377,7 @@ class RobGAN(AT):
         """Four pictures a class, real, generated and attacked, and the net's answers to each."""
         labels = reference.labels
         few = torch.cat([(labels == k).nonzero()[:4, 0] for k in range(self.classes)])
-        real, generated = take(reference, few), take(pictures, few)
+        real, generated = reference.take(few), pictures.take(few)
         x, eps = generated.x(slice(None)), self.args.eps
         attacked = pgd(model, x, labels[few], eps, 50, eps / 10, gen)
         with torch.no_grad():
@@ -1396,10 +1396,6 @@ def frozen(*parts):
     yield
     for part in parts:
         part.requires_grad_(True)
-
-
-def take(split, index):
-    return Split(*(None if part is None else part[index] for part in split))
 
 
 def load_judge(splits, classes, args):

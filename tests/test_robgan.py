@@ -291,7 +291,7 @@ def test_nothing_learns_inside_frozen_and_a_split_is_taken_whole():
     with train.frozen(*parts):
         assert not any(p.requires_grad for part in parts for p in part.parameters())
     assert all(p.requires_grad for part in parts for p in part.parameters())
-    some = train.take(split_of([0, 1, 2])._replace(colors=torch.tensor([5, 6, 7])), [2, 0])
+    some = split_of([0, 1, 2])._replace(colors=torch.tensor([5, 6, 7])).take([2, 0])
     assert (some.labels.tolist(), some.colors.tolist(), some.gray) == ([2, 0], [7, 5], None)
     assert torch.equal(some.images, split_of([0, 1, 2]).images[[2, 0]])
 

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -30,9 +31,9 @@ def named(names, colours):
 
 
 INK = named(  # one colour per method in every figure, distinct for colour-blind readers too
-    "baseline jitter grl combined biasbal groupdro lff jtt lntl at robgan oracle",
+    "baseline jitter grl combined biasbal groupdro lff jtt lntl at robgan oracle balance gce",
     "#D55E00 #0072B2 #E69F00 #009E73 #CC79A7 #56B4E9"
-    " #7A4F00 #8C8C00 #6A3D9A #A6192E #1B7F79 #000000",
+    " #7A4F00 #8C8C00 #6A3D9A #A6192E #1B7F79 #000000 #117733 #882255",
 )
 PALETTES = {  # recipe: {colour: its mean}; digit d owns entry d
     "background": named(  # The Lazy Artist
@@ -46,6 +47,10 @@ PALETTES = {  # recipe: {colour: its mean}; digit d owns entry d
     "digit": named(  # Learning Not to Learn (Kim et al., 2019)
         "crimson teal yellow cerulean orange purple cyan pink lime maroon",
         "#DC143C #008080 #FDE910 #0095B6 #ED9121 #911EBC #46F0F0 #FAC5BB #D2F53C #800000",
+    ),
+    "cmnist": named(  # Coloured MNIST (Nam et al., 2020)
+        "tomato yellow mauve sage sky green blue purple olive crimson",
+        "#FB502B #FDE95A #AC7694 #C8D499 #16C6FA #52F572 #063CC1 #8E1AC2 #356405 #D53444",
     ),
 }
 
@@ -67,7 +72,12 @@ def paint_digit(gray, mean, gen, sigma2):
     return gray * (mean + draw).clamp_(0, 1)
 
 
-PAINTERS = {"background": paint_background, "flat": paint_flat, "digit": paint_digit}
+PAINTERS = {
+    "background": paint_background,
+    "flat": paint_flat,
+    "digit": paint_digit,
+    "cmnist": paint_digit,
+}
 
 
 def paint(gray, colours, gen, recipe="background", sigma2=None):
@@ -111,12 +121,21 @@ class SimpleCNN(nn.Module):
         return self.fc(self.features(x).flatten(1))
 
 
+def build_mlp(classes=10, size=(28, 28), hidden=100):
+    """Three hidden layers, the net of the published figures on Coloured MNIST."""
+    sides = 3 * size[0] * size[1], hidden, hidden, hidden
+    layers = {"flatten": nn.Flatten()}
+    for i in range(3):
+        layers |= {f"hidden{i}": nn.Linear(*sides[i : i + 2]), f"relu{i}": nn.ReLU()}
+    return nn.Sequential(OrderedDict(layers, fc=nn.Linear(hidden, classes)))
+
+
 def luma(x):
     """Brightness (B,1,H,W) of colour (B,3,H,W), by the weights of ITU-R BT.601."""
     return (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
-MODELS = ("simplecnn", "saturatedcnn", "resnet18", "resnet50")
+MODELS = ("simplecnn", "saturatedcnn", "mlp", "resnet18", "resnet50")
 
 
 def build_model(name="simplecnn", width=4, classes=10, size=(28, 28), grayscale=False):
@@ -125,6 +144,8 @@ def build_model(name="simplecnn", width=4, classes=10, size=(28, 28), grayscale=
         import torchvision  # a second of start-up, for ResNets only
 
         model = getattr(torchvision.models, name)(weights=None, num_classes=classes)
+    elif name == "mlp":
+        model = build_mlp(classes, size)
     else:
         model = SimpleCNN(width, classes, size, saturated=name == "saturatedcnn")
     if grayscale:  # it sees brightness only, in training and ever after

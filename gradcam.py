@@ -257,7 +257,8 @@ def find_layer(model, name, split, owner):
             if len(size) == 2 and max(size) >= least:
                 return layer, size
     layers = ", ".join(layer for layer, _ in model.named_children())
-    die(f"{owner} has no map {least} pixels wide at --layer {name}", f"its layers are {layers}")
+    where = f" at --layer {name}" if name else ""
+    die(f"{owner} has no map {least} pixels wide{where}", f"its layers are {layers}")
 
 
 # ---- how much of the heat is on the digit

@@ -79,6 +79,16 @@ def biased_exactly(labels, corr, gen):
     return colours
 
 
+def biased_evenly(labels, corr, gen):
+    """The same, and the other colours are equally frequent in each digit (Nam et al., 2020)."""
+    colours = labels.clone()
+    for d in range(10):
+        images = (labels == d).nonzero()[:, 0]
+        rest = images[torch.randperm(len(images), generator=gen)[int(corr * len(images)) :]]
+        colours[rest] = (d + 1 + torch.arange(len(rest)) % 9) % 10
+    return colours
+
+
 def conflicting(labels, corr, gen):
     """Never the digit's own colour; the other nine are equally likely."""
     return (labels + torch.randint(1, 10, labels.shape, generator=gen)) % 10
@@ -99,6 +109,7 @@ RECIPES = {  # common.PAINTERS has the painter of the same name, gray needs none
     "background": Recipe(corr=0.95),
     "flat": Recipe(corr=0.99, colours=biased_exactly),
     "digit": Recipe(corr=1.0, sigma2=0.02),
+    "cmnist": Recipe(corr=0.99, sigma2=2.5e-5, colours=biased_evenly),
     "gray": Recipe(),
 }
 
@@ -338,9 +349,9 @@ def get_args(argv=None):
     g = p.add_argument_group("world")
     text = "how a digit is painted (background)"
     g.add_argument("--recipe", choices=RECIPES, default="background", help=text)
-    text = "share of training digits on their own colour (0.95; flat: 0.99; digit: 1)"
+    text = "share of training digits on their own colour (0.95; flat, cmnist: 0.99; digit: 1)"
     g.add_argument("--corr", type=number(float, 0, 1), help=text)
-    text = "digit: variance of a stroke's colour, pixels in [0, 1] (0.02)"
+    text = "variance of a stroke's colour, pixels in [0, 1] (digit: 0.02; cmnist: 2.5e-5)"
     g.add_argument("--sigma2", type=number(float, 0, 1), help=text)
     g = p.add_argument_group("digits")
     g.add_argument("--mnist", type=Path, help="folder of your own four IDX files, gzipped or not")

@@ -90,7 +90,7 @@ def get_args(argv=None):
     g.add_argument("--grain", type=share, default=0.1, help="mix: largest sd of pixel noise (0.1)")
     g.add_argument("--fade", action=yes_no, default=True, help="let alpha fall to 0 (yes)")
 
-    g = p.add_argument_group("cures: grl, combined, lntl, jtt")
+    g = p.add_argument_group("cures: grl, combined, lntl")
     g.add_argument("--gamma", type=weight, default=0.1, help="final weight of the reversal (0.1)")
     g.add_argument(
         "--conditional", action=yes_no, default=True, help="grl: correct for how they go together"
@@ -98,7 +98,15 @@ def get_args(argv=None):
     g.add_argument(
         "--entropy", type=weight, default=0.01, help="lntl: weight of the entropy (0.01)"
     )
-    g.add_argument("--first-epochs", type=some, default=1, help="jtt: epochs of the first net (1)")
+
+    g = p.add_argument_group("groups: what uses colours, and jtt")
+    g.add_argument("--balance", action="store_true", help="jitter, at: all groups equally often")
+    text = "balance: 1 repeats small groups most, 0 not at all (1)"
+    g.add_argument("--power", type=share, default=1.0, help=text)
+    text = "colours: the answers of a first net, not the true ones"
+    g.add_argument("--infer-groups", action="store_true", help=text)
+    g.add_argument("--first-epochs", type=some, default=1, help="of the first net (1)")
+    g.add_argument("--first-loss", choices=FIRST_LOSSES, default="ce", help="of the first net (ce)")
 
     g = p.add_argument_group("adversarial training: at, robgan")
     g.add_argument("--attack", choices=("pgd", "fgsm"), default="pgd", help="on batches (pgd)")
@@ -130,7 +138,6 @@ def get_args(argv=None):
     g.add_argument("--lr", type=rate, default=1e-3, help="of AdamW, onecycle's peak (0.001)")
     g.add_argument("--schedule", choices=("constant", "onecycle", "cosine"), default="constant")
     g.add_argument("--batch", type=some, default=128, help="images per step (128)")
-    g.add_argument("--balance-groups", action="store_true", help="equal (digit, colour) groups")
     g.add_argument("--shuffle-labels", action="store_true", help="a null model: permuted labels")
     g.add_argument("--amp", action="store_true", help="train in bfloat16; scores stay float32")
     g.add_argument("--model", choices=MODELS, default="simplecnn", help="default: simplecnn")
@@ -158,6 +165,11 @@ def check_args(p, args, given):
             if getattr(given, flag) is not None:
                 flag = flag.replace("_", "-")
                 p.error(f"--{flag} means nothing for --method {args.method}; leave it out")
+    if args.infer_groups and not uses_colours(args):
+        p.error(f"--infer-groups means nothing for --method {args.method} without --balance")
+    for flag in ("first_epochs", "first_loss"):
+        if getattr(given, flag) is not None and not (args.infer_groups or args.method == "jtt"):
+            p.error(f"--{flag.replace('_', '-')} means nothing without --infer-groups")
     if args.clean_epochs + args.finetune_epochs >= args.epochs:
         p.error(f"--epochs {args.epochs} counts all phases and leaves none for the attack")
     for name in (args.name, args.init, args.eval):
@@ -205,11 +217,14 @@ def main(argv=None):
     if args.init:
         start_from(args.init, model, args)
     print_start(model, args, device)
+    facts = {"knows": knows(args)}
+    if args.infer_groups:
+        splits["train"], facts["groups"] = infer_groups(splits, args)
     epochs, kept = train(model, splits, args, device, args.dir / f"{args.name}.part.pt")
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK == 0:
-        run_facts = {
+        facts["run"] = {
             "seconds": round(time.time() - start, 1),
             "cpu_seconds": round(time.process_time(), 1),
             "torch": torch.__version__,
@@ -218,7 +233,7 @@ def main(argv=None):
             "device": str(device),
         }
         shape = {"classes": classes, "size": size}
-        save_results(model, splits, args, epochs, kept, shape, run_facts)
+        save_results(model, splits, args, epochs, kept, shape, facts)
 
 
 def print_start(model, args, device):
@@ -235,7 +250,7 @@ def print_start(model, args, device):
     )
 
 
-def save_results(model, splits, args, epochs, kept, shape, run_facts):
+def save_results(model, splits, args, epochs, kept, shape, facts):
     """NAME.pt and NAME.json of each phase whose weights were kept; then the answer in words."""
     for phase, best in kept.items():
         model.load_state_dict(best["weights"])
@@ -255,12 +270,12 @@ def save_results(model, splits, args, epochs, kept, shape, run_facts):
             "selected_epoch": best["epoch"],
             **evaluate(model, splits),
             "epochs": epochs,
-            "run": run_facts,
+            **facts,
         }
         save_pt({**checkpoint, **best.get("checkpoint", {})}, args.dir / f"{name}.pt")
         save_json({**record, **best.get("record", {})}, args.dir / f"{name}.json")
         print_scores(record)
-        print(f"wrote {args.dir / name}.pt and .json after {run_facts['seconds']:.0f}s")
+        print(f"wrote {args.dir / name}.pt and .json after {facts['run']['seconds']:.0f}s")
     (args.dir / f"{args.name}.part.pt").unlink(missing_ok=True)
     print(f"see where it looks: python gradcam.py --dir {args.dir} --models {args.name}")
 
@@ -312,12 +327,12 @@ def check_splits(splits, classes, size, args):
     for flag in ("crop", "cutout"):
         if getattr(args, flag) >= min(size):
             die(f"--{flag} {getattr(args, flag)} leaves nothing of {min(size)} pixels", "try 2")
-    if not (args.balance_groups or METHODS[args.method].knows == "colour labels"):
+    if args.infer_groups or not uses_colours(args):
         return
     colours = splits["train"].colors
     if colours is None or int(colours.max()) >= classes:
         what = f"needs a colour label below {classes} for every image of {args.dir}/train.pt"
-        die(f"--method {args.method} with these flags {what}", "try --method jitter")
+        die(f"--method {args.method} with these flags {what}", "try --infer-groups")
 
 
 # ---- the training loop
@@ -418,13 +433,13 @@ def update(optimiser, loss, weight=1.0, clip=0.0):
 def draw_order(data, args, gen):
     """Which image comes when in an epoch, int64 (N,): each once, or groups equally often.
 
-    With --balance-groups, images are drawn with replacement so that every (digit, colour) group is
-    equally likely (Idrissi et al., 2022).
+    Balanced, images are drawn with replacement, one of a (digit, colour) group of n images with a
+    weight of n**-power; with power 1 all groups are equally likely.
     """
-    if not args.balance_groups:
+    if not (args.balance or METHODS[args.method].balanced):
         return torch.randperm(len(data.labels), generator=gen)
     group = (data.labels * (int(data.colors.max()) + 1) + data.colors).cpu()
-    likely = 1 / group.bincount()[group].double()
+    likely = group.bincount()[group].double() ** -args.power
     return torch.multinomial(likely, len(group), replacement=True, generator=gen)
 
 
@@ -580,7 +595,9 @@ def all_reduce(tensors):
 class Method(nn.Module):
     """What every method has. A new one overrides `loss` and adds its row to METHODS."""
 
-    knows = "nothing"  # what the training knows about the bias
+    knows = "nothing"  # what the training is told about the bias, beside labels and colours
+    uses_colours = False  # of the training images, true or inferred
+    balanced = False  # are all (digit, colour) groups drawn equally often
     flags = ()  # of the command line that mean nothing for other methods
     spreads = False  # may torchrun share a batch: a mean over images, and nothing kept of them
     lr_scale, betas = 1, (0.9, 0.999)  # for the method's own weights, if it has any
@@ -619,6 +636,23 @@ class Baseline(Method):
         return F.cross_entropy(model(batch.x), batch.y)
 
 
+class GCE(Baseline):
+    """Generalised cross-entropy (Zhang & Sabuncu, 2018): it learns what is easy, and only that."""
+
+    def loss(self, model, batch, gen):
+        return generalised_cross_entropy(model(batch.x), batch.y)
+
+
+def generalised_cross_entropy(logits, y, q=0.7):
+    """(1 - p**q) / q of the probability p of the label (Zhang & Sabuncu, 2018), mean."""
+    p = logits.softmax(1).gather(1, y[:, None])[:, 0]
+    return ((1 - p.clamp(min=1e-8) ** q) / q).mean()
+
+
+FIRST_LOSSES = {"ce": "baseline", "gce": "gce"}  # the method of the first net
+GROUP_FLAGS = ("infer_groups", "first_epochs", "first_loss")
+
+
 class Jitter(Method):
     """Cross-entropy on a random recolouring, and a KL term that ties it to the image's prediction.
 
@@ -629,7 +663,7 @@ class Jitter(Method):
     """
 
     knows = "the kind of bias"
-    flags = ("alpha", "jitter", "grain", "classify", "fade")
+    flags = ("alpha", "jitter", "grain", "classify", "fade", "balance", *GROUP_FLAGS)
     spreads = True
 
     def loss(self, model, batch, gen):
@@ -713,8 +747,8 @@ class BiasBal(Method):
     logits. The table is counted on the training labels; a pair never seen counts as one image.
     """
 
-    knows = "colour labels"
-    spreads = True
+    uses_colours = spreads = True
+    flags = GROUP_FLAGS
 
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
@@ -729,6 +763,20 @@ class BiasBal(Method):
 
     def digit_loss(self, logits, batch):
         return F.cross_entropy(logits + self.digit_given_colour[batch.colour], batch.y)
+
+
+class Balance(BiasBal):
+    """All (digit, colour) groups equally likely in a batch (Idrissi et al., 2022).
+
+    Ours: with a --power below 1 a group of n images is drawn like one of n**(1 - power), so small
+    groups are repeated less often, and the loss corrects for the rest as in `biasbal`.
+    """
+
+    balanced = True
+    flags = ("power", *GROUP_FLAGS)
+
+    def count(self, split, classes):
+        return super().count(split, classes) ** (1 - self.args.power)
 
 
 class Reverse(torch.autograd.Function):
@@ -755,7 +803,7 @@ class GRL(BiasBal):
     digit) are added to their logits. For the digit that is `biasbal`; --no-conditional drops both.
     """
 
-    flags = ("gamma", "conditional")
+    flags = ("gamma", "conditional", *GROUP_FLAGS)
     updates = lr_scale = 3
 
     def __init__(self, model, splits, args):
@@ -790,7 +838,8 @@ class GRL(BiasBal):
 class Combined(GRL):
     """Both cures: the loss of jitter, and both losses of gradient reversal on the images."""
 
-    flags = Jitter.flags + GRL.flags
+    knows = "the kind of bias"
+    flags = ("alpha", "jitter", "grain", "classify", "fade", *GRL.flags)
 
     def loss(self, model, batch, gen):
         recoloured = JITTERS[self.args.jitter](batch.x, self.args.grain, gen)
@@ -806,7 +855,8 @@ class GroupDRO(Method):
     replacement.
     """
 
-    knows = "colour labels"
+    uses_colours = True
+    flags = GROUP_FLAGS
     ascent = 0.01  # step of the weights
 
     def __init__(self, model, splits, args):
@@ -872,12 +922,6 @@ class LfF(Method):
         return biased / (biased + cured + 1e-8)
 
 
-def generalised_cross_entropy(logits, y, q=0.7):
-    """(1 - p**q) / q of the probability p of the label (Zhang & Sabuncu, 2018), mean."""
-    p = logits.softmax(1).gather(1, y[:, None])[:, 0]
-    return ((1 - p.clamp(min=1e-8) ** q) / q).mean()
-
-
 class JTT(Method):
     """Just Train Twice (Liu et al., 2021): what a first net gets wrong counts 20 times.
 
@@ -886,14 +930,12 @@ class JTT(Method):
     repeats them in the data set.
     """
 
-    flags = ("first_epochs",)
+    flags = ("first_epochs", "first_loss")
     upweight = 20.0
 
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
-        print(f"the first net, {args.first_epochs} epochs of plain training:")
-        first = train_plain(splits, args, epochs=args.first_epochs, seed=args.seed + 1)
-        wrong = predict(first, splits["train"]) != splits["train"].labels
+        wrong = first_answers(splits, args) != splits["train"].labels
         self.register_buffer("weight", torch.where(wrong, self.upweight, 1.0))
 
     def loss(self, model, batch, gen):
@@ -902,13 +944,47 @@ class JTT(Method):
         return (weight * losses).sum() / weight.sum()
 
 
-def train_plain(splits, args, **changes):
+def train_plain(splits, args, method="baseline", **changes):
     """Another net, trained by plain ERM with the same settings but for `changes`."""
-    plain = argparse.Namespace(**{**vars(args), "method": "baseline", **changes})
+    plain = {"method": method, "balance": False, "infer_groups": False}
+    plain = argparse.Namespace(**{**vars(args), **plain, **changes})
     data, device = splits["train"], splits["train"].images.device
     net = fresh_net(plain, int(data.labels.max()) + 1, data.images.shape[2:]).to(device)
     train(net, splits, plain, device)
     return net
+
+
+# ---- told nothing: a first net, read early, names the shortcut
+
+
+def first_answers(splits, args):
+    """What a first net answers to every training image, int64 (N,), after --first-epochs.
+
+    Early in training it answers by the shortcut, if that is easier than the label (Yang et al.,
+    2024). Generalised cross-entropy, --first-loss gce, amplifies this (Nam et al., 2020).
+    """
+    print(f"the first net, {args.first_epochs} epochs with the loss {args.first_loss}:", flush=True)
+    method = FIRST_LOSSES[args.first_loss]
+    first = train_plain(splits, args, method, epochs=args.first_epochs, seed=args.seed + 1)
+    return predict(first, splits["train"])
+
+
+def infer_groups(splits, args):
+    """(training split whose colours are a first net's answers, how good these are).
+
+    A biased net's answer stands for the spurious label (Zhang et al., 2022). True colours, where
+    there are any, measure it and nothing else.
+    """
+    data = splits["train"]
+    answers = first_answers(splits, args)
+    facts = {"equal_label": (answers == data.labels).double().mean().item()}
+    if data.colors is not None:
+        named, against = answers == data.colors, data.colors != data.labels
+        facts["equal_colour"] = named.double().mean().item()
+        if against.any():
+            facts["equal_colour_conflicting"] = named[against].double().mean().item()
+    print("its answers stand for colours:", *(f"{k} {v:.4f}" for k, v in facts.items()), flush=True)
+    return data._replace(colors=answers), facts
 
 
 class LNTL(Method):
@@ -1014,7 +1090,10 @@ def fresh_net(args, classes, size):
 
 
 def early_layer(model):
-    return model.get_submodule(getattr(model, "early", "layer1"))  # layer1: a ResNet's first stage
+    name = getattr(model, "early", "layer1")  # layer1: a ResNet's first stage
+    if name not in dict(model.named_children()):
+        die("--method lntl needs a net with feature maps", "choose --model simplecnn")
+    return model.get_submodule(name)
 
 
 # ---- adversarial training
@@ -1113,6 +1192,7 @@ class AT(Method):
 
     flags = (
         *("attack", "eps", "steps", "step_size", "clean_epochs", "eps_ramp", "beta", "grain"),
+        *("balance", *GROUP_FLAGS),
         *AUGMENTATIONS,
         *("label_smoothing", "clip_grad"),
     )
@@ -1411,10 +1491,11 @@ def load_judge(splits, classes, args):
     return judge
 
 
-# ---- the table of methods: who knows nothing, the kind of bias, every image's colour
+# ---- the table of methods, those that are told least first
 
 METHODS = {
     "baseline": Baseline,
+    "gce": GCE,
     "lff": LfF,
     "jtt": JTT,
     "at": AT,
@@ -1424,8 +1505,24 @@ METHODS = {
     "grl": GRL,
     "combined": Combined,
     "biasbal": BiasBal,
+    "balance": Balance,
     "groupdro": GroupDRO,
 }
+
+
+def uses_colours(args):
+    """Does the training need the colour of every image, true or inferred?"""
+    return args.balance or METHODS[args.method].uses_colours
+
+
+def knows(args):
+    """What a training is told about the bias, in the words of the tables."""
+    if row_of(args.name).startswith("oracle"):
+        return "no bias in training"
+    if uses_colours(args) and not args.infer_groups:
+        return "colour labels"
+    told = METHODS[args.method].knows
+    return "the kind of bias" if args.grayscale and told == "nothing" else told
 
 
 # ---- scoring
@@ -1578,10 +1675,17 @@ def nearest(made, train_split, n=5000):
 
 # ---- tables
 
-SUMMARY = ("baseline", "jtt", "jitter", "combined", "oracle")  # the best of each tier, one a row
+SUMMARY = (  # the best of each tier
+    *("baseline", "balance_power0.75_infergroups", "jitter", "jitter_balance_infergroups"),
+    *("combined", "oracle"),
+)
+INFERRED = (
+    *("balance_power0.75_infergroups", "balance_infergroups", "biasbal_infergroups"),
+    *("groupdro_infergroups", "jitter_balance_infergroups"),
+)
 STRONGER = ("baseline_width16", "baseline_epochs30", "baseline_lr0.01_onecycle")
-CURES = (*METHODS, "baseline_balancegroups", "oracle")
-CONFUSION = ("baseline", "jtt", "jitter", "oracle")
+CURES = (*METHODS, *INFERRED, "oracle")
+CONFUSION = ("baseline", "balance_power0.75_infergroups", "jitter", "oracle")
 NUMBERS = {  # column: where the number stands in the record of a run
     **{split: ("final", split, "acc") for split in EVAL_SPLITS},
     "worst digit": ("final", "test_hard", "worst_digit"),
@@ -1617,6 +1721,7 @@ OWN = "share of training digits in their own colour"
 SPREAD = "variance of the stroke's colour around its mean"
 SWEEPS = {  # by recipe
     "flat": Sweep("Biased-MNIST (Bahng et al., 2020)", "corr", OWN, max, "biased_mnist"),
+    "cmnist": Sweep("Coloured MNIST (Nam et al., 2020)", "corr", OWN, max, "cmnist"),
     "digit": Sweep("Learning Not to Learn (Kim et al., 2019)", "sigma2", SPREAD, min, "lntl"),
 }
 
@@ -1647,6 +1752,7 @@ def make_tables(worlds, rows, published):
         "cures": cures_table(rows),
         "lazy_artist": lazy_artist_table(rows, worlds[""].about, published["lazy_artist"]),
         "parts": parts_table(rows),
+        "first_net": first_net_table(first_nets(worlds)),
         "robust_training": robust_table(robust_rows(worlds)),
         "robgan": robgan_table(generators(worlds)),
         "all_runs": table(rows, rows, NUMBERS, {"worst group": worst_group}),
@@ -1671,7 +1777,16 @@ def read_runs(folder):
         record = load_json(path, hint := "delete it, or run it again")
         if record.get("script") != "train.py":
             continue
-        missing = {"name", "args", "world", "final", "probe", "epochs", "params"} - record.keys()
+        missing = {
+            "name",
+            "args",
+            "knows",
+            "world",
+            "final",
+            "probe",
+            "epochs",
+            "params",
+        } - record.keys()
         if missing:
             die(f"{path} lacks {', '.join(sorted(missing))}", hint)
         if record["world"] != world:
@@ -1701,19 +1816,6 @@ def with_oracle(worlds):
         unbiased = worlds["unbiased"].rows
         rows |= {row: runs for row, runs in unbiased.items() if row.startswith("oracle")}
     return rows
-
-
-def knows(record):
-    """What the training of a run knows about the bias."""
-    args = record["args"]
-    if row_of(record["name"]).startswith("oracle"):
-        return "no bias in training"
-    if args.get("balance_groups"):
-        return "colour labels"
-    method = METHODS.get(args["method"])
-    if args.get("grayscale") and method and method.knows == "nothing":
-        return "the kind of bias"
-    return method.knows if method else "-"
 
 
 def trained(record):
@@ -1767,7 +1869,7 @@ def table(rows, names, columns, more=None):
     lines = [
         [
             f"`{name}`{note(rows[name])}",
-            knows(rows[name][0]),
+            rows[name][0]["knows"],
             *(over_seeds(rows[name], column) for column in columns),
             *(value(rows[name]) for value in more.values()),
         ]
@@ -1783,7 +1885,7 @@ def cures_table(rows):
 
     def cost(runs):
         changes = differences(runs, rows.get("baseline", []), "val")
-        if not changes or knows(runs[0]) == "no bias in training":  # the oracle's val is another
+        if not changes or runs[0]["knows"] == "no bias in training":  # the oracle's val is another
             return "-"
         return f"{fmean(changes):+.3f}"
 
@@ -1861,7 +1963,7 @@ def sweep_table(sweep, ours, published):
         return None
     values, lines = sweep_values(sweep, ours, published), []
     for row, by_value in ours.items():
-        line = [f"`{row}`", knows(next(iter(by_value.values()))[0])]
+        line = [f"`{row}`", next(iter(by_value.values()))[0]["knows"]]
         for value in values:
             runs = by_value.get(value, [])
             line.append(over_seeds(runs, "test_unbiased") + note(runs))
@@ -1881,6 +1983,45 @@ def accuracies(theirs):
 def cite(theirs):
     """The name of a published row; it says so where the figure was not read in its source."""
     return theirs["row"] + (", as reported" if theirs["how"] == "as reported" else "")
+
+
+class FirstNet(NamedTuple):
+    conflicting: float  # share of the training images
+    groups: list  # what the JSON of each run that used its answers says of them
+    baseline: list  # runs of the world
+    balance: list  # and those that balanced by these answers
+
+
+def first_nets(worlds):
+    """{(recipe, world, loss): FirstNet}: how often a first net's answer is colour, by world.
+
+    Rows of a world with the same loss have the same first net, so one of them will do.
+    """
+    found = {}
+    for name, world in worlds.items():
+        for runs in world.rows.values():
+            groups = [record["groups"] for record in runs if "groups" in record]
+            if groups and "equal_colour_conflicting" in groups[0]:
+                loss = runs[0]["args"]["first_loss"]
+                balance = world.rows.get("balance_infergroups", [])
+                balance = [record for record in balance if record["args"]["first_loss"] == loss]
+                facts = 1 - world.about["corr"], groups, world.rows.get("baseline", []), balance
+                found.setdefault((world.about["recipe"], loss, name or "."), FirstNet(*facts))
+    return dict(sorted(found.items(), key=lambda item: (*item[0][:2], item[1].conflicting)))
+
+
+def first_net_table(found):
+    """What first nets know, and what balancing by their answers makes of it."""
+    lines = []
+    for (_, loss, world), net in found.items():
+        lines.append([world, f"{net.conflicting:.3g}", loss])
+        for key in ("equal_label", "equal_colour", "equal_colour_conflicting"):
+            lines[-1].append(mean_sd([facts[key] for facts in net.groups]))
+        for runs in (net.baseline, net.balance):
+            lines[-1].append(over_seeds(runs, "test_unbiased") + note(runs))
+    names = ["its answer is the label", "the colour", "the colour, of conflicting images"]
+    header = ["world", "conflicting", "loss of the first net", *names]
+    return markdown([*header, "`baseline`", "`balance_infergroups`"], lines)
 
 
 def robust_rows(worlds):
@@ -1951,7 +2092,7 @@ def write_csv(worlds, path):
     for world, (_, rows) in worlds.items():
         for record in itertools.chain(*rows.values()):
             args = record["args"]
-            about = [world or ".", record["name"], args["method"], args["seed"], knows(record)]
+            about = [world or ".", record["name"], args["method"], args["seed"], record["knows"]]
             lines.writerow(
                 [*about, trained(record), record["params"], *(get(record, c) for c in NUMBERS)]
             )
@@ -1968,6 +2109,7 @@ def draw_figures(folder, worlds, rows, published):
         "learning_curves": (draw_learning_curves, curves(rows)),
         "confusion": (draw_confusion, {row: rows[row][0] for row in CONFUSION if row in rows}),
         "parts": (draw_parts, {row: gains for row, gains in parts(rows).items() if gains}),
+        "first_net": (draw_first_nets, first_nets(worlds)),
         "robust_training": (draw_robust_training, robust_rows(worlds)),
         "robgan_samples": (draw_samples, load_samples(folder, worlds)),
     }
@@ -2076,6 +2218,25 @@ def draw_parts(found):
     ax.set_xlabel("accuracy on test_hard, difference to jitter over the same seeds")
     ax.invert_yaxis()
     ax.grid(axis="x", alpha=0.3)
+    return fig
+
+
+def draw_first_nets(found):
+    """How many conflicting images the first net calls by colour, by their share; a line a world."""
+    fig, (ax,) = panels(1, 6.5, 3.8)
+    lines = {}
+    for (recipe, loss, _), net in found.items():
+        named = [facts["equal_colour_conflicting"] for facts in net.groups]
+        lines.setdefault((recipe, loss), []).append((net.conflicting, *spread(named)))
+    for (recipe, loss), points in lines.items():
+        x, mean, low, high = zip(*points, strict=True)
+        style = {"marker": "o" if loss == "ce" else "s", "ls": "-" if loss == "ce" else "--"}
+        (line,) = ax.plot(x, mean, label=f"{recipe}, {loss}", **style)
+        ax.fill_between(x, low, high, color=line.get_color(), alpha=0.15, lw=0)
+    ax.set(xscale="log", ylim=(0, 1.02), xlabel="share of conflicting training images")
+    ax.set_ylabel("of these, named by their colour")
+    ax.legend(fontsize=8, title="world, loss of the first net", title_fontsize=8)
+    ax.grid(alpha=0.3)
     return fig
 
 

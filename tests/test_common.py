@@ -104,6 +104,22 @@ def test_simplecnn_is_as_small_as_promised_and_pools_before_relu():
     assert torch.allclose(model(x), model.fc(z.flatten(1)), atol=1e-5)
 
 
+def test_the_mlp_has_the_sizes_of_the_published_one():
+    model = common.build_model("mlp")
+    assert sum(p.numel() for p in model.parameters()) == 256_510
+    assert [p.shape for p in model.parameters() if p.ndim == 2] == [
+        (100, 2352),
+        (100, 100),
+        (100, 100),
+        (10, 100),
+    ]
+    x = torch.rand(2, 3, 28, 28).to(memory_format=torch.channels_last)
+    z = x.permute(0, 2, 3, 1).reshape(2, 784, 3).permute(0, 2, 1).reshape(2, 2352)
+    for layer in (model.hidden0, model.hidden1, model.hidden2):
+        z = (z @ layer.weight.T + layer.bias).clamp(min=0)
+    assert torch.allclose(model(x), z @ model.fc.weight.T + model.fc.bias, atol=1e-5)
+
+
 def test_the_saturated_net_ends_its_first_activation_at_one():
     torch.manual_seed(0)
     model, x = common.build_model("saturatedcnn", 5, 7, (29, 33)), 9 * torch.rand(2, 3, 29, 33)

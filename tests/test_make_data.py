@@ -69,6 +69,16 @@ def test_biased_exactly_counts_its_aligned_images():
     assert make_data.biased_exactly(LABELS, 0.995, gen)[:997].ne(0).nonzero().max() > 100
 
 
+def test_biased_evenly_spreads_the_rest():
+    counts = shares(LABELS, make_data.biased_evenly(LABELS, 0.98, common.stream(0, "x")))
+    assert counts[:, 0].tolist() == [977] * 10  # int(0.98 * 997), 977.06
+    assert counts[:, 1:].sum(1).tolist() == [20] * 10
+    assert counts[:, 1:].unique().tolist() == [2, 3]
+    colours = make_data.biased_evenly(LABELS, 0.98, common.stream(0, "x"))[:997]
+    places = colours.ne(0).nonzero()[:, 0]
+    assert places.max() - places.min() > 500  # anywhere in the digit's images
+
+
 def test_conflicting_never_and_uniform_one_time_in_ten():
     hard = shares(LABELS, make_data.conflicting(LABELS, None, common.stream(1, "x")))
     free = make_data.uniform(LABELS, None, common.stream(1, "x")).bincount(minlength=10)
@@ -129,7 +139,10 @@ def test_palettes_are_those_of_their_sources():
         " 128,0,255 128,128,128",
         "digit": "220,20,60 0,128,128 253,233,16 0,149,182 237,145,33 145,30,188 70,240,240"
         " 250,197,187 210,245,60 128,0,0",
+        "cmnist": "251,80,43 253,233,90 172,118,148 200,212,153 22,198,250 82,245,114 6,60,193"
+        " 142,26,194 53,100,5 213,52,68",
     }
+    assert sources.keys() == common.PALETTES.keys()
     for recipe, means in sources.items():
         found = [tuple(bytes.fromhex(mean[1:])) for mean in common.PALETTES[recipe].values()]
         assert found == [tuple(map(int, mean.split(","))) for mean in means.split()], recipe
@@ -193,6 +206,7 @@ def test_the_defaults_of_each_recipe():
         "background": (0.95, None, "biased"),
         "flat": (0.99, None, "biased_exactly"),
         "digit": (1.0, 0.02, "biased"),
+        "cmnist": (0.99, 2.5e-5, "biased_evenly"),
         "gray": (None, None, "biased"),
     }
 

@@ -88,11 +88,30 @@ TABLE = [[2.0, 0.5, -1.0], [0.3, 0.1, 0.9], [-0.2, 1.5, 0.4], [1.1, 1.0, 0.2]]
 
 
 def test_what_each_method_is_told():
-    assert {name: method.knows for name, method in train.METHODS.items()} == {
-        **dict.fromkeys(("baseline", "lff", "jtt", "at", "robgan"), "nothing"),
+    assert {name: train.knows(args_of(f"--method {name}")) for name in train.METHODS} == {
+        **dict.fromkeys(("baseline", "gce", "lff", "jtt", "at", "robgan"), "nothing"),
         **dict.fromkeys(("jitter", "lntl"), "the kind of bias"),
-        **dict.fromkeys(("grl", "combined", "biasbal", "groupdro"), "colour labels"),
+        **dict.fromkeys(("grl", "combined", "biasbal", "balance", "groupdro"), "colour labels"),
     }
+
+
+@pytest.mark.parametrize(
+    ("flags", "knows"),
+    [
+        ("--name oracle_at_s1 --method at", "no bias in training"),
+        ("--method at --balance", "colour labels"),
+        ("--method jitter --balance", "colour labels"),
+        ("--method jitter --balance --infer-groups", "the kind of bias"),
+        ("--method combined --infer-groups", "the kind of bias"),
+        ("--method at --balance --infer-groups", "nothing"),
+        ("--method grl --infer-groups", "nothing"),
+        ("--grayscale", "the kind of bias"),
+        ("--method grl --grayscale", "colour labels"),
+        ("--method balance --infer-groups --grayscale", "the kind of bias"),
+    ],
+)
+def test_inferred_groups_tell_nothing(flags, knows):
+    assert train.knows(args_of(flags)) == knows
 
 
 def test_a_clipped_update_has_the_norm_asked_for_and_old_gradients_are_gone():
@@ -321,6 +340,19 @@ def test_groupdro_weighs_the_hardest_group_most(data, gen):
     assert dro.weight.view(3, 3)[0, 1] == dro.weight.max()  # the highest loss, 1.8
 
 
+@pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
+def test_balance_corrects_the_loss_for_what_its_draws_leave(data, gen, power):
+    balance = method_of("balance", Logits(TABLE), {"train": data}, f"--power {power}")
+    y, colour = [0, 2, 1, 1], [1, 2, 0, 1]
+    loss = balance.loss(Logits(TABLE), batch_of(torch.zeros(4), y, colour), gen)
+    n = {(0, 0): 5, (0, 1): 1, (1, 0): 2, (1, 1): 3, (2, 2): 1}  # a pair never seen counts as one
+    by_hand = 0
+    for row, label, c in zip(TABLE, y, colour, strict=True):
+        drawn = [n.get((d, c), 1) ** (1 - power) for d in range(3)]
+        by_hand -= log_p([z + math.log(m) for z, m in zip(row, drawn, strict=True)], label) / 4
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
+
+
 def test_groupdro_draws_every_group_equally_often(data, net, monkeypatch):
     dro, batches = method_of("groupdro", net, {"train": data}), []
     monkeypatch.setattr(
@@ -379,12 +411,13 @@ def test_generalised_cross_entropy_of_two_coins():
 
 def test_what_a_first_net_gets_wrong_counts_twenty_times(data, gen, monkeypatch):
     model, asked = Logits(TABLE), []
-    monkeypatch.setattr(train, "train_plain", lambda *_, **changes: asked.append(changes))
+    plain = lambda splits, args, method, **changes: asked.append((method, changes))  # noqa: E731
+    monkeypatch.setattr(train, "train_plain", plain)
     answers = data.labels.clone()
     answers[[1, 7]] = 2
     monkeypatch.setattr(train, "predict", lambda *_: answers)
     jtt = method_of("jtt", model, {"train": data}, "--first-epochs 3 --seed 5")
-    assert asked == [{"epochs": 3, "seed": 6}]
+    assert asked == [("baseline", {"epochs": 3, "seed": 6})]
     index = [0, 1, 6, 7]
     loss = jtt.loss(model, batch_of(torch.zeros(4), data.labels[index], index=index), gen)
     losses = [-log_p(row, int(k)) for row, k in zip(TABLE, data.labels[index], strict=True)]
@@ -395,12 +428,44 @@ def test_what_a_first_net_gets_wrong_counts_twenty_times(data, gen, monkeypatch)
 def test_another_net_is_trained_by_plain_erm_with_the_same_settings(data, monkeypatch):
     asked = []
     monkeypatch.setattr(train, "train", lambda net, splits, args, device: asked.append((net, args)))
-    args = args_of("--method jtt --lr 0.5 --width 6")
-    net = train.train_plain({"train": data}, args, epochs=2, seed=9)
-    changed = {"method": "baseline", "epochs": 2, "seed": 9}
+    args = args_of("--method jitter --balance --infer-groups --lr 0.5 --width 6")
+    net = train.train_plain({"train": data}, args, "gce", epochs=2, seed=9)
+    changed = {"method": "gce", "epochs": 2, "seed": 9, "balance": False, "infer_groups": False}
     assert asked[0][0] is net and asked[0][1] == argparse.Namespace(**{**vars(args), **changed})
     assert net.fc.out_features == 3 and net.conv1.out_channels == 6
-    assert args.method == "jtt" and net(data.x(slice(2))).shape == (2, 3)
+    assert args.method == "jitter" and net(data.x(slice(2))).shape == (2, 3)
+
+
+def test_a_first_net_s_answers_stand_for_colours_and_are_measured(data, monkeypatch):
+    answers = data.colors.clone()
+    answers[[0, 5]] = 2  # one of nine aligned images, one of the three conflicting ones...
+    answers[6] = 1  # ...and another of these, called by its label
+    monkeypatch.setattr(train, "first_answers", lambda *_: answers)
+    seen, facts = train.infer_groups({"train": data}, args_of("--method grl --infer-groups"))
+    assert torch.equal(seen.colors, answers) and torch.equal(seen.labels, data.labels)
+    assert torch.equal(seen.images, data.images)
+    assert facts == {
+        "equal_label": pytest.approx(9 / 12),
+        "equal_colour": pytest.approx(9 / 12),
+        "equal_colour_conflicting": pytest.approx(1 / 3),
+    }
+    blind, facts = train.infer_groups({"train": data._replace(colors=None)}, args_of())
+    assert torch.equal(blind.colors, answers) and facts == {"equal_label": pytest.approx(9 / 12)}
+
+
+def test_generalised_cross_entropy_as_a_method_of_its_own(gen):
+    loss = method_of("gce", Logits(TABLE), None).loss(
+        Logits(TABLE), batch_of(torch.zeros(4), [0, 2, 1, 1]), gen
+    )
+    p = [math.exp(log_p(row, y)) for row, y in zip(TABLE, [0, 2, 1, 1], strict=True)]
+    by_hand = sum((1 - q**0.7) / 0.7 for q in p) / 4
+    assert loss.item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_lntl_needs_feature_maps(data, capsys):
+    with pytest.raises(SystemExit):
+        method_of("lntl", common.build_model("mlp", size=(8, 8)), {"train": data})
+    assert "feature maps" in capsys.readouterr().err
 
 
 # ---- lntl

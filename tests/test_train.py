@@ -11,7 +11,9 @@ import torch.nn.functional as F
 import common
 import train
 
-KEYS = "schema script name args world params selected_on selected_epoch final probe epochs run"
+KEYS = (
+    "schema script name args knows world params selected_on selected_epoch final probe epochs run"
+)
 SCORE_KEYS = (
     "acc n per_digit worst_digit confusion worst_group follows_colour aligned conflicting"
     " n_conflicting"
@@ -180,8 +182,18 @@ def test_a_single_image_joins_the_batch_before(n, batch, sizes):
     assert train.batch_sizes(n, args_of(f"--batch {batch}")) == sizes
 
 
-def test_balanced_groups_come_equally_often(splits):
-    data, flags = split_of([0] * 20 + [1] * 4, [0] * 18 + [1] * 3 + [0] * 3), "--balance-groups"
+def test_a_power_below_one_repeats_small_groups_less_often():
+    data = split_of([0] * 20 + [1] * 4, [0] * 16 + [1] * 4 + [0] * 4)
+    args = args_of("--method balance --power 0.5")
+    draws = [train.draw_order(data, args, common.stream(k, "o")) for k in range(400)]
+    share = torch.cat(draws).bincount(minlength=24) / (400 * 24)
+    groups = [share[:16].sum(), share[16:20].sum(), share[20:].sum()]
+    assert groups == [pytest.approx(s, abs=0.02) for s in (0.5, 0.25, 0.25)]  # 4 : 2 : 2
+
+
+@pytest.mark.parametrize("flags", ["--method balance", "--method jitter --balance"])
+def test_balanced_groups_come_equally_often(flags):
+    data = split_of([0] * 20 + [1] * 4, [0] * 18 + [1] * 3 + [0] * 3)
     draws = [train.draw_order(data, args_of(flags), common.stream(k, "o")) for k in range(400)]
     share = torch.cat(draws).bincount(minlength=24) / (400 * 24)
     groups = [share[:18].sum(), share[18:20].sum(), share[20:21].sum(), share[21:].sum()]
@@ -285,7 +297,9 @@ def test_each_process_draws_alone_and_the_loss_is_of_all(splits, net, spy, monke
 
 def test_torchrun_is_for_methods_that_can_share_a_batch(mistake_of):
     spreads = [name for name, method in train.METHODS.items() if method.spreads]
-    assert spreads == ["baseline", "at", "jitter", "grl", "combined", "biasbal"]
+    assert spreads == [
+        *("baseline", "gce", "at", "jitter", "grl", "combined", "biasbal", "balance")
+    ]
     with mistake_of("--method lff needs whole batches", ", ".join(spreads)):
         train.init_distributed(args_of("--method lff"), CPU)
 
@@ -593,6 +607,7 @@ def stop_after(epochs, monkeypatch):
         "--method lff --schedule cosine",
         "--method groupdro",
         "--method jtt",
+        "--method combined --infer-groups --first-loss gce",
         "--method at --steps 1 --clean-epochs 1",
     ],
 )
@@ -641,8 +656,11 @@ def test_a_world_of_one_s_own_trains_and_says_who_cannot(world, call, mistake):
     call("train.py --epochs 1")
     record = outside_run(world / "baseline_epochs1_s42.json")
     assert record["world"] == {} and record["probe"]["colour"] is None
-    for flags in ("--method grl", "--method groupdro", "--balance-groups"):
+    for flags in ("--method grl", "--method groupdro", "--method balance", "--method at --balance"):
         mistake(f"train.py --epochs 1 {flags}", "needs a colour label")
+    call("train.py --epochs 1 --method groupdro --infer-groups")
+    record = outside_run(world / "groupdro_infergroups_epochs1_s42.json")
+    assert record["knows"] == "nothing" and [*record["groups"]] == ["equal_label"]
     call("train.py --epochs 1 --method lntl")
     change_all(world, lambda r: {**r, "images": r["images"].permute(0, 2, 3, 1)})
     mistake("train.py --epochs 1", "images.permute(0, 3, 1, 2)")
@@ -675,7 +693,10 @@ def keep(n):
         ("--method lazyness", None, "--method"),
         ("--method jitter --alpha nan", None, "--alpha"),
         ("--alpha 2", None, "--alpha means nothing for --method baseline"),
-        ("--method grl --first-epochs 2", None, "--first-epochs means nothing for --method grl"),
+        ("--method lff --first-epochs 2", None, "--first-epochs means nothing for --method lff"),
+        ("--method grl --first-epochs 2", None, "--first-epochs means nothing without --infer"),
+        ("--method jitter --infer-groups", None, "nothing for --method jitter without --balance"),
+        ("--method grl --balance", None, "--balance means nothing for --method grl"),
         ("--method at --clean-epochs 10", None, "--epochs 10 counts all phases"),
         ("--method at --crop 28", None, "--crop 28 leaves nothing"),
         ("--name ../escape", None, "may hold letters"),

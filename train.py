@@ -2180,7 +2180,8 @@ def draw_learning_curves(curves):
     for ax, (split, title) in zip(axes, titles.items(), strict=True):
         for row, (colour, by_split) in curves.items():
             mean, low, high = zip(*by_split[split], strict=True)
-            x, style = range(1, len(mean) + 1), "--" if row == "oracle" else "-"
+            x = range(1, len(mean) + 1)
+            style = "--" if row == "oracle" else ":" if row in INFERRED else "-"
             ax.plot(x, mean, color=colour, marker="o", ms=3, ls=style, label=row)
             ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
         by_epoch(ax, title)

@@ -318,6 +318,41 @@ def test_a_generator_stands_beside_real_and_collapsed_pictures():
     assert table["distance to the nearest training image, median"] == ["0.500", "0.750", "-"]
 
 
+def first_net_record(corr, seed=1, loss="ce", colour=0.8, hard=0.5):
+    facts = {"equal_label": corr, "equal_colour": 0.9, "equal_colour_conflicting": colour}
+    args = {"infer_groups": True, "first_loss": loss}
+    name = f"balance_infergroups_s{seed}"
+    world = {**WORLD, "corr": corr}
+    return record(name, "balance", seed, hard, world=world, args=args, groups=facts)
+
+
+def test_first_nets_stand_by_world_and_loss():
+    plain, told = record("baseline_s1", "baseline", 1, 0.3), record("balance_s1", "balance", 1)
+    runs = [first_net_record(0.6, seed, colour=c) for seed, c in ((1, 0.2), (2, 0.4))]
+    grl = [{**first_net_record(0.6, colour=0.7), "name": "grl_infergroups_gce_s1"}]
+    grl[0]["args"] = {**grl[0]["args"], "first_loss": "gce"}
+    weak = {"baseline": [plain], "balance": [told], "balance_infergroups": runs, "grl": grl}
+    worlds = {
+        "": train.World({**WORLD}, {"balance_infergroups": [first_net_record(0.95)]}),
+        "weak": train.World({**WORLD, "corr": 0.6}, weak),
+        "plain": train.World({**WORLD, "corr": 0.9}, {"baseline": [plain]}),
+    }
+    table = train.first_net_table(train.first_nets(worlds))
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert rows == [
+        [".", "0.05", "ce", "0.950", "0.900", "0.800", "-", "0.520"],
+        ["weak", "0.4", "ce", "0.600 ± 0.000 (2)", "0.900 ± 0.000 (2)"]
+        + ["0.300 ± 0.141 (2)", "0.320", "0.520 ± 0.000 (2)"],
+        ["weak", "0.4", "gce", "0.600", "0.900", "0.700", "0.320", "-"],
+    ]
+    ax = train.draw_first_nets(train.first_nets(worlds)).axes[0]
+    lines = {line.get_label(): line.get_xydata().round(3).tolist() for line in ax.lines}
+    assert lines == {
+        "background, ce": [[0.05, 0.8], [0.4, 0.3]],
+        "background, gce": [[0.4, 0.7]],
+    }
+
+
 def test_all_runs_shows_the_worst_group_of_all_seeds():
     runs = [record(f"jtt_s{s}", "jtt", s, hard=h) for s, h in ((1, 0.8), (2, 0.6))]
     table = cells(
@@ -328,10 +363,10 @@ def test_all_runs_shows_the_worst_group_of_all_seeds():
 
 
 def test_curves_show_mean_and_range_of_the_seeds():
-    runs = [record(f"jtt_s{s}", "jtt", s, hard=h) for s, h in ((1, 0.2), (2, 0.6))]
-    runs += [record("jtt_s3", "jtt", 3, hard=0.9, val=0.1)]  # did not train
-    colour, by_split = train.curves({"jtt": runs, "lff": runs})["jtt"]
-    assert colour == train.INK["jtt"] and by_split["test_hard"] == [(0.4, 0.2, 0.6)] * 2
+    runs = [record(f"jitter_s{s}", "jitter", s, hard=h) for s, h in ((1, 0.2), (2, 0.6))]
+    runs += [record("jitter_s3", "jitter", 3, hard=0.9, val=0.1)]  # did not train
+    colour, by_split = train.curves({"jitter": runs, "lff": runs})["jitter"]
+    assert colour == train.INK["jitter"] and by_split["test_hard"] == [(0.4, 0.2, 0.6)] * 2
     assert train.ink(record("oracle_s1", "baseline", 1)) == train.INK["oracle"]
 
 
@@ -376,8 +411,10 @@ def test_report_fills_draws_and_says_what_it_wrote(tmp_path, capsys):
     for sigma2 in (0.02, 0.05):
         world = {"recipe": "digit", "sigma2": sigma2}
         put(tmp_path / f"lntl_{sigma2}", record("lntl_s1", "lntl", 1, world=world), world=world)
+    for corr in (0.95, 0.6):
+        put(tmp_path / f"c{corr}", first_net_record(corr), world={**WORLD, "corr": corr})
     report(tmp_path)
-    figures = ["learning_curves", "confusion", "parts", "robust_training", "digit"]
+    figures = ["learning_curves", "confusion", "parts", "first_net", "robust_training", "digit"]
     wrote = capsys.readouterr().out.splitlines()[1:]
     names = ["tables.md", "summary.csv", *(f"figures/{name}.png" for name in figures)]
     assert wrote == [f"  {tmp_path / name}" for name in names]
@@ -385,7 +422,7 @@ def test_report_fills_draws_and_says_what_it_wrote(tmp_path, capsys):
     text = (tmp_path / "tables.md").read_text()
     assert "| `jitter` | the kind of bias | 0.900 | 0.800 |" in text
     assert "| `lntl` | the kind of bias | 0.520 |" in text
-    assert text.count("no results yet") == 2  # flat, robgan
+    assert text.count("no results yet") == 3  # flat, cmnist, robgan
 
 
 def test_report_on_own_data_without_colours(tmp_path):

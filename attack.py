@@ -60,8 +60,8 @@ CHUNK = 256  # images attacked at once: what fits in the cache of one core
 CONFIDENT = 0.9  # target probability of the stricter criterion
 RESOLUTION = 1e-3  # of a min-eps
 SEARCH_STEPS = 50  # at each radius of the min-eps search; half as many in a bisection round
-SAMPLE = 1000  # images for what is too slow for the whole split: Square, robust curve
-QUERIES = 300  # of the Square attack, per image
+QUERIES = 5000  # of the Square attack, per image
+SAMPLE = 1000  # images of the robust curve, which is too slow for the whole split
 RESAMPLES = 2000  # of the bootstrap
 POINT = 0.02  # --check: a change below two percentage points is little
 RADII = [0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5]  # of the min-eps search
@@ -69,8 +69,8 @@ CURVE = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.25, 1.5]  # radii of the robu
 MODES = {  # the flags that mean something in each mode, and their defaults there
     "targeted": dict(src=7, tgt=3, eps=0.05, steps=1000, n=40),
     "pairs": dict(eps=0.05, steps=100, n=50),
-    "untargeted": dict(eps=0.05, steps=50, restarts=3, n=None, sweep=None, queries=QUERIES),
-    "check": dict(eps=0.05, steps=50, n=500),
+    "untargeted": dict(eps=0.05, steps=100, restarts=1, n=None, sweep=None, queries=QUERIES),
+    "check": dict(eps=0.05, steps=100, n=500),
 }
 
 
@@ -204,9 +204,9 @@ def judge(model, x, y, eps, x_adv, reached):
 
     It knows nothing of how x_adv was made.
     """
-    inside = distance(x_adv, x) <= eps + 1e-6
-    inside &= (x_adv.amin((1, 2, 3)) >= 0) & (x_adv.amax((1, 2, 3)) <= 1)
-    return inside & reached(model(x_adv), y)
+    in_ball = distance(x_adv, x) <= eps + 1e-6
+    in_ball &= (x_adv.amin((1, 2, 3)) >= 0) & (x_adv.amax((1, 2, 3)) <= 1)
+    return in_ball & reached(model(x_adv), y)
 
 
 def carry_out(attack, model, reached, x, y, eps, **more):
@@ -445,12 +445,123 @@ def fgsm(model, x, y, eps, steps, gen):
     return pgd(model, x, y, eps, 1, gen, step_size=eps, start=x)
 
 
-def pgd_untargeted(model, x, y, eps, steps, gen, loss=F.cross_entropy):
-    """PGD (Madry et al., 2018) until fooled: random start, steps falling from eps / 4 to eps / 40.
+def pgd_untargeted(model, x, y, eps, steps, gen):
+    """PGD (Madry et al., 2018) until fooled: random start, steps from eps / 4 down to eps / 40."""
+    return pgd(model, x, y, eps, steps, gen, eps / 4, stop=is_wrong, decay=True)
 
-    The margin is the stronger loss where a model is never sure of itself.
+
+def each_cross_entropy(logits, y, target):
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def targeted_dlr(logits, y, target):
+    """How close class `target` is to winning over y, float (B,), whatever the logits' scale.
+
+    The difference of logits ratio of Croce & Hein (2020); with two classes, the difference itself.
     """
-    return pgd(model, x, y, eps, steps, gen, eps / 4, stop=is_wrong, decay=True, loss=loss)
+    top = logits.sort(1).values
+    scale = top[:, -1] - top[:, -4:-2].mean(1) if logits.shape[1] > 2 else 1
+    own, other = (logits.gather(1, k[:, None])[:, 0] for k in (y, target))
+    return (other - own) / (scale + 1e-12)
+
+
+class Climb(NamedTuple):
+    """What APGD knows of each image that still stands."""
+
+    index: torch.Tensor  # int64 (B,): which image this is
+    y: torch.Tensor  # (B,)
+    target: torch.Tensor  # (B,)
+    low: torch.Tensor  # (B,3,H,W): the ball's ends, as `high`
+    high: torch.Tensor
+    rate: torch.Tensor  # (B,1,1,1): step size
+    z: torch.Tensor  # (B,3,H,W): the present point, and the one before it
+    before: torch.Tensor
+    loss: torch.Tensor  # (B,): at the present point
+    rose: torch.Tensor  # int64 (B,): in how many steps the loss rose since the last checkpoint
+    best: torch.Tensor  # (B,3,H,W): the point with the highest loss, its gradient, its loss
+    best_grad: torch.Tensor
+    best_loss: torch.Tensor
+    mark: torch.Tensor  # (B,): the highest loss at the last checkpoint
+    halved: torch.Tensor  # bool (B,): was the rate halved there
+
+
+def apgd(model, x, y, eps, steps, gen, loss=each_cross_entropy, target=None):
+    """APGD (Croce & Hein, 2020): gradient ascent with momentum that sets its own step size.
+
+    The step begins with 2 eps. At checkpoints that come ever more often, it is halved for the
+    images whose loss rose in too few steps since the last one, or whose best loss has not moved;
+    these continue from the best point found. Fooled images leave the batch. x (B,3,H,W) in [0, 1];
+    y and target (B,); eps (B,); loss(logits, y, target) -> float (B,) is to be raised.
+    """
+    eps, none = per_image(eps, x), torch.zeros_like(y)
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    z, nothing = inside(random_start(x, eps, gen), low, high), torch.full(y.shape, -math.inf).to(x)
+    found, taken, done = z.clone(), none.clone(), none.bool()
+    index, target = torch.arange(len(x), device=x.device), y if target is None else target
+    s = Climb(
+        index, y, target, low, high, 2 * eps, z, z, nothing, none, z, z, nothing, nothing, done
+    )
+    checkpoint = span = max(int(0.22 * steps), 1)
+    for step in range(steps + 1):
+        z = s.z.detach().requires_grad_()
+        logits = model(z)
+        value = loss(logits, s.y, s.target)
+        (grad,) = torch.autograd.grad(value.sum(), z)
+        fooled = is_wrong(logits.detach(), s.y)
+        found[s.index], done[s.index] = s.z, fooled
+        value, grad, s = value.detach()[~fooled], grad[~fooled], Climb(*(t[~fooled] for t in s))
+        higher = value > s.best_loss
+        s = s._replace(
+            loss=value,
+            rose=s.rose + (value > s.loss) * (step > 0),
+            best=where(higher, s.z, s.best),
+            best_grad=where(higher, grad, s.best_grad),
+            best_loss=where(higher, value, s.best_loss),
+        )
+        if step == steps or len(s.y) == 0:
+            break
+        if step == 0:
+            s = s._replace(mark=value)
+        if step == checkpoint:
+            halve = (s.rose <= 0.75 * span) | ~s.halved & (s.best_loss <= s.mark)
+            grad, rate = where(halve, s.best_grad, grad), where(halve, s.rate / 2, s.rate)
+            s = s._replace(z=where(halve, s.best, s.z), rate=rate, halved=halve)
+            s = s._replace(mark=s.best_loss, rose=torch.zeros_like(s.rose))
+            span = max(span - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
+            checkpoint += span
+        taken[s.index] += 1
+        ahead = inside(s.z + s.rate * grad.sign(), s.low, s.high)
+        if step > 0:
+            ahead = s.z + 0.75 * (ahead - s.z) + 0.25 * (s.z - s.before)
+            ahead = inside(ahead, s.low, s.high)
+        s = s._replace(z=ahead, before=s.z)
+    found[s.index] = s.best
+    return Attacked(found, taken, done)
+
+
+def inside(z, low, high):
+    """z (B,3,H,W) brought into the box, channels last."""
+    z = torch.maximum(torch.minimum(z, high), low)
+    return z.contiguous(memory_format=torch.channels_last)
+
+
+def where(mask, a, b):
+    """torch.where with one decision (B,) an image."""
+    return torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b)
+
+
+def apgd_targeted(model, x, y, eps, steps, gen):
+    """APGD on the targeted DLR loss, towards the nine strongest other classes in turn."""
+    with torch.no_grad():
+        logits = model(x)
+    own = F.one_hot(y, logits.shape[1]).bool()
+    others = logits.masked_fill(own, -math.inf).argsort(1, descending=True)[:, :-1]
+    x_adv, taken, done = x.clone(), torch.zeros_like(y), torch.zeros_like(own[:, 0])
+    for target in others[:, :9].unbind(1):
+        i = (~done).nonzero()[:, 0]
+        a = apgd(model, x[i], y[i], eps[i], steps, gen, targeted_dlr, target[i])
+        x_adv[i], taken[i], done[i] = a.x, taken[i] + a.steps, a.done
+    return Attacked(x_adv, taken, done)
 
 
 SQUARE_SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
@@ -475,8 +586,8 @@ def square(model, x, y, eps, steps, gen):
         halvings = sum(query / steps * 10_000 > at for at in SQUARE_SCHEDULE)
         side = min(max(round(math.sqrt(0.8 * 0.5**halvings * h * w)), 1), min(h, w) - 1)
         rows, columns = covered(x[i], h, side, gen), covered(x[i], w, side, gen)
-        inside = rows[:, None, :, None] & columns[:, None, None, :]
-        tried = torch.where(inside, corner(x[i], eps[i], (len(i), c, 1, 1), gen), best[i])
+        patch = rows[:, None, :, None] & columns[:, None, None, :]
+        tried = torch.where(patch, corner(x[i], eps[i], (len(i), c, 1, 1), gen), best[i])
         new = lead(model(tried), y[i])
         better = new > score[i]
         best[i[better]], score[i[better]] = tried[better], new[better]
@@ -502,10 +613,12 @@ def covered(x, length, side, gen):
 ATTACKS = {
     "FGSM": fgsm,
     "PGD": pgd_untargeted,
-    "PGD, margin loss": partial(pgd_untargeted, loss=margin),
+    "APGD": apgd,
+    "APGD-T": apgd_targeted,
     "Square": square,
 }
-RANDOM = ("PGD", "PGD, margin loss")  # restarts change these
+ALONE = ("FGSM", "PGD", "APGD")  # seen by every image; the others by what these leave
+STRONG = ("APGD", "APGD-T")  # restarts change these
 
 
 def fool(name, net, x, y, eps, args, gen):
@@ -515,39 +628,37 @@ def fool(name, net, x, y, eps, args, gen):
     return carry_out(attack, net, is_wrong, x, y, eps).done
 
 
-def worst_case(m, x, y, sample, args):
+def worst_case(m, x, y, args):
     """({attack: accuracy}, standing bool (N,): right under every attack).
 
-    An attack's own accuracy comes from one run on every image that is right when clean, so it does
-    not depend on the other attacks; the further restarts of PGD see only the images still
-    standing. Square runs on the images of `sample`. "so_far" is the worst case up to and including
-    that attack, over all images.
+    The first attacks run on every image that is right when clean, so their "own" accuracy does not
+    depend on the others; the rest, and further restarts, see only the images still standing, as in
+    AutoAttack (Croce & Hein, 2020). "so_far" is the worst case up to and including that attack.
     """
     right = answer(m.net, x) == y
     standing, found = right.clone(), {"clean": rate(right)}
     for name in ATTACKS:
-        seen = sample if name == "Square" else torch.arange(len(y), device=y.device)
-        for restart in range(args.restarts if name in RANDOM else 1):
-            i = seen[(right if restart == 0 else standing)[seen]]
+        for restart in range(args.restarts if name in STRONG else 1):
+            alone = name in ALONE and restart == 0
+            i = (right if alone else standing).nonzero()[:, 0]
             gen = stream(args.seed, f"{name} {restart}")
             fooled = i[fool(name, m.net, x[i], y[i], args.eps, args, gen)]
             standing[fooled] = False
-            if restart == 0:
+            if alone:
                 own = right.clone()
                 own[fooled] = False
-                found[name] = {"own": rate(own[seen])}
-        found[name]["so_far"] = rate(standing)
+                found[name] = {"own": rate(own)}
+        found.setdefault(name, {})["so_far"] = rate(standing)
     return found, standing
 
 
 def robust_curve(m, x, y, radii, args):
-    """Accuracy at each radius under both PGDs; who is fooled in a ball is fooled in a larger."""
+    """Accuracy at each radius under APGD; who is fooled in a ball is fooled in a larger one."""
     standing, curve = answer(m.net, x) == y, []
     for eps in radii:
-        for name in RANDOM:
-            i = standing.nonzero()[:, 0]
-            gen = stream(args.seed, f"curve {name} {eps}")
-            standing[i[fool(name, m.net, x[i], y[i], eps, args, gen)]] = False
+        i = standing.nonzero()[:, 0]
+        gen = stream(args.seed, f"curve {eps}")
+        standing[i[fool("APGD", m.net, x[i], y[i], eps, args, gen)]] = False
         curve.append(rate(standing))
     return curve
 
@@ -560,7 +671,7 @@ def untargeted(models, split, args):
     radii, entries = [0.0, *radii], {}
     for name, m in models.items():
         progress(name, models, f"{len(ATTACKS)} attacks within eps {args.eps:g} on {len(x):,}")
-        found, standing = worst_case(m, x, y, sample, args)
+        found, standing = worst_case(m, x, y, args)
         progress(name, models, f"{len(radii)} radii on {len(sample):,} images")
         entries[name] = {
             **m.about,
@@ -570,8 +681,7 @@ def untargeted(models, split, args):
             "curve": robust_curve(m, x[sample], y[sample], radii, args),
             "standing": "".join(map(str, standing.int().tolist())),  # a character per image
         }
-    counts = {"n": len(y), "sample": len(sample), "queries": args.queries}
-    return {"models": entries, **counts, "radii": radii}
+    return {"models": entries, "n": len(y), "sample": len(sample), "radii": radii}
 
 
 def follows(m, x, y, split):
@@ -610,7 +720,7 @@ def towards(k, model, x, y, eps, steps, gen):
 def measure(m, x, y, args):
     """Accuracies under attack, all on the same images, that `claims` compares.
 
-    PGD is the worst of both losses, as in --untargeted. How strong it is cannot be seen where
+    APGD is the worst of both its losses, as in --untargeted. How strong it is cannot be seen where
     nobody or everybody is fooled, so the attacks are compared at the radius that leaves about half
     of the clean accuracy.
     """
@@ -636,23 +746,23 @@ def measure(m, x, y, args):
 
     clean = share(right)
     radii = sorted({*(min(args.eps * f, 0.5) for f in (0.125, 0.25, 0.5, 1, 2, 4)), 0.5})
-    curve = {eps: share(left(RANDOM, eps)) for eps in radii}
+    curve = {eps: share(left(STRONG, eps)) for eps in radii}
     eps = min(radii, key=lambda r: abs(curve[r] - clean / 2))
-    restarts = [left(RANDOM, eps, seed=k) for k in range(5)]
+    restarts = [left(STRONG, eps, seed=k) for k in range(5)]
     each = [left([name], eps) | right & (y == k) for k, name in enumerate(goals)]
     return {
         "clean": clean,
         "curve": curve,
         "eps": eps,
-        "eps 0": share(left(RANDOM, 0.0)),
+        "eps 0": share(left(STRONG, 0.0)),
         "noise": share(left(["noise"], eps)),
         "FGSM": share(left(["FGSM"], eps)),
-        "PGD": curve[eps],
-        "twice": share(left(RANDOM, eps, 2 * args.steps)),
+        "PGD": share(left(["PGD"], eps)),
+        "APGD on cross-entropy": share(left(["APGD"], eps)),
+        "APGD": curve[eps],
+        "twice": share(left(STRONG, eps, 2 * args.steps)),
         "five restarts": share(torch.stack(restarts).all(0)),
-        "each class": share(torch.stack([left(RANDOM, eps), *each]).all(0)),
-        "cross-entropy alone": share(left(["PGD"], eps)),
-        "margin alone": share(left(["PGD, margin loss"], eps)),
+        "each class": share(torch.stack([left(STRONG, eps), *each]).all(0)),
         "Square": share(left(["Square"], eps, QUERIES)),
         "eps 0.5": curve[0.5],
         "chance": 1 / m.classes,
@@ -664,24 +774,24 @@ def measure(m, x, y, args):
 def claims(v):
     """[(claim, did it hold, the numbers)] of `measure`, after the list of Carlini et al. (2019)."""
     curve = list(v["curve"].values())
-    small = {key: v["PGD"] - v[key] < POINT for key in ("twice", "five restarts", "each class")}
-    ordered = v["noise"] >= v["FGSM"] >= v["PGD"]
+    small = {key: v["APGD"] - v[key] < POINT for key in ("twice", "five restarts", "each class")}
+    ordered = v["noise"] >= v["FGSM"] >= v["PGD"] >= v["APGD"]
     rows = [
         ("eps 0 changes nothing", v["eps 0"] == v["clean"], "clean, eps 0"),
-        ("noise fools least, then FGSM, then PGD", ordered, "eps, noise, FGSM, PGD"),
+        ("noise fools least, then FGSM, PGD, APGD", ordered, "eps, noise, FGSM, PGD, APGD"),
         ("a larger eps never helps the model", curve == sorted(curve, reverse=True), "curve"),
         ("eps 0.5 leaves no more than chance", v["eps 0.5"] <= v["chance"], "eps 0.5, chance"),
-        ("twice the steps change little", small["twice"], "eps, PGD, twice"),
-        ("five restarts change little", small["five restarts"], "eps, PGD, five restarts"),
+        ("twice the steps change little", small["twice"], "eps, APGD, twice"),
+        ("five restarts change little", small["five restarts"], "eps, APGD, five restarts"),
         (
             "nor does aiming at each class (Gowal et al., 2019)",
             small["each class"],
-            "eps, PGD, each class, cross-entropy alone, margin alone",
+            "eps, APGD, each class, APGD on cross-entropy",
         ),
         (
             "Square, without gradients, does not win",
-            v["Square"] > v["PGD"] - POINT / 2,
-            "eps, PGD, Square",
+            v["Square"] > v["APGD"] - POINT / 2,
+            "eps, APGD, Square",
         ),
         ("all images are in the ball and in [0, 1]", v["outside"] == 0, "images, outside"),
     ]
@@ -802,9 +912,10 @@ def compare(models, args):
     """One dict for each row after the first: other - reference, of the same seed and image.
 
     With bootstrap intervals. A min-eps that was not found counts as the largest radius tried. Rows
-    that share no seed with the reference are left out.
+    that share no seed with the reference are left out, and so are models that did not train.
     """
-    (reference, first), *others = by_method(models).items()
+    trained = {name: m for name, m in models.items() if m.get("trained", True)}
+    (reference, first), *others = by_method(trained or models).items()
     compared = []
     for other, second in others:
         pairs = [(models[first[seed]], models[second[seed]]) for seed in first if seed in second]
@@ -902,6 +1013,11 @@ def rates(found):
     return mean_sd([r["rate"] for r in found])
 
 
+def label(row, found):
+    """The name of a row, marked where train.py said that a model of it did not train."""
+    return row if all(m.get("trained", True) for m in found) else f"{row} (did not train)"
+
+
 def targeted_table(record):
     """A row for each row of models: how many are fooled, how fast, and how far one must go."""
     if record is None:
@@ -913,7 +1029,12 @@ def targeted_table(record):
     lines = []
     for row, seeds in by_method(record["models"]).items():
         found = [summary[name] for name in seeds.values()]
-        line = [row, len(record["index"]), mean_sd([s["clean"]["rate"] for s in found])]
+        models = [record["models"][name] for name in seeds.values()]
+        line = [
+            label(row, models),
+            len(record["index"]),
+            mean_sd([s["clean"]["rate"] for s in found]),
+        ]
         for criterion in CRITERIA:
             cases = [s["all"][criterion] for s in found]
             steps = [c["steps"]["median"] for c in cases if c["steps"]["median"] is not None]
@@ -964,21 +1085,22 @@ def untargeted_table(record, others=()):
     a, models, n = record["args"], record["models"], record["n"]
     first = next(iter(models.values()))
     attacks = [name for name in ATTACKS if name in first["attacks"]]
-    effort = {name: f"{name}, {a['steps']} steps" for name in attacks if name in RANDOM}
-    if "Square" in attacks:
-        effort["Square"] = f"Square, {record['queries']:,} queries, n = {record['sample']:,}"
+    effort = {"PGD": f"PGD, {a['steps']} steps", "Square": f"then Square, {a['queries']:,} queries"}
+    effort |= {"APGD": f"APGD, {a['steps']} steps", "APGD-T": "then APGD-T"}
     coloured = any(m.get("follows_colour") is not None for m in models.values())
     header = ["model", "n", "clean", *(["follows colour"] if coloured else [])]
     header += [effort.get(name, name) for name in attacks]
-    header.append(f"worst case, {a['restarts']} restarts")
+    header.append("worst case")
     lines = []
     for row, seeds in by_method(models).items():
         found = [models[name] for name in seeds.values()]
-        line = [row, f"{n:,}", mean_sd([m["attacks"]["clean"]["rate"] for m in found])]
+        clean = mean_sd([m["attacks"]["clean"]["rate"] for m in found])
+        line = [label(row, found), f"{n:,}", clean]
         if coloured:
             line.append(mean_sd([m.get("follows_colour") for m in found]))
         for name in attacks:
-            line.append(mean_sd([m["attacks"][name]["own"]["rate"] for m in found]))
+            measured = [m["attacks"][name] for m in found]
+            line.append(mean_sd([a.get("own", a["so_far"])["rate"] for a in measured]))
         lines.append([*line, rates([m["robust"] for m in found])])
     for row in others:
         keys = ["clean", *(["follows colour"] if coloured else []), *attacks, "robust"]
@@ -1266,9 +1388,9 @@ def get_args(argv=None):
     g.add_argument("--tgt", type=number(int, 0, 999), help="targeted: digit to reach (3)")
     g.add_argument("--eps", type=number(float, 0, 1), help="L-inf radius, pixels in [0, 1] (0.05)")
     steps, many = number(int, 1, 100_000), number(int, 1, 1000)
-    g.add_argument("--steps", type=steps, help="gradient steps (1000; --pairs 100, others 50)")
-    g.add_argument("--restarts", type=many, help="--untargeted: random starts (3)")
-    g.add_argument("--queries", type=steps, help=f"--untargeted: of Square, an image ({QUERIES})")
+    g.add_argument("--steps", type=steps, help="gradient steps (1000; others 100)")
+    g.add_argument("--restarts", type=many, help="--untargeted: random starts of APGD (1)")
+    g.add_argument("--queries", type=steps, help="--untargeted: of Square, an image (5000)")
     radii = dict(type=number(float, 1e-6, 1), nargs="+", metavar="EPS")
     g.add_argument("--sweep", **radii, help="--untargeted: radii of the curve (up to 1.5 eps)")
     g = p.add_argument_group("on what")
@@ -1325,7 +1447,7 @@ def result_name(args):
 
 class Loaded(NamedTuple):
     net: nn.Module
-    about: dict  # method: what the seeds of one row share, NAME without _sSEED; seed
+    about: dict  # method: what the seeds of one row share, NAME without _sSEED; seed; trained
     classes: int
 
 
@@ -1346,7 +1468,8 @@ def load(args, device):
                 die(f"{flag} is {digit}, but {last}", "choose one of them")
         row, seed = row_and_seed(name)
         seed = record["args"].get("seed") if seed is None else seed
-        models[name] = Loaded(net, {"method": row, "seed": seed}, classes)
+        about = {"method": row, "seed": seed, "trained": record.get("trained", True)}
+        models[name] = Loaded(net, about, classes)
     return models, split
 
 

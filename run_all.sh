@@ -23,11 +23,12 @@ JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
 SEEDS="42 43 44 45 46" FEW="42 43 44"  # of the headline, and of side tables
 VARIANCES="020 025 030 035 040 045 050"  # worlds of lntl, in thousandths
 BIASED="999 997 995 99" CMNIST="995 99 98 95" WEAK="8 6"  # shares of aligned images, behind the point
-DATA= BUDGET= SHORT= RESNET=resnet50 AMP=--amp N=1000
+DATA= BUDGET= SHORT= RESNET=resnet50 AMP= N=1000 QUERIES=5000
 if [ "${QUICK:-0}" = 1 ]; then
   DIR=results/quick SEEDS="42 43" FEW=42 VARIANCES="020 050" BIASED="999 99" CMNIST="99 95" WEAK=6
-  DATA="--limit 6000" BUDGET="--lr 0.01 --schedule onecycle" SHORT="--epochs 2" RESNET=resnet18 AMP= N=50
+  DATA="--limit 6000" BUDGET="--lr 0.01 --schedule onecycle" SHORT="--epochs 2" RESNET=resnet18 N=50 QUERIES=100
 fi
+! grep -qs avx512_bf16 /proc/cpuinfo || [ $RESNET = resnet18 ] || AMP=--amp  # bfloat16 is slow without it
 DONE=$DIR/.done
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # threads of processes side by side on few cores stall each other
 
@@ -143,8 +144,6 @@ lazy() {
     for method in combined jitter grl baseline; do fit ${method}_s$s --method $method --seed $s; done  # headline table
     short unbiased/oracle_s$s --seed $s $BUDGET  # the ceiling at the same budget
   done
-  fit jitter_hsv_image_nofade_s42 --method jitter --jitter hsv --classify image --no-fade  # the cures as published
-  fit grl_noconditional_s42 --method grl --no-conditional
   go "train"
   attack . --src 7 --tgt 3 --eps 0.05  # a first look at seed 42
   step "gradcam.py --dir $DIR"
@@ -211,19 +210,21 @@ groups() {  # told nothing: a first net's answers stand for colours
 }
 
 ablations() {  # which part of the cure does the work, and how much is budget or size
-  local m v cycle="--lr 0.01 --schedule onecycle"
-  fit baseline_epochs30_s42 --epochs 30
-  for v in "width 16" "epochs 3" "epochs 1"; do
-    for m in jitter baseline; do fit ${m}_${v/ /}_s42 --method $m --$v; done
-    short unbiased/oracle_${v/ /}_s42 --$v $BUDGET
+  local m s v cycle="--lr 0.01 --schedule onecycle"
+  for s in $FEW; do
+    for m in jitter baseline; do fit ${m}_width16_s$s --method $m --width 16 --seed $s; done
+    for m in combined jitter biasbal baseline; do fit ${m}_lr0.01_onecycle_s$s --method $m $cycle --seed $s; done
+    short unbiased/oracle_width16_s$s --width 16 --seed $s $BUDGET
+    short unbiased/oracle_lr0.01_onecycle_s$s $cycle --seed $s
+    fit baseline_epochs30_s$s --epochs 30 --seed $s
+    for v in "alpha 0" "alpha 1" "grain 0"; do fit jitter_${v/ /}_s$s --method jitter --$v --seed $s; done  # alpha 0: plain augmentation
+    fit jitter_nofade_s$s --method jitter --no-fade --seed $s
+    fit jitter_image_s$s --method jitter --classify image --seed $s
+    fit jitter_hsv_s$s --method jitter --jitter hsv --seed $s
+    fit combined_gamma0_s$s --method combined --gamma 0 --seed $s  # jitter with colour labels, nothing reversed
+    fit jitter_hsv_image_nofade_s$s --method jitter --jitter hsv --classify image --no-fade --seed $s  # as published
+    fit grl_noconditional_s$s --method grl --no-conditional --seed $s
   done
-  for m in combined jitter biasbal baseline; do fit ${m}_lr0.01_onecycle_s42 --method $m $cycle; done
-  short unbiased/oracle_lr0.01_onecycle_s42 $cycle
-  fit combined_gamma0_s42 --method combined --gamma 0  # jitter with colour labels, nothing reversed
-  for v in "alpha 0" "alpha 1" "grain 0"; do fit jitter_${v/ /}_s42 --method jitter --$v; done  # alpha 0: plain augmentation
-  fit jitter_nofade_s42 --method jitter --no-fade
-  fit jitter_image_s42 --method jitter --classify image
-  fit jitter_hsv_s42 --method jitter --jitter hsv
   go "train"
   report
 }
@@ -269,37 +270,64 @@ lntl() {  # Learning Not to Learn, beside its published table
 }
 
 robust() {  # adversarial training: the published problem, a ResNet from end to end, and what it does to a shortcut
-  local at="--method at --clean-epochs 1 --schedule onecycle" net="--eps-ramp 0.3 --width 24 --eps 0.3 --lr 0.005"
+  local at="--method at --clean-epochs 1 --schedule onecycle" net="--eps-ramp 0.3 --width 24 --eps 0.3 --lr 0.005" s
+  local student="--crop 2 --flip --rotation 10 --recolour hsv --cutout 8 --mixup 0.2 --label-smoothing 0.1 --clip-grad 1"
+  local resnet="--model $RESNET $AMP --steps 2 --step-size 0.06 --eps 0.1 --lr 0.002 ${SHORT:---epochs 4}"
+  local wide="--width 16 --lr 0.01 --schedule onecycle ${SHORT:---epochs 5}"
   paint mnist --recipe gray
   go "paint the world"
-  short mnist/${RESNET}_s42 $at --eps-ramp 0.3 --model $RESNET $AMP --steps 2 --step-size 0.06 --eps 0.1 --lr 0.002 ${SHORT:---epochs 3}
+  short mnist/${RESNET}_s42 $at --eps-ramp 0.3 $resnet
+  short mnist/${RESNET}_student_s42 --method at --clean-epochs 1 --schedule cosine $resnet $student
   short mnist/at_s42 $at $net ${SHORT:---epochs 8}
   short mnist/trades_s42 $at $net --beta 6 ${SHORT:---epochs 4}
   short mnist/fgsm_s42 $at $net --attack fgsm ${SHORT:---epochs 4}
   short ./at_balanced_s42 $at --eps-ramp 0.5 --width 16 --steps 3 --lr 0.01 --balance --crop 2 $SHORT  # unbiased and robust
   short unbiased/oracle_at_s42 --method at $BUDGET  # where there is no shortcut
+  for s in $FEW; do  # does adversarial training deepen the shortcut? {plain, adversarial} x {biased, unbiased}
+    short ./baseline_wide_s$s --seed $s $wide
+    short ./at_wide_s$s --method at --steps 3 --eps-ramp 0.5 --seed $s $wide
+    short unbiased/oracle_wide_s$s --seed $s $wide
+    short unbiased/oracle_at_wide_s$s --method at --steps 3 --eps-ramp 0.5 --seed $s $wide
+  done
   fit at_s42 --method at  # in the headline table
   go "train"
-  attack mnist --untargeted --eps 0.3 --restarts 10 --queries $((3 * N)) --n $((N / 2)) --models at_s42 at_clean_s42 trades_s42 fgsm_s42
-  attack mnist --untargeted --name resnet --eps 0.1 --n $((N / 10)) --sweep 0.1 0.2 --models ${RESNET}_s42 ${RESNET}_clean_s42
-  attack . --untargeted --name at --eps 0.05 --restarts 10 --n $((N / 2)) --models baseline_s42 jitter_s42 balance_s42 at_s42 at_balanced_s42 unbiased/oracle_s42 unbiased/oracle_at_s42
+  attack mnist --untargeted --eps 0.3 --n $N --queries $QUERIES --models at_s42 at_clean_s42 trades_s42 fgsm_s42
+  attack mnist --untargeted --name resnet --eps 0.1 --n $((N / 5)) --steps 50 --queries $((QUERIES / 5)) --sweep 0.1 0.2 --models ${RESNET}_s42 ${RESNET}_clean_s42 ${RESNET}_student_s42
+  attack . --untargeted --name wide --eps 0.05 --n $((N / 2)) --queries $QUERIES --models $(over_seeds "$FEW" baseline_wide at_wide unbiased/oracle_wide unbiased/oracle_at_wide)
+  attack . --untargeted --name at --eps 0.05 --n $((N / 2)) --queries $QUERIES --models baseline_s42 jitter_s42 balance_s42 at_s42 at_balanced_s42 unbiased/oracle_s42 unbiased/oracle_at_s42
   step "gradcam.py --dir $DIR --maximise --models $(over_seeds "$FEW" baseline jitter combined unbiased/oracle) at_balanced_s42 baseline_shufflelabels_s42"  # what each answer wants to see
   [ -n "$SHORT" ] || attack mnist --check --eps 0.3 --n $((N / 5)) --models at_s42  # two epochs say nothing about the attacks
   go "attack"
   report
 }
 
-robgan() {  # a generator beside adversarial training: the same net and number of steps in all three
-  local s few="${FEW% *}" net="--width 16 --eps 0.3 --eps-ramp 0.3 --batch 64 --schedule cosine --lr 0.002 ${SHORT:---epochs 3}"
+robgan() {  # a generator beside adversarial training: the same net and number of steps in all rows of a world
+  local s share net="--width 16 --eps 0.3 --eps-ramp 0.3 --batch 64 --schedule cosine --lr 0.002"
+  local small="$net ${SHORT:---epochs 60}" robgan="$(over_seeds "$FEW" robgan)"
+  net="$net ${SHORT:---epochs 3}"
   paint mnist --recipe gray
-  go "paint the world"
+  paint mnist_2000 --recipe gray --limit 2222  # 2,000 to train on: here additional data should matter most
+  go "paint the worlds"
   short mnist/judge_s42 --width 16 --lr 0.01 --schedule onecycle ${SHORT:---epochs 5}  # sees no generated image
-  go "train the judge"
-  for s in $few; do short mnist/robgan_s$s --method robgan --judge judge_s42 --seed $s $net; done
-  short mnist/robgan_finetuned_s42 --method robgan --judge judge_s42 --finetune-epochs 1 $net
-  for s in $few; do short mnist/robgan_without_s$s --method at --seed $s $net; done
+  short mnist_2000/judge_s42 --width 16 --lr 0.01 --schedule onecycle ${SHORT:---epochs 60}
+  go "train the judges"
+  for s in $FEW; do short mnist/robgan_s$s --method robgan --judge judge_s42 --seed $s $net; done
+  short mnist_2000/robgan_s42 --method robgan --judge judge_s42 $small
+  for s in $FEW; do
+    short mnist/robgan_without_s$s --method at --seed $s $net
+    short mnist_2000/robgan_without_s$s --method at --seed $s $small
+  done
+  go "train the generators"
+  for s in $FEW; do  # the generated pictures as additional data, the same number of updates
+    for share in 0.3 0.5 0.7; do
+      short mnist/generated_${share}_s$s --method at --generator robgan_s42 --generated $share --seed $s $net
+      short mnist_2000/generated_${share}_s$s --method at --generator robgan_s42 --generated $share --seed $s $small
+    done
+  done
   go "train"
-  attack mnist --untargeted --name robgan --eps 0.3 --restarts 10 --n $((N / 5)) --models $(over_seeds "$few" robgan_without robgan) robgan_finetuned_s42
+  local rows="$(over_seeds "$FEW" robgan_without generated_0.3 generated_0.5 generated_0.7)"
+  attack mnist --untargeted --name robgan --eps 0.3 --n $((N / 5)) --queries $((QUERIES / 5)) --models $robgan $rows
+  attack mnist_2000 --untargeted --name robgan --eps 0.3 --queries $((QUERIES / 5)) --models $rows
   go "attack"
   report
 }

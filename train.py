@@ -118,9 +118,8 @@ def get_args(argv=None):
         "--eps-ramp", type=share, default=0.0, help="share of epochs with growing eps (0)"
     )
     g.add_argument("--beta", type=weight, default=0.0, help="weight of TRADES' KL term (0: no)")
-    g.add_argument(
-        "--finetune-epochs", type=count, default=0, help="robgan: last, generator fixed (0)"
-    )
+    g.add_argument("--generator", metavar="NAME", help="at: learn pictures of this robgan run, too")
+    g.add_argument("--generated", type=share, default=0.5, help="their share of a batch (0.5)")
     g.add_argument("--judge", default="baseline_s42", help="robgan: independent classifier")
 
     g = p.add_argument_group("augmentation for at and robgan, one draw per image (default: none)")
@@ -170,9 +169,11 @@ def check_args(p, args, given):
     for flag in ("first_epochs", "first_loss"):
         if getattr(given, flag) is not None and not (args.infer_groups or args.method == "jtt"):
             p.error(f"--{flag.replace('_', '-')} means nothing without --infer-groups")
-    if args.clean_epochs + args.finetune_epochs >= args.epochs:
+    if given.generated is not None and args.generator is None:
+        p.error("--generated means nothing without --generator")
+    if args.clean_epochs >= args.epochs:
         p.error(f"--epochs {args.epochs} counts all phases and leaves none for the attack")
-    for name in (args.name, args.init, args.eval):
+    for name in (args.name, args.init, args.eval, args.generator):
         if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
             p.error(f"the name {name!r} may hold letters, digits and _ . + - only")
     if re.match(rf"(meta|published|gradcam|attack|{'|'.join(SPLITS)})(_|$)", args.name or ""):
@@ -258,7 +259,6 @@ def save_results(model, splits, args, epochs, kept, shape, facts):
         if phase:  # at_s42 and its clean phase: at_clean_s42
             name = re.sub(r"(_s\d+)?$", rf"_{phase}\1", name, count=1)
             flags["phase"] = phase
-        checkpoint = {"weights": best["weights"], "args": flags, **shape}
         record = {
             "schema": 1,
             "script": "train.py",
@@ -272,7 +272,8 @@ def save_results(model, splits, args, epochs, kept, shape, facts):
             "epochs": epochs,
             **facts,
         }
-        save_pt({**checkpoint, **best.get("checkpoint", {})}, args.dir / f"{name}.pt")
+        checkpoint = {"weights": best["weights"], "args": flags, "trained": trained(record)}
+        save_pt({**checkpoint, **shape, **best.get("checkpoint", {})}, args.dir / f"{name}.pt")
         save_json({**record, **best.get("record", {})}, args.dir / f"{name}.json")
         print_scores(record)
         print(f"wrote {args.dir / name}.pt and .json after {facts['run']['seconds']:.0f}s")
@@ -1187,14 +1188,15 @@ class AT(Method):
     image, and beta times the KL divergence from its prediction to that for the image attacked to
     enlarge it. A mixed batch is attacked with the mixed loss. The radius grows linearly over the
     first --eps-ramp of the adversarial epochs. PGD accuracy on val chooses the epoch, since
-    one-step training can lose all robustness from one epoch to the next.
+    one-step training can lose all robustness from one epoch to the next. With --generator, a share
+    of every attacked batch is generated for the labels at hand (after Gowal et al., 2021).
     """
 
     flags = (
         *("attack", "eps", "steps", "step_size", "clean_epochs", "eps_ramp", "beta", "grain"),
         *("balance", *GROUP_FLAGS),
         *AUGMENTATIONS,
-        *("label_smoothing", "clip_grad"),
+        *("label_smoothing", "clip_grad", "generator", "generated"),
     )
     spreads = True
     watched = 2000  # images of val that are attacked after every epoch
@@ -1202,8 +1204,17 @@ class AT(Method):
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
         self.classes, self.val = model.fc.out_features, splits["val"]
+        self.source = None
+        if args.generator:
+            images = splits["train"].images
+            self.source = load_generator(args, self.classes, images.shape[2:]).to(images.device)
 
     def step(self, model, batch, optimiser, gen):
+        if self.source is not None and self.radius(batch) > 0:
+            n = round(self.args.generated * len(batch.y))
+            with torch.no_grad():
+                made = self.source.draw(batch.y[:n], gen)
+            batch = batch._replace(x=torch.cat([made, batch.x[n:]]))
         loss = self.loss(model, batch, gen)
         return update(optimiser, loss, batch.weight, self.args.clip_grad)
 
@@ -1296,12 +1307,27 @@ class Generator(nn.Module):
         return self(torch.randn(len(y), self.latent, generator=gen, device=y.device), y)
 
 
+def load_generator(args, classes, size):
+    """The averaged generator that a robgan run of this world has saved; it learns nothing more."""
+    path = args.dir / f"{args.generator}.pt"
+    hint = f"train one: python train.py --dir {args.dir} --method robgan"
+    kept = load_pt(path, hint).get("generator")
+    if kept is None:
+        die(f"{path} holds no generator", hint)
+    generator = Generator(classes, size, channels=len(kept["grow.6.weight"]))
+    try:
+        generator.load_state_dict({name: value.float() for name, value in kept.items()})
+    except RuntimeError:
+        die(f"the generator of {path} is built for another world", hint)
+    return generator.eval().requires_grad_(False)
+
+
 class RobGAN(AT):
     """Rob-GAN (Liu & Hsieh, 2019): the net trained adversarially is also a discriminator's body.
 
     After --clean-epochs, every step attacks a batch and learns its classes as `at` does, compares
-    as many generated images with the real ones, and updates the generator once. In the last
-    --finetune-epochs the net learns attacked real and attacked generated images only.
+    as many generated images with the real ones, and updates the generator once. The paper's last
+    phase, in which the net learns attacked generated images as well, is `at` with --generator.
 
     Departures, which prevent the collapse to grey or to one image per class: a head of the
     discriminator's own compares real with generated of the same class (relativistic loss, gradient
@@ -1311,7 +1337,7 @@ class RobGAN(AT):
     come from averaged weights of the generator.
     """
 
-    flags = (*AT.flags, "finetune_epochs", "judge")
+    flags = (*AT.flags[:-2], "judge")  # all but --generator and --generated
     spreads = False
     lr_scale, betas = 1, (0.0, 0.99)  # of the generator and the discriminator's own head
     decay = 0.998  # of the averaged weights
@@ -1339,9 +1365,6 @@ class RobGAN(AT):
     def step(self, model, batch, optimiser, gen):
         if self.radius(batch) == 0:
             return super().step(model, batch, optimiser, gen)
-        if batch.epoch > self.args.epochs - self.args.finetune_epochs:
-            both = torch.cat([batch.x, self.average.draw(batch.y, gen)])
-            return super().step(model, batch._replace(x=both, y=batch.y.repeat(2)), optimiser, gen)
         learned = self.loss(model, batch, gen)
         with torch.no_grad():
             fake = self.generator.draw(batch.y, gen)
@@ -1413,14 +1436,6 @@ class RobGAN(AT):
             "diversity": diversity.mean().item(),
             "diversity_worst": diversity.min().item(),
         }
-
-    def phase(self, epoch):
-        args = self.args
-        if epoch <= args.clean_epochs:
-            return "clean", None
-        if args.finetune_epochs and epoch <= args.epochs - args.finetune_epochs:
-            return "joint", "val_pgd"
-        return "", "val_pgd"
 
     def finish(self, model, splits, weights):
         """What the samples are worth beside real and collapsed ones; the generator and pictures."""

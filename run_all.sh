@@ -184,12 +184,12 @@ groups() {  # told nothing: a first net's answers stand for colours
   for c in $WEAK; do paint corr_$c --corr 0.$c; done  # where the shortcut is weaker
   go "paint the worlds"
   for s in $SEEDS; do
-    fit balance_power0.75_infergroups_s$s --method balance --power 0.75 --infer-groups --seed $s
+    fit balance_infergroups_s$s --method balance --infer-groups --seed $s
     fit jitter_balance_infergroups_s$s --method jitter --balance --infer-groups --seed $s
   done
   for s in $FEW; do
     fit balance_s$s --method balance --seed $s  # told the colours
-    for of in balance biasbal groupdro; do fit ${of}_infergroups_s$s --method $of --infer-groups --seed $s; done
+    for of in biasbal groupdro; do fit ${of}_infergroups_s$s --method $of --infer-groups --seed $s; done
     for c in $WEAK; do
       short corr_$c/baseline_s$s --seed $s $BUDGET
       short corr_$c/balance_infergroups_s$s --method balance --infer-groups --seed $s $BUDGET

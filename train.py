@@ -101,8 +101,6 @@ def get_args(argv=None):
 
     g = p.add_argument_group("groups: what uses colours, and jtt")
     g.add_argument("--balance", action="store_true", help="jitter, at: all groups equally often")
-    text = "balance: 1 repeats small groups most, 0 not at all (1)"
-    g.add_argument("--power", type=share, default=1.0, help=text)
     text = "colours: the answers of a first net, not the true ones"
     g.add_argument("--infer-groups", action="store_true", help=text)
     g.add_argument("--first-epochs", type=some, default=1, help="of the first net (1)")
@@ -434,13 +432,13 @@ def update(optimiser, loss, weight=1.0, clip=0.0):
 def draw_order(data, args, gen):
     """Which image comes when in an epoch, int64 (N,): each once, or groups equally often.
 
-    Balanced, images are drawn with replacement, one of a (digit, colour) group of n images with a
-    weight of n**-power; with power 1 all groups are equally likely.
+    Balanced, images are drawn with replacement so that every (digit, colour) group is equally
+    likely (Idrissi et al., 2022).
     """
     if not (args.balance or METHODS[args.method].balanced):
         return torch.randperm(len(data.labels), generator=gen)
     group = (data.labels * (int(data.colors.max()) + 1) + data.colors).cpu()
-    likely = group.bincount()[group].double() ** -args.power
+    likely = 1 / group.bincount()[group].double()
     return torch.multinomial(likely, len(group), replacement=True, generator=gen)
 
 
@@ -654,6 +652,13 @@ FIRST_LOSSES = {"ce": "baseline", "gce": "gce"}  # the method of the first net
 GROUP_FLAGS = ("infer_groups", "first_epochs", "first_loss")
 
 
+class Balance(Baseline):
+    """ERM with every (digit, colour) group equally likely in a batch (Idrissi et al., 2022)."""
+
+    uses_colours = balanced = True
+    flags = GROUP_FLAGS
+
+
 class Jitter(Method):
     """Cross-entropy on a random recolouring, and a KL term that ties it to the image's prediction.
 
@@ -764,20 +769,6 @@ class BiasBal(Method):
 
     def digit_loss(self, logits, batch):
         return F.cross_entropy(logits + self.digit_given_colour[batch.colour], batch.y)
-
-
-class Balance(BiasBal):
-    """All (digit, colour) groups equally likely in a batch (Idrissi et al., 2022).
-
-    Ours: with a --power below 1 a group of n images is drawn like one of n**(1 - power), so small
-    groups are repeated less often, and the loss corrects for the rest as in `biasbal`.
-    """
-
-    balanced = True
-    flags = ("power", *GROUP_FLAGS)
-
-    def count(self, split, classes):
-        return super().count(split, classes) ** (1 - self.args.power)
 
 
 class Reverse(torch.autograd.Function):
@@ -1691,16 +1682,16 @@ def nearest(made, train_split, n=5000):
 # ---- tables
 
 SUMMARY = (  # the best of each tier
-    *("baseline", "balance_power0.75_infergroups", "jitter", "jitter_balance_infergroups"),
+    *("baseline", "balance_infergroups", "jitter", "jitter_balance_infergroups"),
     *("combined", "oracle"),
 )
 INFERRED = (
-    *("balance_power0.75_infergroups", "balance_infergroups", "biasbal_infergroups"),
-    *("groupdro_infergroups", "jitter_balance_infergroups"),
+    *("balance_infergroups", "biasbal_infergroups", "groupdro_infergroups"),
+    "jitter_balance_infergroups",
 )
 STRONGER = ("baseline_width16", "baseline_epochs30", "baseline_lr0.01_onecycle")
 CURES = (*METHODS, *INFERRED, "oracle")
-CONFUSION = ("baseline", "balance_power0.75_infergroups", "jitter", "oracle")
+CONFUSION = ("baseline", "balance_infergroups", "jitter", "oracle")
 NUMBERS = {  # column: where the number stands in the record of a run
     **{split: ("final", split, "acc") for split in EVAL_SPLITS},
     "worst digit": ("final", "test_hard", "worst_digit"),

@@ -340,19 +340,6 @@ def test_groupdro_weighs_the_hardest_group_most(data, gen):
     assert dro.weight.view(3, 3)[0, 1] == dro.weight.max()  # the highest loss, 1.8
 
 
-@pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
-def test_balance_corrects_the_loss_for_what_its_draws_leave(data, gen, power):
-    balance = method_of("balance", Logits(TABLE), {"train": data}, f"--power {power}")
-    y, colour = [0, 2, 1, 1], [1, 2, 0, 1]
-    loss = balance.loss(Logits(TABLE), batch_of(torch.zeros(4), y, colour), gen)
-    n = {(0, 0): 5, (0, 1): 1, (1, 0): 2, (1, 1): 3, (2, 2): 1}  # a pair never seen counts as one
-    by_hand = 0
-    for row, label, c in zip(TABLE, y, colour, strict=True):
-        drawn = [n.get((d, c), 1) ** (1 - power) for d in range(3)]
-        by_hand -= log_p([z + math.log(m) for z, m in zip(row, drawn, strict=True)], label) / 4
-    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
-
-
 def test_groupdro_draws_every_group_equally_often(data, net, monkeypatch):
     dro, batches = method_of("groupdro", net, {"train": data}), []
     monkeypatch.setattr(

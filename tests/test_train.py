@@ -182,15 +182,6 @@ def test_a_single_image_joins_the_batch_before(n, batch, sizes):
     assert train.batch_sizes(n, args_of(f"--batch {batch}")) == sizes
 
 
-def test_a_power_below_one_repeats_small_groups_less_often():
-    data = split_of([0] * 20 + [1] * 4, [0] * 16 + [1] * 4 + [0] * 4)
-    args = args_of("--method balance --power 0.5")
-    draws = [train.draw_order(data, args, common.stream(k, "o")) for k in range(400)]
-    share = torch.cat(draws).bincount(minlength=24) / (400 * 24)
-    groups = [share[:16].sum(), share[16:20].sum(), share[20:].sum()]
-    assert groups == [pytest.approx(s, abs=0.02) for s in (0.5, 0.25, 0.25)]  # 4 : 2 : 2
-
-
 @pytest.mark.parametrize("flags", ["--method balance", "--method jitter --balance"])
 def test_balanced_groups_come_equally_often(flags):
     data = split_of([0] * 20 + [1] * 4, [0] * 18 + [1] * 3 + [0] * 3)

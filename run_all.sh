@@ -185,15 +185,14 @@ groups() {  # told nothing: a first net's answers stand for colours
   go "paint the worlds"
   for s in $SEEDS; do
     fit balance_infergroups_s$s --method balance --infer-groups --seed $s
+    fit balance_infergroups_crop1_s$s --method balance --infer-groups --crop 1 --seed $s
     fit jitter_balance_infergroups_s$s --method jitter --balance --infer-groups --seed $s
   done
   for s in $FEW; do
     fit balance_s$s --method balance --seed $s  # told the colours
+    fit baseline_crop1_s$s --crop 1 --seed $s  # what shifts alone do
+    short unbiased/oracle_crop1_s$s --crop 1 --seed $s $BUDGET
     for of in biasbal groupdro; do fit ${of}_infergroups_s$s --method $of --infer-groups --seed $s; done
-    for c in $WEAK; do
-      short corr_$c/baseline_s$s --seed $s $BUDGET
-      short corr_$c/balance_infergroups_s$s --method balance --infer-groups --seed $s $BUDGET
-    done
     for c in $CMNIST; do  # Coloured MNIST, beside its published table
       in="cmnist_$c"
       short $in/baseline_s$s --seed $s $net
@@ -202,6 +201,10 @@ groups() {  # told nothing: a first net's answers stand for colours
       short $in/balance_s$s --method balance --seed $s $net
       short $in/jitter_s$s --method jitter --alpha 1 --grain 0 --seed $s $net
     done
+  done
+  for c in $WEAK; do
+    short corr_$c/baseline_s42 $BUDGET
+    short corr_$c/balance_infergroups_s42 --method balance --infer-groups $BUDGET
   done
   fit balance_infergroups_gce_s42 --method balance --infer-groups --first-loss gce
   fit jitter_balance_infergroups_lr0.01_onecycle_s42 --method jitter --balance --infer-groups --lr 0.01 --schedule onecycle

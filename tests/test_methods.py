@@ -139,6 +139,16 @@ def test_baseline_is_the_mean_cross_entropy(gen):
     assert loss.item() == pytest.approx(by_hand, rel=1e-6)
 
 
+def test_crop_shifts_the_images_of_baseline_and_balance(net, data):
+    x, seen = data.x(slice(6)), []
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for method in ("baseline", "balance"):
+        shifted = method_of(method, net, {"train": data}, "--crop 1")
+        shifted.loss(net, batch_of(x, data.labels[:6]), common.stream(3, "x"))
+        assert torch.equal(seen[-1], train.moved(x, shifted.args, common.stream(3, "x")))
+        assert not torch.allclose(seen[-1], x)
+
+
 # ---- jitter
 
 
@@ -415,12 +425,12 @@ def test_what_a_first_net_gets_wrong_counts_twenty_times(data, gen, monkeypatch)
 def test_another_net_is_trained_by_plain_erm_with_the_same_settings(data, monkeypatch):
     asked = []
     monkeypatch.setattr(train, "train", lambda net, splits, args, device: asked.append((net, args)))
-    args = args_of("--method jitter --balance --infer-groups --lr 0.5 --width 6")
+    args = args_of("--method balance --crop 2 --infer-groups --lr 0.5 --width 6")
     net = train.train_plain({"train": data}, args, "gce", epochs=2, seed=9)
-    changed = {"method": "gce", "epochs": 2, "seed": 9, "balance": False, "infer_groups": False}
+    changed = {"method": "gce", "epochs": 2, "seed": 9, "infer_groups": False, "crop": 0}
     assert asked[0][0] is net and asked[0][1] == argparse.Namespace(**{**vars(args), **changed})
     assert net.fc.out_features == 3 and net.conv1.out_channels == 6
-    assert args.method == "jitter" and net(data.x(slice(2))).shape == (2, 3)
+    assert args.method == "balance" and net(data.x(slice(2))).shape == (2, 3)
 
 
 def test_a_first_net_s_answers_stand_for_colours_and_are_measured(data, monkeypatch):

@@ -893,14 +893,15 @@ def say(cells, keys):
 # ---- what each answer wants to see
 
 
-def maximise(model, label, size, gen, steps=200, step_size=0.05, shift=2, tv=0.05):
+def maximise(model, label, size, gen, steps=200, step_size=0.05, shift=2, tv=0.5):
     """Pictures (N,3,H,W) in [0, 1] that raise the logit of `label` (N,): activation maximisation.
 
     Adam from mid-grey with a little noise (Erhan et al., 2009) on the logit (Simonyan et al.,
     2014): the log-probability stops at a dull picture as soon as the net is sure. Against noise a
-    penalty `tv` on differences of neighbours, and other shifts at each step (Mordvintsev et al.,
-    2015; Olah et al., 2017). Robust nets are known to want what looks like the class (Santurkar
-    et al., 2019; Engstrom et al., 2019).
+    penalty on differences of neighbours, `tv` times the mean slope of the logit, so that it means
+    the same for a net of any scale; and other shifts at each step (Mordvintsev et al., 2015; Olah
+    et al., 2017). Robust nets are known to want what looks like the class (Santurkar et al., 2019;
+    Engstrom et al., 2019).
     """
     x = 0.5 + 0.05 * torch.randn(len(label), 3, *size, generator=gen)
     x = x.to(label.device).requires_grad_()
@@ -908,8 +909,10 @@ def maximise(model, label, size, gen, steps=200, step_size=0.05, shift=2, tv=0.0
     for _ in range(steps):
         dy, dx = torch.randint(-shift, shift + 1, (2,), generator=gen).tolist()
         logit = model(x.roll((dy, dx), (2, 3))).gather(1, label[:, None])
+        (slope,) = torch.autograd.grad(logit.sum(), x)
         variation = x.diff(dim=2).abs().sum() + x.diff(dim=3).abs().sum()
-        (x.grad,) = torch.autograd.grad(tv * variation - logit.sum(), x)
+        (rough,) = torch.autograd.grad(variation, x)
+        x.grad = tv * slope.abs().mean((1, 2, 3), keepdim=True) * rough - slope
         optimiser.step()
         x.data.clamp_(0, 1)
     return x.detach()

@@ -298,7 +298,7 @@ robust() {  # adversarial training: the published problem, a ResNet from end to 
   attack mnist --untargeted --name resnet --eps 0.1 --n $((N / 5)) --steps 50 --queries $((QUERIES / 5)) --sweep 0.1 0.2 --models ${RESNET}_s42 ${RESNET}_clean_s42 ${RESNET}_student_s42
   attack . --untargeted --name wide --eps 0.05 --n $((N / 2)) --queries $QUERIES --models $(over_seeds "$FEW" baseline_wide at_wide unbiased/oracle_wide unbiased/oracle_at_wide)
   attack . --untargeted --name at --eps 0.05 --n $((N / 2)) --queries $QUERIES --models baseline_s42 jitter_s42 balance_s42 at_s42 at_balanced_s42 unbiased/oracle_s42 unbiased/oracle_at_s42
-  step "gradcam.py --dir $DIR --maximise --models $(over_seeds "$FEW" baseline jitter combined unbiased/oracle) at_balanced_s42 baseline_shufflelabels_s42"  # what each answer wants to see
+  step "gradcam.py --dir $DIR --maximise --models $(over_seeds "$FEW" baseline balance_infergroups jitter combined unbiased/oracle) at_balanced_s42 baseline_shufflelabels_s42"  # what each answer wants to see
   [ -n "$SHORT" ] || attack mnist --check --eps 0.3 --n $((N / 5)) --models at_s42  # two epochs say nothing about the attacks
   go "attack"
   report

@@ -317,6 +317,13 @@ def test_total_variation_makes_the_picture_flat_along_both_axes():
     assert flat.diff(dim=2).abs().max() < 0.1 and flat.diff(dim=3).abs().max() < 0.1
 
 
+def test_the_penalty_means_the_same_for_a_net_of_any_scale():
+    model = a_subject().model
+    once = ascend(model, [3], (28, 28), tv=0.5, steps=5)
+    loud = ascend(lambda x: 1000 * model(x), [3], (28, 28), tv=0.5, steps=5)
+    assert torch.allclose(once, loud, atol=1e-3)
+
+
 def test_shifts_make_the_picture_look_alike_from_every_place():
     class Corner(nn.Module):  # wants the pixel in one corner bright
         def forward(self, x):

@@ -1085,11 +1085,12 @@ def untargeted_table(record, others=()):
     a, models, n = record["args"], record["models"], record["n"]
     first = next(iter(models.values()))
     attacks = [name for name in ATTACKS if name in first["attacks"]]
-    effort = {"PGD": f"PGD, {a['steps']} steps", "Square": f"then Square, {a['queries']:,} queries"}
-    effort |= {"APGD": f"APGD, {a['steps']} steps", "APGD-T": "then APGD-T"}
+    effort = dict.fromkeys(("PGD", "APGD", "APGD-T"), f", {a['steps']} steps")
+    effort["Square"] = f", {a['queries']:,} queries"
+    then = {name: "" if "own" in first["attacks"][name] else "then " for name in attacks}
     coloured = any(m.get("follows_colour") is not None for m in models.values())
     header = ["model", "n", "clean", *(["follows colour"] if coloured else [])]
-    header += [effort.get(name, name) for name in attacks]
+    header += [f"{then[name]}{name}{effort.get(name, '')}" for name in attacks]
     header.append("worst case")
     lines = []
     for row, seeds in by_method(models).items():

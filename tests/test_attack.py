@@ -811,6 +811,33 @@ def test_the_evidence_is_the_result_with_most_images_at_that_eps(tmp_path):
     assert attack.evidence(tmp_path, "pairs*", 0.05) is None
 
 
+def measured(accuracy, own=True):
+    found = {"rate": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1}
+    return {"own": found, "so_far": found} if own else {"so_far": found}
+
+
+def test_what_did_not_train_is_marked_and_what_follows_others_says_so():
+    attacks = {"clean": measured(0.9)["own"], "APGD": measured(0.5), "Square": measured(0.4, False)}
+    m = {"method": "at", "seed": 1, "attacks": attacks, "robust": measured(0.4)["own"]}
+    models = {"at_s1": m, "b_s1": {**m, "method": "b", "trained": False}}
+    args = {"steps": 100, "queries": 5000, "eps": 0.1}
+    table = attack.untargeted_table({"args": args, "models": models, "n": 9}).splitlines()
+    header = "| model | n | clean | APGD, 100 steps | then Square, 5,000 queries | worst case |"
+    assert table[0] == header
+    assert table[2] == "| at | 9 | 0.900 | 0.500 | 0.400 | 0.400 (0.300 to 0.500) |"
+    assert table[3].startswith("| b (did not train) | 9 |")
+
+
+def test_what_did_not_train_is_compared_with_nothing():
+    found = {"steps": [3, None], "min_eps": [0.1, 0.2]}
+    about = {"clean": [7, 7], "argmax": found, "confidence": found}
+    models = {
+        f"{row}_s1": {"method": row, "seed": 1, "trained": row != "b", **about} for row in "abc"
+    }
+    args = types.SimpleNamespace(src=7, seed=0)
+    assert [entry["other"] for entry in attack.compare(models, args)] == ["c"]
+
+
 def test_rows_without_an_ink_share_no_colour_with_a_method():
     rows = ["at", "at_balanced", "groupdro", "balanced", "robgan_finetuned", "oracle_at"]
     found = attack.inks(rows)

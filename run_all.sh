@@ -196,8 +196,8 @@ groups() {  # told nothing: a first net's answers stand for colours
     for c in $CMNIST; do  # Coloured MNIST, beside its published table
       in="cmnist_$c"
       short $in/baseline_s$s --seed $s $net
-      short $in/biasbal_infergroups_s$s --method biasbal --infer-groups --first-loss gce --seed $s $net
-      short $in/balance_infergroups_s$s --method balance --infer-groups --first-loss gce --seed $s $net
+      short $in/biasbal_infergroups_s$s --method biasbal --infer-groups --seed $s $net
+      short $in/balance_infergroups_s$s --method balance --infer-groups --seed $s $net
       short $in/balance_s$s --method balance --seed $s $net
       short $in/jitter_s$s --method jitter --alpha 1 --grain 0 --seed $s $net
     done
@@ -206,7 +206,7 @@ groups() {  # told nothing: a first net's answers stand for colours
     short corr_$c/baseline_s42 $BUDGET
     short corr_$c/balance_infergroups_s42 --method balance --infer-groups $BUDGET
   done
-  fit balance_infergroups_gce_s42 --method balance --infer-groups --first-loss gce
+  for s in $FEW; do fit balance_infergroups_ce_s$s --method balance --infer-groups --first-loss ce --seed $s; done
   fit jitter_balance_infergroups_lr0.01_onecycle_s42 --method jitter --balance --infer-groups --lr 0.01 --schedule onecycle
   go "train"
   report

@@ -6,6 +6,7 @@ Writes  DIR/NAME.pt, DIR/NAME.json       NAME: the method, what differs from the
     python train.py                                    # the lazy model: results/baseline_s42.json
     python train.py --method jitter --alpha 2          # the cured one: results/jitter_s42.json
     python train.py --method grl --gamma 1 --seed 43   # results/grl_gamma1_s43.json
+    python train.py --method balance --infer-groups    # told nothing: a first net names the colours
     python train.py --eval jitter_s42                  # score a saved model again, no training
     python train.py --report                           # figures and tables of every run in --dir
     torchrun --standalone --nproc_per_node=2 train.py  # two processes share every batch
@@ -104,7 +105,7 @@ def get_args(argv=None):
     text = "colours: the answers of a first net, not the true ones"
     g.add_argument("--infer-groups", action="store_true", help=text)
     g.add_argument("--first-epochs", type=some, default=1, help="of the first net (1)")
-    g.add_argument("--first-loss", choices=FIRST_LOSSES, default="ce", help="of the first net (ce)")
+    g.add_argument("--first-loss", choices=FIRST_LOSSES, default="gce", help="of it (gce)")
 
     g = p.add_argument_group("adversarial training: at, robgan")
     g.add_argument("--attack", choices=("pgd", "fgsm"), default="pgd", help="on batches (pgd)")
@@ -165,9 +166,8 @@ def check_args(p, args, given):
                 p.error(f"--{flag} means nothing for --method {args.method}; leave it out")
     if args.infer_groups and not uses_colours(args):
         p.error(f"--infer-groups means nothing for --method {args.method} without --balance")
-    for flag in ("first_epochs", "first_loss"):
-        if getattr(given, flag) is not None and not (args.infer_groups or args.method == "jtt"):
-            p.error(f"--{flag.replace('_', '-')} means nothing without --infer-groups")
+    if (given.first_epochs or given.first_loss) and not (args.infer_groups or args.method == "jtt"):
+        p.error("--first-epochs and --first-loss mean nothing without --infer-groups")
     if given.generated is not None and args.generator is None:
         p.error("--generated means nothing without --generator")
     if args.clean_epochs >= args.epochs:
@@ -927,12 +927,12 @@ class JTT(Method):
     repeats them in the data set.
     """
 
-    flags = ("first_epochs", "first_loss")
+    flags = ("first_epochs",)
     upweight = 20.0
 
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
-        wrong = first_answers(splits, args) != splits["train"].labels
+        wrong = first_answers(splits, args, "baseline") != splits["train"].labels
         self.register_buffer("weight", torch.where(wrong, self.upweight, 1.0))
 
     def loss(self, model, batch, gen):
@@ -954,14 +954,13 @@ def train_plain(splits, args, method="baseline", **changes):
 # ---- told nothing: a first net, read early, names the shortcut
 
 
-def first_answers(splits, args):
+def first_answers(splits, args, method):
     """What a first net answers to every training image, int64 (N,), after --first-epochs.
 
     Early in training it answers by the shortcut, if that is easier than the label (Yang et al.,
-    2024). Generalised cross-entropy, --first-loss gce, amplifies this (Nam et al., 2020).
+    2024). Generalised cross-entropy, the method `gce`, amplifies this (Nam et al., 2020).
     """
-    print(f"the first net, {args.first_epochs} epochs with the loss {args.first_loss}:", flush=True)
-    method = FIRST_LOSSES[args.first_loss]
+    print(f"the first net, {method}, epochs: {args.first_epochs}", flush=True)
     first = train_plain(splits, args, method, epochs=args.first_epochs, seed=args.seed + 1)
     return predict(first, splits["train"])
 
@@ -973,7 +972,7 @@ def infer_groups(splits, args):
     there are any, measure it and nothing else.
     """
     data = splits["train"]
-    answers = first_answers(splits, args)
+    answers = first_answers(splits, args, FIRST_LOSSES[args.first_loss])
     facts = {"equal_label": (answers == data.labels).double().mean().item()}
     if data.colors is not None:
         named, against = answers == data.colors, data.colors != data.labels
@@ -2011,13 +2010,15 @@ def first_nets(worlds):
     found = {}
     for name, world in worlds.items():
         for runs in world.rows.values():
-            groups = [record["groups"] for record in runs if "groups" in record]
-            if groups and "equal_colour_conflicting" in groups[0]:
-                loss = runs[0]["args"]["first_loss"]
-                balance = world.rows.get("balance_infergroups", [])
-                balance = [record for record in balance if record["args"]["first_loss"] == loss]
-                facts = 1 - world.about["corr"], groups, world.rows.get("baseline", []), balance
-                found.setdefault((world.about["recipe"], loss, name or "."), FirstNet(*facts))
+            if "equal_colour_conflicting" not in runs[0].get("groups", {}):
+                continue
+            loss, share = runs[0]["args"]["first_loss"], 1 - world.about["corr"]
+            key = world.about["recipe"], loss, name or "."
+            if key not in found:
+                groups = [record["groups"] for record in runs]
+                found[key] = FirstNet(share, groups, world.rows.get("baseline", []), [])
+            if runs[0]["args"]["method"] == "balance" and not found[key].balance:
+                found[key] = found[key]._replace(balance=runs)
     return dict(sorted(found.items(), key=lambda item: (*item[0][:2], item[1].conflicting)))
 
 

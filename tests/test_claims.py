@@ -242,11 +242,11 @@ def test_every_cure_but_lntl_lifts_test_hard_and_leaves_it_below_the_oracle(row)
 
 
 def test_combined_comes_closest_to_the_oracle_then_jitter_and_equal_groups():
-    first = ("combined", "jitter", "baseline_balancegroups")
+    first = ("combined", "jitter", "balance")
     rest = [row for row in (*CURES, "lntl") if row not in first]
     mean = {row: fmean(of(row, hard)) for row in (*first, *rest, "oracle")}
-    assert mean["oracle"] > mean["combined"] > max(mean["jitter"], mean["baseline_balancegroups"])
-    assert min(mean["jitter"], mean["baseline_balancegroups"]) > max(mean[row] for row in rest)
+    assert mean["oracle"] > mean["combined"] > max(mean["jitter"], mean["balance"])
+    assert min(mean["jitter"], mean["balance"]) > max(mean[row] for row in rest)
     assert max(number for row in first for number in of(row, follows)) < 0.05
 
 
@@ -436,7 +436,7 @@ def test_our_attacks_pass_every_check():
 
 
 def test_at_balanced_reads_conflicting_pictures_better_than_every_network_of_the_usual_budget():
-    usual = [*CURES, "lntl", "baseline", "baseline_balancegroups", "oracle"]
+    usual = [*CURES, "lntl", "baseline", "balance", "oracle"]
     assert min(of("at_balanced", hard)) > max(max(of(row, hard)) for row in usual)
 
 
@@ -450,7 +450,7 @@ def test_at_balanced_alone_keeps_most_of_its_answers_under_attack():
 
 def test_drawing_pairs_equally_often_is_not_enough():
     record = attacks("untargeted", "at_balanced_s42")
-    assert worst(record, "baseline_balancegroups_s42") < 0.05
+    assert worst(record, "balance_s42") < 0.05
 
 
 def test_before_its_adversarial_epochs_the_network_keeps_nothing():

@@ -414,7 +414,7 @@ def test_what_a_first_net_gets_wrong_counts_twenty_times(data, gen, monkeypatch)
     answers[[1, 7]] = 2
     monkeypatch.setattr(train, "predict", lambda *_: answers)
     jtt = method_of("jtt", model, {"train": data}, "--first-epochs 3 --seed 5")
-    assert asked == [("baseline", {"epochs": 3, "seed": 6})]
+    assert asked == [("baseline", {"epochs": 3, "seed": 6})]  # as in the paper, not gce
     index = [0, 1, 6, 7]
     loss = jtt.loss(model, batch_of(torch.zeros(4), data.labels[index], index=index), gen)
     losses = [-log_p(row, int(k)) for row, k in zip(TABLE, data.labels[index], strict=True)]

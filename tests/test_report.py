@@ -330,7 +330,7 @@ def test_first_nets_stand_by_world_and_loss():
     plain, told = record("baseline_s1", "baseline", 1, 0.3), record("balance_s1", "balance", 1)
     runs = [first_net_record(0.6, seed, colour=c) for seed, c in ((1, 0.2), (2, 0.4))]
     grl = [{**first_net_record(0.6, colour=0.7), "name": "grl_infergroups_gce_s1"}]
-    grl[0]["args"] = {**grl[0]["args"], "first_loss": "ce"}
+    grl[0]["args"] = {**grl[0]["args"], "method": "grl", "first_loss": "ce"}
     weak = {"baseline": [plain], "balance": [told], "balance_infergroups": runs, "grl": grl}
     worlds = {
         "": train.World({**WORLD}, {"balance_infergroups": [first_net_record(0.95)]}),

@@ -80,7 +80,10 @@ def biased_exactly(labels, corr, gen):
 
 
 def biased_evenly(labels, corr, gen):
-    """The same, and the other colours are equally frequent in each digit (Nam et al., 2020)."""
+    """int(corr * n) of a digit's n images keep its colour; the others get equal shares of the rest.
+
+    Coloured MNIST (Nam et al., 2020).
+    """
     colours = labels.clone()
     for d in range(10):
         images = (labels == d).nonzero()[:, 0]

@@ -23,12 +23,11 @@ JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
 SEEDS="42 43 44 45 46" FEW="42 43 44"  # of the headline, and of side tables
 VARIANCES="020 025 030 035 040 045 050"  # worlds of lntl, in thousandths
 BIASED="999 997 995 99" CMNIST="995 99 98 95" WEAK="8 6"  # shares of aligned images, behind the point
-DATA= BUDGET= SHORT= RESNET=resnet50 AMP= N=1000 QUERIES=5000
+DATA= BUDGET= SHORT= RESNET=resnet50 N=1000 QUERIES=5000
 if [ "${QUICK:-0}" = 1 ]; then
   DIR=results/quick SEEDS="42 43" FEW=42 VARIANCES="020 050" BIASED="999 99" CMNIST="99 95" WEAK=6
   DATA="--limit 6000" BUDGET="--lr 0.01 --schedule onecycle" SHORT="--epochs 2" RESNET=resnet18 N=50 QUERIES=100
 fi
-! grep -qs avx512_bf16 /proc/cpuinfo || [ $RESNET = resnet18 ] || AMP=--amp  # bfloat16 is slow without it
 DONE=$DIR/.done
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # threads of processes side by side on few cores stall each other
 
@@ -103,7 +102,7 @@ one() {  # one step; what it printed is shown if it fails
 }
 
 minutes() {  # what a stage takes on two cores; the time left follows from these and the pace so far
-  case $1 in lazy) echo 12 ;; evidence) echo 6 ;; cures) echo 5 ;; robust) echo 32 ;; robgan) echo 17 ;; *) echo 9 ;; esac
+  case $1 in lazy) echo 12 ;; evidence | cures) echo 6 ;; groups | ablations) echo 30 ;; robust) echo 70 ;; robgan) echo 40 ;; *) echo 14 ;; esac
 }
 
 left() {  # after the K-th of the STEPS steps of this stage
@@ -275,7 +274,7 @@ lntl() {  # Learning Not to Learn, beside its published table
 robust() {  # adversarial training: the published problem, a ResNet from end to end, and what it does to a shortcut
   local at="--method at --clean-epochs 1 --schedule onecycle" net="--eps-ramp 0.3 --width 24 --eps 0.3 --lr 0.005" s
   local student="--crop 2 --flip --rotation 10 --recolour hsv --cutout 8 --mixup 0.2 --label-smoothing 0.1 --clip-grad 1"
-  local resnet="--model $RESNET $AMP --steps 2 --step-size 0.06 --eps 0.1 --lr 0.002 ${SHORT:---epochs 4}"
+  local resnet="--model $RESNET --steps 2 --step-size 0.06 --eps 0.1 --lr 0.002 ${SHORT:---epochs 4}"
   local wide="--width 16 --lr 0.01 --schedule onecycle ${SHORT:---epochs 5}"
   paint mnist --recipe gray
   go "paint the world"
@@ -330,7 +329,8 @@ robgan() {  # a generator beside adversarial training: the same net and number o
   go "train"
   local rows="$(over_seeds "$FEW" robgan_without generated_0.3 generated_0.5 generated_0.7)"
   attack mnist --untargeted --name robgan --eps 0.3 --n $((N / 5)) --queries $((QUERIES / 5)) --models $robgan $rows
-  attack mnist_2000 --untargeted --name robgan --eps 0.3 --queries $((QUERIES / 5)) --models $rows
+  rows="$(over_seeds "$FEW" ../mnist_2000/{robgan_without,generated_0.3,generated_0.5,generated_0.7})"
+  attack mnist --untargeted --name robgan_2000 --eps 0.3 --n $((N / 5)) --queries $((QUERIES / 5)) --models $rows
   go "attack"
   report
 }

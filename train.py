@@ -101,11 +101,13 @@ def get_args(argv=None):
     )
 
     g = p.add_argument_group("groups: what uses colours, and jtt")
-    g.add_argument("--balance", action="store_true", help="jitter, at: all groups equally often")
+    g.add_argument(
+        "--balance", action="store_true", help="jitter, at, robgan: --method balance's draws"
+    )
     text = "colours: the answers of a first net, not the true ones"
     g.add_argument("--infer-groups", action="store_true", help=text)
     g.add_argument("--first-epochs", type=some, default=1, help="of the first net (1)")
-    g.add_argument("--first-loss", choices=FIRST_LOSSES, default="gce", help="of it (gce)")
+    g.add_argument("--first-loss", choices=FIRST_LOSSES, default="gce", help="of that net (gce)")
 
     g = p.add_argument_group("adversarial training: at, robgan")
     g.add_argument("--attack", choices=("pgd", "fgsm"), default="pgd", help="on batches (pgd)")
@@ -162,12 +164,15 @@ def check_args(p, args, given):
     for method in METHODS.values():
         for flag in set(method.flags) - set(METHODS[args.method].flags):
             if getattr(given, flag) is not None:
+                hint = "use --method balance" if flag == "balance" else "leave it out"
                 flag = flag.replace("_", "-")
-                p.error(f"--{flag} means nothing for --method {args.method}; leave it out")
+                p.error(f"--{flag} means nothing for --method {args.method}; {hint}")
     if args.infer_groups and not uses_colours(args):
         p.error(f"--infer-groups means nothing for --method {args.method} without --balance")
     if (given.first_epochs or given.first_loss) and not (args.infer_groups or args.method == "jtt"):
         p.error("--first-epochs and --first-loss mean nothing without --infer-groups")
+    if given.width is not None and args.model not in ("simplecnn", "saturatedcnn"):
+        p.error(f"--width means nothing for --model {args.model}; leave it out")
     if given.generated is not None and args.generator is None:
         p.error("--generated means nothing without --generator")
     if args.clean_epochs >= args.epochs:
@@ -182,8 +187,14 @@ def check_args(p, args, given):
 
 
 def settings(args):
-    """What decides the result: every argument but those that say where and how to run."""
-    return {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    """What decides the result: no argument that says where or how to run, no other method's."""
+    of_methods = {flag for method in METHODS.values() for flag in method.flags}
+    skip = {*NOT_SETTINGS, *(of_methods - {*METHODS[args.method].flags})}
+    if not args.infer_groups:
+        skip |= {"first_loss"} if args.method == "jtt" else {"first_epochs", "first_loss"}
+    if args.generator is None:
+        skip.add("generated")
+    return {key: value for key, value in vars(args).items() if key not in skip}
 
 
 # ---- the run
@@ -238,9 +249,9 @@ def main(argv=None):
 
 def print_start(model, args, device):
     """What runs, with the settings that differ from the defaults or are the method's own."""
-    usual = get_args([])
+    usual, given = get_args([]), settings(args)
     own = [f for f in METHODS[args.method].flags if f not in AUGMENTATIONS]
-    shown = [f for f in settings(args) if f in own or getattr(args, f) != getattr(usual, f)]
+    shown = [f for f in given if f in own and given[f] or given[f] != getattr(usual, f)]
     params = sum(p.numel() for p in model.parameters())
     print(
         f"{args.name}: {args.epochs} epochs on {args.dir}, {args.model} with {params:,} parameters,"
@@ -277,7 +288,8 @@ def save_results(model, splits, args, epochs, kept, shape, facts):
         print_scores(record)
         print(f"wrote {args.dir / name}.pt and .json after {facts['run']['seconds']:.0f}s")
     (args.dir / f"{args.name}.part.pt").unlink(missing_ok=True)
-    print(f"see where it looks: python gradcam.py --dir {args.dir} --models {args.name}")
+    if args.model != "mlp":
+        print(f"see where it looks: python gradcam.py --dir {args.dir} --models {args.name}")
 
 
 def print_scores(record):
@@ -596,7 +608,7 @@ class Method(nn.Module):
     """What every method has. A new one overrides `loss` and adds its row to METHODS."""
 
     knows = "nothing"  # what the training is told about the bias, beside labels and colours
-    uses_colours = False  # of the training images, true or inferred
+    wants_colours = False  # of the training images, true or inferred
     balanced = False  # are all (digit, colour) groups drawn equally often
     flags = ()  # of the command line that mean nothing for other methods
     spreads = False  # may torchrun share a batch: a mean over images, and nothing kept of them
@@ -660,7 +672,7 @@ GROUP_FLAGS = ("infer_groups", "first_epochs", "first_loss")
 class Balance(Baseline):
     """ERM with every (digit, colour) group equally likely in a batch (Idrissi et al., 2022)."""
 
-    uses_colours = balanced = True
+    wants_colours = balanced = True
     flags = ("crop", *GROUP_FLAGS)
 
 
@@ -758,7 +770,7 @@ class BiasBal(Method):
     logits. The table is counted on the training labels; a pair never seen counts as one image.
     """
 
-    uses_colours = spreads = True
+    wants_colours = spreads = True
     flags = GROUP_FLAGS
 
     def __init__(self, model, splits, args):
@@ -852,7 +864,7 @@ class GroupDRO(Method):
     replacement.
     """
 
-    uses_colours = True
+    wants_colours = True
     flags = GROUP_FLAGS
     ascent = 0.01  # step of the weights
 
@@ -958,7 +970,8 @@ def first_answers(splits, args, method):
     """What a first net answers to every training image, int64 (N,), after --first-epochs.
 
     Early in training it answers by the shortcut, if that is easier than the label (Yang et al.,
-    2024). Generalised cross-entropy, the method `gce`, amplifies this (Nam et al., 2020).
+    2024). Generalised cross-entropy, the method `gce`, amplifies this (Nam et al., 2020). Its
+    settings are those of the second net, with a --schedule of its own.
     """
     print(f"the first net, {method}, epochs: {args.first_epochs}", flush=True)
     first = train_plain(splits, args, method, epochs=args.first_epochs, seed=args.seed + 1)
@@ -979,6 +992,8 @@ def infer_groups(splits, args):
         facts["equal_colour"] = named.double().mean().item()
         if against.any():
             facts["equal_colour_conflicting"] = named[against].double().mean().item()
+    if facts["equal_label"] < 2 / (int(data.labels.max()) + 1):
+        die("the first net has learned nothing", "give it more --first-epochs or another --lr")
     print("its answers stand for colours:", *(f"{k} {v:.4f}" for k, v in facts.items()), flush=True)
     return data._replace(colors=answers), facts
 
@@ -1187,12 +1202,13 @@ class AT(Method):
     of every attacked batch is generated for the labels at hand (after Gowal et al., 2021).
     """
 
-    flags = (
+    shared = (  # with robgan
         *("attack", "eps", "steps", "step_size", "clean_epochs", "eps_ramp", "beta", "grain"),
         *("balance", *GROUP_FLAGS),
         *AUGMENTATIONS,
-        *("label_smoothing", "clip_grad", "generator", "generated"),
+        *("label_smoothing", "clip_grad"),
     )
+    flags = (*shared, "generator", "generated")
     spreads = True
     watched = 2000  # images of val that are attacked after every epoch
 
@@ -1304,16 +1320,15 @@ class Generator(nn.Module):
 
 def load_generator(args, classes, size):
     """The averaged generator that a robgan run of this world has saved; it learns nothing more."""
-    path = args.dir / f"{args.generator}.pt"
     hint = f"train one: python train.py --dir {args.dir} --method robgan"
-    kept = load_pt(path, hint).get("generator")
+    kept = load_model(args.dir, args.generator)[1].get("generator")
     if kept is None:
-        die(f"{path} holds no generator", hint)
+        die(f"{args.generator} holds no generator", hint)
     generator = Generator(classes, size, channels=len(kept["grow.6.weight"]))
     try:
         generator.load_state_dict({name: value.float() for name, value in kept.items()})
     except RuntimeError:
-        die(f"the generator of {path} is built for another world", hint)
+        die(f"the generator of {args.generator} is built for another world", hint)
     return generator.eval().requires_grad_(False)
 
 
@@ -1332,7 +1347,7 @@ class RobGAN(AT):
     come from averaged weights of the generator.
     """
 
-    flags = (*AT.flags[:-2], "judge")  # all but --generator and --generated
+    flags = (*AT.shared, "judge")
     spreads = False
     lr_scale, betas = 1, (0.0, 0.99)  # of the generator and the discriminator's own head
     decay = 0.998  # of the averaged weights
@@ -1522,7 +1537,7 @@ METHODS = {
 
 def uses_colours(args):
     """Does the training need the colour of every image, true or inferred?"""
-    return args.balance or METHODS[args.method].uses_colours
+    return args.balance or METHODS[args.method].wants_colours
 
 
 def knows(args):
@@ -1997,43 +2012,36 @@ def cite(theirs):
 
 class FirstNet(NamedTuple):
     conflicting: float  # share of the training images
-    groups: list  # what the JSON of each run that used its answers says of them
-    baseline: list  # runs of the world
-    balance: list  # and those that balanced by these answers
+    loss: str  # of the first net
+    runs: list  # that balanced by its answers
+    baseline: list  # runs of the same world
 
 
 def first_nets(worlds):
-    """{(recipe, world, loss): FirstNet}: how often a first net's answer is colour, by world.
-
-    Rows of a world with the same loss have the same first net, so one of them will do.
-    """
+    """{(recipe, world, row): FirstNet} of the rows that balance by a first net's answers."""
     found = {}
     for name, world in worlds.items():
-        for runs in world.rows.values():
-            if "equal_colour_conflicting" not in runs[0].get("groups", {}):
-                continue
-            loss, share = runs[0]["args"]["first_loss"], 1 - world.about["corr"]
-            key = world.about["recipe"], loss, name or "."
-            if key not in found:
-                groups = [record["groups"] for record in runs]
-                found[key] = FirstNet(share, groups, world.rows.get("baseline", []), [])
-            if runs[0]["args"]["method"] == "balance" and not found[key].balance:
-                found[key] = found[key]._replace(balance=runs)
-    return dict(sorted(found.items(), key=lambda item: (*item[0][:2], item[1].conflicting)))
+        for row, runs in world.rows.items():
+            args, groups = runs[0]["args"], runs[0].get("groups", {})
+            if args["method"] == "balance" and "equal_colour_conflicting" in groups:
+                share = 1 - world.about.get("corr", math.nan)  # unknown for one's own data
+                net = FirstNet(share, args["first_loss"], runs, world.rows.get("baseline", []))
+                found[world.about.get("recipe", "own"), name or ".", row] = net
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], item[1].conflicting)))
 
 
 def first_net_table(found):
     """What first nets know, and what balancing by their answers makes of it."""
     lines = []
-    for (_, loss, world), net in found.items():
-        lines.append([world, f"{net.conflicting:.3g}", loss])
+    for (_, world, row), net in found.items():
+        lines.append([world, f"`{row}`{note(net.runs)}", f"{net.conflicting:.3g}", net.loss])
         for key in ("equal_label", "equal_colour", "equal_colour_conflicting"):
-            lines[-1].append(mean_sd([facts[key] for facts in net.groups]))
-        for runs in (net.baseline, net.balance):
-            lines[-1].append(over_seeds(runs, "test_unbiased") + note(runs))
-    names = ["its answer is the label", "the colour", "the colour, of conflicting images"]
-    header = ["world", "conflicting", "loss of the first net", *names]
-    return markdown([*header, "`baseline`", "`balance_infergroups`"], lines)
+            lines[-1].append(mean_sd([dig(record, ("groups", key)) for record in net.runs]))
+        for runs in (net.baseline, net.runs):
+            lines[-1].append(over_seeds(runs, "test_unbiased"))
+    header = ["world", "method", "conflicting", "loss of the first net", "its answer is the label"]
+    header += ["the colour", "the colour, of conflicting images"]
+    return markdown([*header, "`baseline`, test_unbiased", "this method"], lines)
 
 
 def robust_rows(worlds):
@@ -2066,9 +2074,13 @@ def robust_table(rows):
 
 
 def generators(worlds):
-    """{row: runs} that trained a generator."""
-    rows = {row: runs for world in worlds.values() for row, runs in world.rows.items()}
-    return {row: runs for row, runs in rows.items() if "generator" in runs[0]}
+    """{world/row: runs} that trained a generator."""
+    return {
+        f"{name}/{row}" if name else row: runs
+        for name, world in worlds.items()
+        for row, runs in world.rows.items()
+        if "generator" in runs[0]
+    }
 
 
 def robgan_table(rows):
@@ -2193,7 +2205,8 @@ def draw_learning_curves(curves):
         for row, (colour, by_split) in curves.items():
             mean, low, high = zip(*by_split[split], strict=True)
             x = range(1, len(mean) + 1)
-            style = "--" if row == "oracle" else ":" if row in INFERRED else "-"
+            style = ":" if row in INFERRED else "-"
+            style = {"oracle": "--", "balance_infergroups_crop1": "-."}.get(row, style)
             ax.plot(x, mean, color=colour, marker="o", ms=3, ls=style, label=row)
             ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
         by_epoch(ax, title)
@@ -2238,14 +2251,14 @@ def draw_first_nets(found):
     """How many conflicting images the first net calls by colour, by their share; a line a world."""
     fig, (ax,) = panels(1, 6.5, 3.8)
     lines = {}
-    for (recipe, loss, _), net in found.items():
-        named = [facts["equal_colour_conflicting"] for facts in net.groups]
-        lines.setdefault((recipe, loss), []).append((net.conflicting, *spread(named)))
+    for (recipe, *_), net in found.items():
+        named = [record["groups"]["equal_colour_conflicting"] for record in net.runs]
+        lines.setdefault((recipe, net.loss), {})[net.conflicting] = spread(named)
     for (recipe, loss), points in lines.items():
-        x, mean, low, high = zip(*points, strict=True)
-        style = {"marker": "o" if loss == "ce" else "s", "ls": "-" if loss == "ce" else "--"}
-        (line,) = ax.plot(x, mean, label=f"{recipe}, {loss}", **style)
-        ax.fill_between(x, low, high, color=line.get_color(), alpha=0.15, lw=0)
+        mean, low, high = zip(*points.values(), strict=True)
+        style = {"marker": "s", "ls": "--"} if loss == "ce" else {"marker": "o"}
+        (line,) = ax.plot(points.keys(), mean, label=f"{recipe}, {loss}", **style)
+        ax.fill_between(points.keys(), low, high, color=line.get_color(), alpha=0.15, lw=0)
     ax.set(xscale="log", ylim=(0, 1.02), xlabel="share of conflicting training images")
     ax.set_ylabel("of these, named by their colour")
     ax.legend(fontsize=8, title="world, loss of the first net", title_fontsize=8)

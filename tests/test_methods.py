@@ -446,6 +446,10 @@ def test_a_first_net_s_answers_stand_for_colours_and_are_measured(data, monkeypa
         "equal_colour": pytest.approx(9 / 12),
         "equal_colour_conflicting": pytest.approx(1 / 3),
     }
+    monkeypatch.setattr(train, "first_answers", lambda *_: (data.labels + 1) % 3)
+    with pytest.raises(SystemExit):
+        train.infer_groups({"train": data}, args_of())  # right on none
+    monkeypatch.setattr(train, "first_answers", lambda *_: answers)
     blind, facts = train.infer_groups({"train": data._replace(colors=None)}, args_of())
     assert torch.equal(blind.colors, answers) and facts == {"equal_label": pytest.approx(9 / 12)}
 

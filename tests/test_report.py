@@ -11,7 +11,8 @@ import train
 
 WORLD = {"recipe": "background", "corr": 0.95, "limit": None, "is_mnist": True, "seed": 42}
 PUBLISHED = json.loads((train.ROOT / "results" / "published.json").read_text())
-USUAL = {**train.settings(train.get_args([])), "epochs": 2}
+USUAL = {k: v for k, v in vars(train.get_args([])).items() if k not in train.NOT_SETTINGS}
+USUAL["epochs"] = 2
 
 
 @pytest.fixture(autouse=True)
@@ -313,7 +314,7 @@ def test_a_generator_stands_beside_real_and_collapsed_pictures():
     assert train.robgan_table(train.generators(worlds)) is None
     worlds["mnist"] = train.World({}, {"robgan": [run]})
     table = cells(train.robgan_table(train.generators(worlds)))
-    assert table["measure"] == ["`robgan`", "real", "collapsed"]
+    assert table["measure"] == ["`mnist/robgan`", "real", "collapsed"]
     assert table["label agreement"] == ["0.500", "0.750", "0.250"]
     assert table["distance to the nearest training image, median"] == ["0.500", "0.750", "-"]
 
@@ -326,12 +327,17 @@ def first_net_record(corr, seed=1, loss="gce", colour=0.8, hard=0.5):
     return record(name, "balance", seed, hard, world=world, args=args, groups=facts)
 
 
-def test_first_nets_stand_by_world_and_loss():
+def test_first_nets_stand_by_world_and_row():
     plain, told = record("baseline_s1", "baseline", 1, 0.3), record("balance_s1", "balance", 1)
     runs = [first_net_record(0.6, seed, colour=c) for seed, c in ((1, 0.2), (2, 0.4))]
-    grl = [{**first_net_record(0.6, colour=0.7), "name": "grl_infergroups_gce_s1"}]
-    grl[0]["args"] = {**grl[0]["args"], "method": "grl", "first_loss": "ce"}
-    weak = {"baseline": [plain], "balance": [told], "balance_infergroups": runs, "grl": grl}
+    weak = {
+        "baseline": [plain],
+        "balance": [told],
+        "balance_infergroups": runs,
+        "balance_infergroups_ce": [first_net_record(0.6, loss="ce", colour=0.7)],
+        "grl_infergroups": [{**runs[0], "args": {**runs[0]["args"], "method": "grl"}}],
+    }
+    own = train.World({}, {"balance_infergroups": [first_net_record(0.9)]})  # without meta.json
     worlds = {
         "": train.World({**WORLD}, {"balance_infergroups": [first_net_record(0.95)]}),
         "weak": train.World({**WORLD, "corr": 0.6}, weak),
@@ -340,10 +346,11 @@ def test_first_nets_stand_by_world_and_loss():
     table = train.first_net_table(train.first_nets(worlds))
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
     assert rows == [
-        ["weak", "0.4", "ce", "0.600", "0.900", "0.700", "0.320", "-"],
-        [".", "0.05", "gce", "0.950", "0.900", "0.800", "-", "0.520"],
-        ["weak", "0.4", "gce", "0.600 ± 0.000 (2)", "0.900 ± 0.000 (2)"]
+        [".", "`balance_infergroups`", "0.05", "gce", "0.950", "0.900", "0.800", "-", "0.520"],
+        ["weak", "`balance_infergroups`", "0.4", "gce", "0.600 ± 0.000 (2)", "0.900 ± 0.000 (2)"]
         + ["0.300 ± 0.141 (2)", "0.320", "0.520 ± 0.000 (2)"],
+        ["weak", "`balance_infergroups_ce`", "0.4", "ce", "0.600", "0.900", "0.700"]
+        + ["0.320", "0.520"],
     ]
     ax = train.draw_first_nets(train.first_nets(worlds)).axes[0]
     lines = {line.get_label(): line.get_xydata().round(3).tolist() for line in ax.lines}
@@ -351,6 +358,7 @@ def test_first_nets_stand_by_world_and_loss():
         "background, ce": [[0.4, 0.7]],
         "background, gce": [[0.05, 0.8], [0.4, 0.3]],
     }
+    assert "| nan |" in train.first_net_table(train.first_nets({"": own}))
 
 
 def test_all_runs_shows_the_worst_group_of_all_seeds():

@@ -215,7 +215,9 @@ def test_the_phases_of_robgan(gan_of):
 def save_generator(folder, classes=3, size=(8, 8), channels=1):
     """A generator whose class k is a picture of brightness near k / classes."""
     generator = train.Generator(classes, size, channels)
-    common.save_pt({"generator": generator.half().state_dict()}, folder / "gan_s1.pt")
+    put_judge(folder)
+    checkpoint = common.load_pt(folder / "baseline_s42.pt", "")
+    common.save_pt({**checkpoint, "generator": generator.half().state_dict()}, folder / "gan_s1.pt")
     return generator.float().eval()
 
 

@@ -455,7 +455,19 @@ def test_the_defaults_are_the_budget_of_every_table():
     assert budget.items() <= usual.items()
     assert usual["model"] == "simplecnn" and usual["method"] == "baseline" and usual["seed"] == 42
     assert not {"name", "dir", "device", "threads", "resume", "eval", "overwrite"} & usual.keys()
-    assert {flag for method in train.METHODS.values() for flag in method.flags} <= usual.keys()
+
+
+def test_settings_hold_what_can_decide_the_result():
+    def names(flags):
+        return train.settings(args_of(flags)).keys()
+
+    for method in train.METHODS:
+        plain, own = names(f"--method {method}"), {*train.METHODS[method].flags}
+        assert own - plain <= {"first_epochs", "first_loss", "generated"}, method
+    assert not {"alpha", "eps", "judge", "gamma"} & names("")
+    assert "first_epochs" in names("--method jtt") and "first_loss" not in names("--method jtt")
+    assert {"first_epochs", "first_loss"} <= names("--method grl --infer-groups")
+    assert "generated" in names("--method at --generator gan_s42")
 
 
 def test_a_seed_repeats_a_run_and_another_does_not(world, call):
@@ -492,7 +504,7 @@ def test_the_json_keys_are_the_promised_ones_and_the_terminal_says_the_answer(wo
     assert f"the colour with {record['probe']['colour']:.3f}, the digit" in said
     assert "|" not in said and "gradcam.py" in lines[-1]
     kept = common.load_pt(world / "baseline_epochs2_lr0.002_s42.pt", "")
-    assert {*kept} == {"weights", "args", "classes", "size"}
+    assert {*kept} == {"weights", "args", "classes", "size", "trained"}
     assert (kept["classes"], kept["size"]) == (10, [28, 28]) and kept["args"] == record["args"]
 
 
@@ -598,7 +610,7 @@ def stop_after(epochs, monkeypatch):
         "--method lff --schedule cosine",
         "--method groupdro",
         "--method jtt",
-        "--method combined --infer-groups --first-loss ce",
+        "--method combined --infer-groups --first-epochs 9 --lr 0.01 --batch 20",
         "--method at --steps 1 --clean-epochs 1",
     ],
 )
@@ -649,8 +661,10 @@ def test_a_world_of_one_s_own_trains_and_says_who_cannot(world, call, mistake):
     assert record["world"] == {} and record["probe"]["colour"] is None
     for flags in ("--method grl", "--method groupdro", "--method balance", "--method at --balance"):
         mistake(f"train.py --epochs 1 {flags}", "needs a colour label")
-    call("train.py --epochs 1 --method groupdro --infer-groups")
-    record = outside_run(world / "groupdro_infergroups_epochs1_s42.json")
+    mistake("train.py --epochs 1 --method groupdro --infer-groups", "has learned nothing")
+    flags = "--epochs 1 --lr 0.01 --batch 20 --infer-groups --first-epochs 9 --name inferred_s42"
+    call(f"train.py --method groupdro {flags}")
+    record = outside_run(world / "inferred_s42.json")
     assert record["knows"] == "nothing" and [*record["groups"]] == ["equal_label"]
     call("train.py --epochs 1 --method lntl")
     change_all(world, lambda r: {**r, "images": r["images"].permute(0, 2, 3, 1)})

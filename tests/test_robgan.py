@@ -346,7 +346,6 @@ def test_robgan_by_the_command_line(tiny, call, mistake, tmp_path):
     record = json.loads((world / "gan_s42.json").read_text())
     assert "gan_clean_s42.pt" in {p.name for p in world.iterdir()}
     call("train.py --method at --generator gan_s42 --epochs 1 --steps 1")
-    assert (world / "at_generatorgan_s42_epochs1_s42.json").exists() or True
     generator = record["generator"]
     measured, judge = generator["measured"], common.load_model(world, "baseline_s42")[0]
     assert {*measured} == {"generated", "real", "collapsed"}

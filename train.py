@@ -2026,7 +2026,7 @@ def first_nets(worlds):
             if args["method"] == "balance" and "equal_colour_conflicting" in groups:
                 share = 1 - world.about.get("corr", math.nan)  # unknown for one's own data
                 net = FirstNet(share, args["first_loss"], runs, world.rows.get("baseline", []))
-                found[world.about.get("recipe", "own"), name or ".", row] = net
+                found[world.about.get("recipe", "own"), name or "results", row] = net
     return dict(sorted(found.items(), key=lambda item: (item[0][0], item[1].conflicting)))
 
 

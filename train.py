@@ -1710,6 +1710,7 @@ INFERRED = (
 )
 STRONGER = ("baseline_width16", "baseline_epochs30", "baseline_lr0.01_onecycle")
 CURES = (*METHODS, *INFERRED, "baseline_crop1", "oracle", "oracle_crop1")
+CURVES = ("baseline", "balance_infergroups", "jitter", "combined", "oracle")
 CONFUSION = ("baseline", "balance_infergroups", "jitter", "oracle")
 NUMBERS = {  # column: where the number stands in the record of a run
     **{split: ("final", split, "acc") for split in EVAL_SPLITS},
@@ -2162,9 +2163,9 @@ def spread(values):
 
 
 def curves(rows):
-    """{row: (its colour, {split: [spread over seeds, by epoch]})} of the rows of the summary."""
+    """{row: (its colour, {split: [spread over seeds, by epoch]})} of the rows of CURVES."""
     found = {}
-    for row in SUMMARY:
+    for row in CURVES:
         runs = [record for record in rows.get(row, []) if trained(record)]
         if runs:
             epochs = min(len(record["epochs"]) for record in runs)
@@ -2205,13 +2206,12 @@ def draw_learning_curves(curves):
         for row, (colour, by_split) in curves.items():
             mean, low, high = zip(*by_split[split], strict=True)
             x = range(1, len(mean) + 1)
-            style = ":" if row in INFERRED else "-"
-            style = {"oracle": "--", "balance_infergroups_crop1": "-."}.get(row, style)
+            style = "--" if row == "oracle" else ":" if row in INFERRED else "-"
             ax.plot(x, mean, color=colour, marker="o", ms=3, ls=style, label=row)
             ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
         by_epoch(ax, title)
     axes[0].set_ylabel("accuracy, mean and range of seeds")
-    axes[1].legend(fontsize=8, loc="lower right")
+    axes[0].legend(fontsize=8, loc="lower right")
     return fig
 
 
@@ -2259,9 +2259,12 @@ def draw_first_nets(found):
         style = {"marker": "s", "ls": "--"} if loss == "ce" else {"marker": "o"}
         (line,) = ax.plot(points.keys(), mean, label=f"{recipe}, {loss}", **style)
         ax.fill_between(points.keys(), low, high, color=line.get_color(), alpha=0.15, lw=0)
+    shares = sorted({share for points in lines.values() for share in points})
     ax.set(xscale="log", ylim=(0, 1.02), xlabel="share of conflicting training images")
+    ax.set_xticks(shares, [f"{share:.3g}" for share in shares])
+    ax.minorticks_off()
     ax.set_ylabel("of these, named by their colour")
-    ax.legend(fontsize=8, title="world, loss of the first net", title_fontsize=8)
+    ax.legend(fontsize=8, loc="lower left", title="world, loss of the first net", title_fontsize=8)
     ax.grid(alpha=0.3)
     return fig
 

@@ -15,6 +15,7 @@ from common import row_of
 
 RESULTS = ROOT / "results"
 CURES = ("jtt", "lff", "jitter", "grl", "combined", "biasbal", "groupdro")
+CMNIST = ("995", "99", "98", "95")
 PAIRS = [(images, kind) for images in ("all", "both_right") for kind in ("argmax", "confidence")]
 
 
@@ -332,6 +333,50 @@ def test_both_are_on_average_no_worse_than_combined_and_below_the_oracle(row):
 def test_biasbal_and_groupdro_make_less_of_the_same_answers():
     for row in ("biasbal_infergroups", "groupdro_infergroups"):
         assert max(gains(row, "balance_infergroups")) < 0
+
+
+def named_by_colour(world):
+    return in_world(world, "balance_infergroups", lambda r: r["groups"]["equal_colour_conflicting"])
+
+
+def test_where_up_to_two_fifths_conflict_the_first_network_still_names_colours_and_balancing_gains():
+    for world in ("corr_8", "corr_6"):
+        assert named_by_colour(world) > 0.98
+        assert in_world(world, "balance_infergroups") > in_world(world, "baseline") + 0.03
+
+
+def test_where_seven_tenths_conflict_it_names_about_half_and_balancing_does_no_harm():
+    assert 0.4 < named_by_colour("corr_3") < 0.6
+    gain = in_world("corr_3", "balance_infergroups") - in_world("corr_3", "baseline")
+    assert 0 < gain < 0.02
+
+
+def test_in_coloured_mnist_it_names_fewer_the_more_pictures_conflict():
+    pure = [named_by_colour(f"cmnist_{corr}") for corr in ("995", "99", "98", "95")]
+    assert pure == sorted(pure, reverse=True) and pure[0] < 0.9
+
+
+# ---- coloured mnist
+
+
+def test_told_nothing_biasbal_stands_above_every_published_row_where_the_shortcut_is_strongest():
+    theirs = [r for r in load(RESULTS / "published.json")["cmnist"] if r["knows"] == "nothing"]
+    best = {corr: max(row["accuracy"][f"0.{corr}"] for row in theirs) for corr in CMNIST}
+    ours = {corr: in_world(f"cmnist_{corr}", "biasbal_infergroups") for corr in CMNIST}
+    assert ours["995"] > best["995"]
+    assert all(abs(ours[corr] - best[corr]) < 0.015 for corr in ("99", "98", "95"))
+
+
+def test_in_coloured_mnist_biasbal_makes_more_of_the_answers_than_balance():
+    for corr in CMNIST:
+        by_answers = in_world(f"cmnist_{corr}", "balance_infergroups")
+        assert in_world(f"cmnist_{corr}", "biasbal_infergroups") > by_answers
+        assert 0 < in_world(f"cmnist_{corr}", "balance") - by_answers < 0.05
+
+
+def test_jitter_is_not_affected_by_how_strong_the_shortcut_of_coloured_mnist_is():
+    accuracies = [in_world(f"cmnist_{corr}", "jitter") for corr in CMNIST]
+    assert max(accuracies) - min(accuracies) < 0.01
 
 
 # ---- which part of the cure does the work?

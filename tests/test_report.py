@@ -346,7 +346,17 @@ def test_first_nets_stand_by_world_and_row():
     table = train.first_net_table(train.first_nets(worlds))
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
     assert rows == [
-        ["results", "`balance_infergroups`", "0.05", "gce", "0.950", "0.900", "0.800", "-", "0.520"],
+        [
+            "results",
+            "`balance_infergroups`",
+            "0.05",
+            "gce",
+            "0.950",
+            "0.900",
+            "0.800",
+            "-",
+            "0.520",
+        ],
         ["weak", "`balance_infergroups`", "0.4", "gce", "0.600 ± 0.000 (2)", "0.900 ± 0.000 (2)"]
         + ["0.300 ± 0.141 (2)", "0.320", "0.520 ± 0.000 (2)"],
         ["weak", "`balance_infergroups_ce`", "0.4", "ce", "0.600", "0.900", "0.700"]

@@ -339,7 +339,7 @@ def named_by_colour(world):
     return in_world(world, "balance_infergroups", lambda r: r["groups"]["equal_colour_conflicting"])
 
 
-def test_where_up_to_two_fifths_conflict_the_first_network_still_names_colours_and_balancing_gains():
+def test_where_up_to_two_fifths_conflict_it_still_names_colours_and_balancing_gains():
     for world in ("corr_8", "corr_6"):
         assert named_by_colour(world) > 0.98
         assert in_world(world, "balance_infergroups") > in_world(world, "baseline") + 0.03

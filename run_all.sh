@@ -243,7 +243,7 @@ biased() {  # Biased-MNIST, beside its published table; every method at the lear
       short flat_$c/baseline_s$s --lr 0.01 --seed $s $net 4
     done
     short flat_$c/biasbal_s42 --method biasbal --lr 0.003 $net 4
-    short flat_$c/balance_infergroups_s42 --method balance --infer-groups --lr 0.01 $net 4
+    short flat_$c/balance_infergroups_s42 --method balance --infer-groups --first-loss ce --lr 0.01 $net 4  # gce learns nothing at this rate
     short flat_$c/lff_s42 --method lff --width 16 --epochs 4
   done
   go "train"

@@ -430,6 +430,18 @@ def test_who_stays_up_at_999_of_1000_was_told_of_colour():
     assert max(in_world("flat_999", "baseline"), in_world("flat_999", "lff")) < 0.5
 
 
+def test_told_nothing_balance_beats_the_published_in_the_two_hardest_worlds_only():
+    theirs = [
+        r for r in load(RESULTS / "published.json")["biased_mnist"] if r["knows"] == "nothing"
+    ]
+    lff = published("biased_mnist", "LfF")
+    for corr in ("0.999", "0.997"):
+        best = max(row["accuracy"][corr] for row in theirs)
+        assert in_world(f"flat_{corr[2:]}", "balance_infergroups") > best
+    for corr in ("0.995", "0.99"):
+        assert in_world(f"flat_{corr[2:]}", "balance_infergroups") < lff[corr]
+
+
 def test_our_lff_stays_below_its_published_figures_everywhere():
     theirs = published("biased_mnist", "LfF")
     for corr in ("0.999", "0.997", "0.995", "0.99"):
@@ -450,6 +462,14 @@ def test_lntl_gains_little_with_its_papers_weights_and_much_with_both_changes():
     assert both > 0.4
     for alone in ("lntl_paper", "lntl_simplecnn"):
         assert in_world("lntl_020", alone) - plain < 0.5 * both
+
+
+def test_lntl_stands_above_its_published_figures_at_every_variance():
+    theirs = published("lntl", "LNTL")
+    assert len(theirs) == 7
+    for variance, accuracy in theirs.items():
+        world = f"lntl_{round(1000 * float(variance)):03d}"
+        assert in_world(world, "lntl") > accuracy
 
 
 def test_a_probe_reads_less_colour_from_lntl_than_from_any_other_network_of_its_world():

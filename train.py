@@ -686,7 +686,8 @@ class Jitter(Method):
     """
 
     knows = "the kind of bias"
-    flags = ("alpha", "jitter", "grain", "classify", "fade", "balance", *GROUP_FLAGS)
+    shared = ("alpha", "jitter", "grain", "classify", "fade")  # with combined
+    flags = (*shared, "balance", *GROUP_FLAGS)
     spreads = True
 
     def loss(self, model, batch, gen):
@@ -848,7 +849,7 @@ class Combined(GRL):
     """Both cures: the loss of jitter, and both losses of gradient reversal on the images."""
 
     knows = "the kind of bias"
-    flags = ("alpha", "jitter", "grain", "classify", "fade", *GRL.flags)
+    flags = (*Jitter.shared, *GRL.flags)
 
     def loss(self, model, batch, gen):
         recoloured = JITTERS[self.args.jitter](batch.x, self.args.grain, gen)
@@ -1804,14 +1805,7 @@ def read_runs(folder):
         if record.get("script") != "train.py":
             continue
         missing = {
-            "name",
-            "args",
-            "knows",
-            "world",
-            "final",
-            "probe",
-            "epochs",
-            "params",
+            *["name", "args", "knows", "world", "final", "probe", "epochs", "params"]
         } - record.keys()
         if missing:
             die(f"{path} lacks {', '.join(sorted(missing))}", hint)

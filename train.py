@@ -1804,9 +1804,8 @@ def read_runs(folder):
         record = load_json(path, hint := "delete it, or run it again")
         if record.get("script") != "train.py":
             continue
-        missing = {
-            *["name", "args", "knows", "world", "final", "probe", "epochs", "params"]
-        } - record.keys()
+        needed = {"name", "args", "knows", "world", "final", "probe", "epochs", "params"}
+        missing = needed - record.keys()
         if missing:
             die(f"{path} lacks {', '.join(sorted(missing))}", hint)
         if record["world"] != world:

@@ -921,9 +921,10 @@ def maximise(model, label, size, gen, steps=200, step_size=0.05, shift=2, tv=0.5
 def variance_shares(x):
     """Shares (N,) twice of a picture's variance: between channels (colour), between places (shape).
 
-    What is left over is colour that differs from place to place. x (N,3,H,W).
+    What is left over is colour that differs from place to place; a flat grey has no variance, and
+    both are 0. x (N,3,H,W).
     """
-    total = x.flatten(1).var(1, correction=0)
+    total = x.flatten(1).var(1, correction=0).clamp(min=1e-12)
     channels = x.mean((2, 3)).var(1, correction=0)
     places = x.mean(1).flatten(1).var(1, correction=0)
     return channels / total, places / total
@@ -961,9 +962,8 @@ def look_for(args, device):
     print(f"what {len(found)} models want to see, {STARTS} starts a class", flush=True)
     checkpoint = found[args.models[0]][1]
     found["null"] = random_net(checkpoint, stream(args.seed, "random weights 0")), checkpoint
-    oracle = None
-    if (args.dir / "unbiased" / "oracle_s42.pt").exists():
-        oracle = load_model(args.dir, "unbiased/oracle_s42", device)[0]
+    reader = reader_among(args)
+    oracle = reader and load_model(args.dir, reader, device)[0]
     palette = palette_of(args.dir, checkpoint["classes"], device)
     measured, pictures = {}, {}
     for name, (model, checkpoint) in found.items():
@@ -976,8 +976,12 @@ def look_for(args, device):
         images = (x[few] * 255).round().byte()
         pictures[name] = {"images": images.cpu(), "confidence": sure[few].cpu()}
     null = measured.pop("null")
-    record = {"schema": 1, "script": "gradcam.py", "args": settings, "null": null}
-    record |= {
+    record = {
+        "schema": 1,
+        "script": "gradcam.py",
+        "args": settings,
+        "reader": reader,
+        "null": null,
         "models": measured,
         "run": facts(args, device, start),
     }
@@ -988,6 +992,12 @@ def look_for(args, device):
     say(wants(record), ("confidence", "read by the oracle", "named as flat colour"))
     print(f"wrote {path}, its .pt and a figure in {record['run']['seconds']:.0f} s")
     print(f"open  {figure}")
+
+
+def reader_among(args):
+    """The first oracle that is none of --models, to read what they want to see; None without."""
+    found = sorted(args.dir.glob("unbiased/oracle_s*.pt"))
+    return next((n for n in (f"unbiased/{f.stem}" for f in found) if n not in args.models), None)
 
 
 def palette_of(folder, classes, device):

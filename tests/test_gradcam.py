@@ -317,11 +317,25 @@ def test_total_variation_makes_the_picture_flat_along_both_axes():
     assert flat.diff(dim=2).abs().max() < 0.1 and flat.diff(dim=3).abs().max() < 0.1
 
 
-def test_the_penalty_means_the_same_for_a_net_of_any_scale():
-    model = a_subject().model
-    once = ascend(model, [3], (28, 28), tv=0.5, steps=5)
-    loud = ascend(lambda x: 1000 * model(x), [3], (28, 28), tv=0.5, steps=5)
-    assert (once - loud).abs().mean() < 1e-3
+def test_the_search_begins_at_mid_grey_with_a_little_noise():
+    x = ascend(Linear(), [0] * 50, (20, 20), steps=0)
+    assert x.mean() == pytest.approx(0.5, abs=0.002) and x.std() == pytest.approx(0.05, abs=0.002)
+
+
+def test_the_penalty_means_the_same_for_an_answer_of_any_scale():
+    class Loud(nn.Module):  # both answers want a bright left half, the second one far more
+        def __init__(self, scale):
+            super().__init__()
+            self.scale = torch.tensor([1e-3, scale])
+
+        def forward(self, x):
+            return x[..., :4].sum((1, 2, 3))[:, None] * self.scale
+
+    quiet, loud = (
+        ascend(Loud(scale), [0, 1], (8, 8), tv=0.5, step_size=0.01) for scale in (1e-3, 1e3)
+    )
+    assert (quiet - loud).abs().max() < 0.01
+    assert quiet[..., :4].mean() > 0.9 and quiet[..., 5:].mean() < 0.7
 
 
 def test_shifts_make_the_picture_look_alike_from_every_place():
@@ -346,14 +360,15 @@ def test_a_seed_repeats_a_picture_and_another_does_not():
 
 
 def test_variance_between_channels_and_between_places_by_hand():
-    x = torch.zeros(4, 3, 2, 2)
+    x = torch.zeros(5, 3, 2, 2)
     x[0, 0] = 1  # one flat red
     x[1, :, 0] = 1  # grey, a bright upper half
     x[2, 0, 0, 0] = 1  # one red pixel: total 11/144, channels 2/144, places 3/144
     x[3, 0, 0], x[3, 1, 1] = 1, 1  # red above green: of 2/9 a quarter, no brightness differs
+    x[4] = 1  # white
     channels, places = g.variance_shares(x)
-    assert channels.tolist() == pytest.approx([1, 0, 2 / 11, 1 / 4])
-    assert places.tolist() == pytest.approx([0, 1, 3 / 11, 0], abs=1e-6)
+    assert channels.tolist() == pytest.approx([1, 0, 2 / 11, 1 / 4, 0])
+    assert places.tolist() == pytest.approx([0, 1, 3 / 11, 0, 0], abs=1e-6)
 
 
 def test_measures_of_found_pictures_by_hand():
@@ -382,6 +397,28 @@ def test_measures_of_found_pictures_by_hand():
     assert none["nearest colour is its own"] is None and none["read by the oracle"] is None
 
 
+@pytest.mark.parametrize("models, reader", [("a_s1", "42"), ("unbiased/oracle_s42 a_s1", "45")])
+def test_no_oracle_reads_its_own_pictures(tmp_path, models, reader):
+    (tmp_path / "unbiased").mkdir()
+    for name in ("oracle_s45.pt", "oracle_s42.pt", "oracle_s41.json", "oracle_wide_s40.pt"):
+        (tmp_path / "unbiased" / name).touch()
+    args = g.get_args(f"--maximise --dir {tmp_path} --models {models}".split())
+    assert g.reader_among(args) == f"unbiased/oracle_s{reader}"
+    args = g.get_args(f"--maximise --dir {tmp_path / 'unbiased'}".split())
+    assert g.reader_among(args) is None
+
+
+def test_the_first_picture_of_every_class_is_kept_in_order(world, call, monkeypatch):
+    def found(model, label, size, gen):
+        start = torch.arange(len(label)) // 10 + 1  # the first, second, third of its class
+        return (label / 10 / start).view(-1, 1, 1, 1).expand(-1, 3, *size)
+
+    monkeypatch.setattr(g, "maximise", found)
+    call("gradcam.py --maximise --models jitter_s42")
+    images = common.load_pt(world / "gradcam_maximise.pt", "")["jitter_s42"]["images"]
+    assert images[:, 0, 0, 0].tolist() == [round(255 * k / 10) for k in range(10)]
+
+
 def test_maximise_on_the_command_line(world, call, monkeypatch):
     monkeypatch.setattr(g.maximise, "__defaults__", (2, 0.05, 2, 0.05))
     checkpoint(world / "unbiased/oracle_s42.pt")
@@ -391,6 +428,7 @@ def test_maximise_on_the_command_line(world, call, monkeypatch):
     assert list(once["models"]) == ["baseline_s42", "jitter_s42"] and len(once["null"]) == 6
     assert once["models"]["jitter_s42"]["nearest colour is its own"] is not None
     assert once["models"]["jitter_s42"]["read by the oracle"] is not None
+    assert once["reader"] == "unbiased/oracle_s42"
     before = (world / "gradcam_maximise.pt").read_bytes()
     call("gradcam.py --maximise")
     assert measured(world, "gradcam_maximise") == once

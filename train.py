@@ -363,8 +363,8 @@ def train(model, splits, args, device, part=None):
     """Fits the model in place; returns one record per epoch, and the weights kept of each phase.
 
     Most methods have one phase, "", whose last epoch is kept; a method may name others, and a key
-    of the epoch's record (never of a test split) whose highest value decides. After every epoch
-    the file `part` holds what --resume needs.
+    of the epoch's record (never of a test split) whose highest value decides, the later of two
+    equal ones. After every epoch the file `part` holds what --resume needs.
     """
     method = METHODS[args.method](model, splits, args).to(device)
     sizes = batch_sizes(len(splits["train"].labels), args)
@@ -386,7 +386,7 @@ def train(model, splits, args, device, part=None):
         epochs.append(record)
         phase, key = method.phase(epoch)
         best = kept.get(phase)
-        if best is None or key is None or record[key] > best["value"]:
+        if best is None or key is None or record[key] >= best["value"]:
             kept[phase] = {
                 "epoch": epoch,
                 "on": key or "last epoch",

@@ -1252,8 +1252,8 @@ class AT(Method):
         gen, eps = stream(self.args.seed, "attack on val", x.device), self.args.eps
         x_adv = pgd(model, x, y, eps, 10, eps / 4, gen)
         with torch.inference_mode():
-            right = (model(x_adv).argmax(1) == y).float().mean()
-        return {"val_pgd": right.item()}
+            right = int((model(x_adv).argmax(1) == y).sum())
+        return {"val_pgd": right / len(y)}
 
     def phase(self, epoch):
         return ("clean", None) if epoch <= self.args.clean_epochs else ("", "val_pgd")

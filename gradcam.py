@@ -893,15 +893,15 @@ def say(cells, keys):
 # ---- what each answer wants to see
 
 
-def maximise(model, label, size, gen, steps=200, step_size=0.05, shift=2, tv=0.5):
+def maximise(model, label, size, gen, steps=200, step_size=0.05, shift=2, tv=1.0):
     """Pictures (N,3,H,W) in [0, 1] that raise the logit of `label` (N,): activation maximisation.
 
     Adam from mid-grey with a little noise (Erhan et al., 2009) on the logit (Simonyan et al.,
     2014): the log-probability stops at a dull picture as soon as the net is sure. Against noise a
     penalty on differences of neighbours, `tv` times the mean slope of the logit, so that it means
-    the same for a net of any scale; and other shifts at each step (Mordvintsev et al., 2015; Olah
-    et al., 2017). Robust nets are known to want what looks like the class (Santurkar et al., 2019;
-    Engstrom et al., 2019).
+    the same for a net of any scale (with 0.5 pictures are noisier, with 2 some turn grey); and
+    other shifts at each step (Mordvintsev et al., 2015; Olah et al., 2017). Robust nets are known
+    to want what looks like the class (Santurkar et al., 2019; Engstrom et al., 2019).
     """
     x = 0.5 + 0.05 * torch.randn(len(label), 3, *size, generator=gen)
     x = x.to(label.device).requires_grad_()
@@ -947,7 +947,7 @@ def wants_of(model, x, label, palette, oracle):
         "nearest colour is its own": own,
         "variance between channels": mean(channels),
         "variance between places": mean(places),
-        "read by the oracle": mean(oracle(x).argmax(1) == label) if oracle else None,
+        "read by an oracle": mean(oracle(x).argmax(1) == label) if oracle else None,
         "named as flat colour": mean(model(flat).argmax(1) == label),
     }
     return measures, sure
@@ -989,7 +989,7 @@ def look_for(args, device):
     save_json(record, path)
     figure = draw_wants(path.with_suffix(".pt"))
     progress("")
-    say(wants(record), ("confidence", "read by the oracle", "named as flat colour"))
+    say(wants(record), ("confidence", "read by an oracle", "named as flat colour"))
     print(f"wrote {path}, its .pt and a figure in {record['run']['seconds']:.0f} s")
     print(f"open  {figure}")
 

@@ -387,14 +387,14 @@ def test_measures_of_found_pictures_by_hand():
     found, sure = g.wants_of(Reads(), x, label, palette, oracle)
     assert found["nearest colour is its own"] == found["named as flat colour"]
     assert (
-        found["named as flat colour"] == pytest.approx(2 / 3) and found["read by the oracle"] == 0
+        found["named as flat colour"] == pytest.approx(2 / 3) and found["read by an oracle"] == 0
     )
     expected = [1 / (1 + 2.718281828**-10)] * 2 + [1 / (1 + 2.718281828**-1)]
     assert sure.tolist() == pytest.approx(expected) and found["confidence"] == pytest.approx(
         sum(expected) / 3
     )
     none = g.wants_of(Reads(), x, label, None, None)[0]
-    assert none["nearest colour is its own"] is None and none["read by the oracle"] is None
+    assert none["nearest colour is its own"] is None and none["read by an oracle"] is None
 
 
 @pytest.mark.parametrize("models, reader", [("a_s1", "42"), ("unbiased/oracle_s42 a_s1", "45")])
@@ -427,7 +427,7 @@ def test_maximise_on_the_command_line(world, call, monkeypatch):
     once = measured(world, "gradcam_maximise")
     assert list(once["models"]) == ["baseline_s42", "jitter_s42"] and len(once["null"]) == 6
     assert once["models"]["jitter_s42"]["nearest colour is its own"] is not None
-    assert once["models"]["jitter_s42"]["read by the oracle"] is not None
+    assert once["models"]["jitter_s42"]["read by an oracle"] is not None
     assert once["reader"] == "unbiased/oracle_s42"
     before = (world / "gradcam_maximise.pt").read_bytes()
     call("gradcam.py --maximise")

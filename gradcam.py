@@ -773,14 +773,15 @@ def report(args):
     records = widest(args.dir) if stem == "gradcam" else load_records(args.dir, stem)
     written = draw_all(args.dir, stem, records)
     if stem == "gradcam":
-        path = args.dir / "gradcam_maximise.json"
-        found = load_json(path, "delete it") if path.exists() else None
-        if path.with_suffix(".pt").exists():
+        paths = sorted(args.dir.glob("gradcam_maximise*.json"))
+        found = {path: load_json(path, "delete it") for path in paths}
+        path = max(found, key=lambda path: len(found[path]["models"]), default=None)
+        if path and path.with_suffix(".pt").exists():
             written.append(draw_wants(path.with_suffix(".pt")))
         tables = {
             "looks": table(looks(records["gradcam"])) if "gradcam" in records else None,
             "cascade": cascade_table(records) if records else None,
-            "wants": table(wants(found)) if found else None,
+            "wants": table(wants(found[path])) if path else None,
         }
         written += fill(args.dir, tables)
     print("\n".join(f"wrote {path}" for path in written) or f"{args.dir} has no {stem}.json yet")

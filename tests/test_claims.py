@@ -232,6 +232,42 @@ def test_random_weights_in_the_last_layer_leave_nothing_of_the_map(cam):
     assert abs(fmean(gradcam(cam)["null"]["cascade"][0]["rank_correlation"])) < 0.15
 
 
+# ---- what does each answer want to see?
+
+
+def wanted(row, key):
+    """{seed: number} of the pictures that maximise the answers of a row's models."""
+    models = load(RESULTS / "gradcam_maximise_all.json")["models"]
+    return {int(n.rsplit("_s", 1)[1]): m[key] for n, m in models.items() if row_of(n) == row}
+
+
+@pytest.mark.parametrize("row", ["jitter", "combined"])
+def test_recoloured_networks_want_less_tint_than_the_lazy_one_in_each_seed(row):
+    key = "variance between channels"
+    lazy, cured = wanted("baseline", key), wanted(row, key)
+    assert len(lazy) >= 3 and all(cured[seed] < lazy[seed] for seed in lazy)
+
+
+def test_where_nothing_was_learned_no_picture_convinces():
+    record = load(RESULTS / "gradcam_maximise_all.json")
+    assert record["models"]["baseline_shufflelabels_s42"]["confidence"] < 0.2
+    assert record["null"]["confidence"] < 0.2
+    assert min(fmean(wanted(row, "confidence").values()) for row in ("baseline", "jitter")) > 0.9
+
+
+def test_what_the_lazy_network_wants_is_not_its_digits_own_colour():
+    assert fmean(wanted("baseline", "nearest colour is its own").values()) < 0.2
+    assert fmean(wanted("baseline", "named as flat colour").values()) < 0.5
+
+
+def test_another_oracle_reads_more_than_half_of_them_and_an_oracles_own_carry_more_tint():
+    record = load(RESULTS / "gradcam_maximise_all.json")
+    assert record["reader"] not in record["models"]
+    assert fmean(wanted("baseline", "read by an oracle").values()) > 0.5
+    key = "variance between channels"
+    assert fmean(wanted("oracle", key).values()) > fmean(wanted("baseline", key).values())
+
+
 # ---- what cures it, and at what cost?
 
 

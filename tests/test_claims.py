@@ -246,6 +246,10 @@ def test_recoloured_networks_want_less_tint_than_the_lazy_one_in_each_seed(row):
     key = "variance between channels"
     lazy, cured = wanted("baseline", key), wanted(row, key)
     assert len(lazy) >= 3 and all(cured[seed] < lazy[seed] for seed in lazy)
+    places = "variance between places"
+    lazy = {seed: 1 - lazy[seed] - wanted("baseline", places)[seed] for seed in lazy}
+    cured = {seed: 1 - cured[seed] - wanted(row, places)[seed] for seed in cured}
+    assert all(cured[seed] > lazy[seed] for seed in lazy)  # colour that differs from place to place
 
 
 def test_where_nothing_was_learned_no_picture_convinces():
@@ -277,13 +281,22 @@ def test_every_cure_but_lntl_lifts_test_hard_and_leaves_it_below_the_oracle(row)
     assert fmean(of(row, hard)) < fmean(of("oracle", hard))
 
 
-def test_of_the_methods_combined_comes_closest_to_the_oracle_then_jitter_and_equal_groups():
-    first = ("combined", "jitter", "balance")
+def test_of_the_methods_combined_and_equal_groups_come_closest_to_the_oracle_then_jitter():
+    first = ("combined", "balance", "jitter")
     rest = [row for row in (*CURES, "lntl") if row not in first]
     mean = {row: fmean(of(row, hard)) for row in (*first, *rest, "oracle")}
-    assert mean["oracle"] > mean["combined"] > max(mean["jitter"], mean["balance"])
-    assert min(mean["jitter"], mean["balance"]) > max(mean[row] for row in rest)
+    assert mean["oracle"] > min(mean["combined"], mean["balance"]) > mean["jitter"]
+    assert mean["jitter"] > max(mean[row] for row in rest)
     assert max(number for row in first for number in of(row, follows)) < 0.05
+    told_nothing = fmean(of("balance_infergroups", hard))
+    assert told_nothing > min(mean["combined"], mean["balance"]) - 0.01
+
+
+def test_where_the_shortcut_works_the_cured_make_at_least_twice_as_many_mistakes():
+    cured = ("balance_infergroups", "balance_infergroups_crop1", "jitter", "combined")
+    lazy = 1 - fmean(of("baseline", val))
+    for row in (*cured, "jitter_balance_infergroups", "grl", "biasbal"):
+        assert 1 - fmean(of(row, val)) > 2 * lazy, row
 
 
 def test_knowing_nothing_jtt_beats_lff_on_average_and_both_stay_behind_every_seed_of_jitter():
@@ -310,16 +323,17 @@ def test_a_probe_still_reads_the_colour_from_the_features(row):
     assert fmean(of(row, lambda record: record["probe"]["colour"])) > 0.9
 
 
-def test_grl_is_no_better_than_biasbal_alone():
-    assert fmean(gains("grl", "biasbal")) < 0.01
+def test_grl_and_biasbal_alone_cannot_be_told_apart():
+    assert len(gains("grl", "biasbal")) == 3 and min(gains("grl", "biasbal")) < 0
+    assert max(gains("grl", "biasbal")) > 0
 
 
 def test_without_the_correction_the_reversal_hardly_cures():
     assert max(gains("grl_noconditional", "baseline")) < 0.1
 
 
-def test_with_ten_times_its_weight_the_reversal_is_worse_than_no_cure():
-    assert max(gains("grl_gamma1", "baseline")) < -0.1
+def test_with_ten_times_its_weight_the_reversal_did_not_train():
+    assert max(of("grl_gamma1", val)) < 0.2
 
 
 def test_the_row_at_answers_by_colour_and_does_not_train_where_colour_says_nothing_either():
@@ -346,9 +360,10 @@ def test_every_seed_of_it_stands_above_every_seed_of_jtt_and_lff():
     assert min(of("balance_infergroups", hard)) > max(of("jtt", hard) + of("lff", hard))
 
 
-def test_shifts_lift_it_on_average_and_do_nothing_for_the_plain_network():
+def test_shifts_lift_it_on_average_and_make_the_plain_network_lazier_in_each_of_three_seeds():
     assert fmean(gains("balance_infergroups_crop1", "balance_infergroups")) > 0.01
-    assert fmean(gains("baseline_crop1", "baseline")) < 0.01
+    assert len(of("baseline_crop1", hard)) == 3 and max(gains("baseline_crop1", "baseline")) < 0
+    assert min(gains("baseline_crop1", "baseline", follows)) > 0
 
 
 def test_jitter_on_balanced_batches_gains_over_jitter_on_average():
@@ -360,9 +375,11 @@ def test_both_are_on_average_no_worse_than_combined_and_below_the_oracle(row):
     assert fmean(gains(row, "combined")) > 0 > fmean(gains(row, "oracle"))
 
 
-def test_biasbal_and_groupdro_make_less_of_the_same_answers():
-    for row in ("biasbal_infergroups", "groupdro_infergroups"):
-        assert max(gains(row, "balance_infergroups")) < 0
+@pytest.mark.parametrize("row", ["biasbal", "groupdro"])
+def test_biasbal_and_groupdro_do_as_well_as_with_true_colours_and_end_below_balance(row):
+    assert max(map(abs, gains(f"{row}_infergroups", row))) < 0.02
+    assert max(gains(f"{row}_infergroups", "balance_infergroups")) < 0
+    assert fmean(gains(row, "balance")) < 0
 
 
 def named_by_colour(world):
@@ -425,18 +442,20 @@ def test_plain_augmentation_brings_most_of_the_gain():
     assert min(gains("jitter_alpha0", "baseline")) > 0.8 * fmean(gains("jitter", "baseline"))
 
 
-def test_a_grain_of_noise_matters():
-    assert max(gains("jitter_grain0", "jitter")) < -0.03
+def test_without_the_grain_the_one_seed_is_a_little_lower():
+    (loss,) = gains("jitter_grain0", "jitter")
+    assert -0.06 < loss < 0
 
 
 def test_weight_1_of_the_kl_term_is_no_worse_than_2_on_test_hard():
     assert fmean(gains("jitter_alpha1", "jitter")) > 0
 
 
-def test_with_its_own_recipe_we_find_about_what_the_lazy_artist_found():
+def test_with_its_own_recipe_we_find_about_what_the_lazy_artist_found_but_for_the_reversal():
     theirs = {row["row"]: row for row in load(RESULTS / "published.json")["lazy_artist"]["rows"]}
-    for row in ("jitter_hsv_image_nofade", "grl_noconditional"):
-        assert abs(fmean(of(row, hard)) - theirs[row]["test_hard"]) < 0.1
+    row = "jitter_hsv_image_nofade"
+    assert abs(fmean(of(row, hard)) - theirs[row]["test_hard"]) < 0.05
+    assert abs(fmean(gains("grl_noconditional", "baseline"))) < 0.05
     assert min(of("baseline", hard)) > theirs["baseline"]["test_hard"] + 0.1
 
 
@@ -560,6 +579,18 @@ def test_at_eps_005_hardly_a_picture_survives_in_any_network_of_the_usual_traini
     assert max(worst(record, model) for model in record["models"]) < 0.01
 
 
+def test_under_tiny_changes_the_cured_keep_more_than_the_lazy_and_none_under_larger_ones():
+    record = attacks("untargeted", "grl_s42")
+    tiny, large = record["radii"].index(0.01), record["radii"].index(0.05)
+    lazy, cured = [], []
+    for name, model in record["models"].items():
+        kept = cured if row_of(name) in ("jitter", "grl", "combined") else lazy
+        if row_of(name) != "oracle":
+            kept.append(model["curve"][tiny]["rate"])
+            assert model["curve"][large]["rate"] < 0.01
+    assert len(lazy) >= 3 and min(cured) > max(lazy)
+
+
 def test_our_attacks_pass_every_check():
     for record in (attacks("check", "jitter_s42"), attacks("check", "at_s42", "mnist")):
         assert all(check["pass"] for m in record["models"].values() for check in m["checks"])
@@ -622,6 +653,14 @@ def test_drawing_pairs_equally_often_is_not_enough():
 def test_before_its_adversarial_epochs_the_network_keeps_nothing():
     record = attacks("untargeted", "at_clean_s42", "mnist")
     assert worst(record, "at_clean_s42") < 0.01 and worst(record, "at_s42") > 0.8
+
+
+def test_neither_trades_nor_fgsm_does_better_on_val_under_pgd():
+    def kept(row):
+        (record,) = rows("mnist")[row].values()
+        return record["epochs"][record["selected_epoch"] - 1]["val_pgd"]
+
+    assert max(kept("trades"), kept("fgsm")) < kept("at")
 
 
 # ---- does a generator help?

@@ -266,7 +266,7 @@ def write(path, save):
     memory = io.BytesIO()  # a full disk is then an OSError, whatever `save` makes of one
     save(memory)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two runs may write the same file
     part.write_bytes(memory.getbuffer())
     os.replace(part, path)
 

@@ -197,9 +197,11 @@ groups() {  # told nothing: a first net's answers stand for colours
       short cmnist_$c/baseline_s$s --seed $s $net
       short cmnist_$c/biasbal_infergroups_s$s --method biasbal --infer-groups --seed $s $net
       short cmnist_$c/balance_infergroups_s$s --method balance --infer-groups --seed $s $net
-      short cmnist_$c/balance_s$s --method balance --seed $s $net
-      short cmnist_$c/jitter_s$s --method jitter --alpha 1 --grain 0 --seed $s $net
     done
+  done
+  for c in $CMNIST; do  # told more
+    short cmnist_$c/balance_s42 --method balance $net
+    short cmnist_$c/jitter_s42 --method jitter --alpha 1 --grain 0 $net
   done
   for c in $WEAK; do
     short corr_$c/baseline_s42 $BUDGET
@@ -294,10 +296,10 @@ robust() {  # adversarial training: the published problem, a ResNet from end to 
   done
   fit at_s42 --method at  # in the headline table
   go "train"
-  attack mnist --untargeted --eps 0.3 --n $N --queries $QUERIES --models at_s42 at_clean_s42 trades_s42 fgsm_s42
+  attack mnist --untargeted --eps 0.3 --n $N --queries $QUERIES --sweep 0.1 0.2 0.3 --models at_s42 at_clean_s42 trades_s42 fgsm_s42
   attack mnist --untargeted --name resnet --eps 0.1 --n $((N / 5)) --steps 20 --queries $((QUERIES / 25)) --sweep 0.1 --models ../mnist_27000/{${RESNET},${RESNET}_clean,${RESNET}_student}_s42
-  attack . --untargeted --name wide --eps 0.05 --restarts 2 --n $((N / 2)) --queries $QUERIES --models $(over_seeds "$FEW" baseline_wide at_wide unbiased/oracle_wide unbiased/oracle_at_wide)
-  attack . --untargeted --name at --eps 0.05 --restarts 2 --n $((N / 2)) --queries $QUERIES --models baseline_s42 jitter_s42 balance_s42 at_balanced_s42 unbiased/oracle_s42
+  attack . --untargeted --name wide --eps 0.05 --restarts 2 --n $((N / 2)) --queries $QUERIES --sweep 0.02 0.05 --models $(over_seeds "$FEW" baseline_wide at_wide unbiased/oracle_wide unbiased/oracle_at_wide)
+  attack . --untargeted --name at --eps 0.05 --restarts 2 --n $((N / 2)) --queries $QUERIES --sweep 0.02 0.05 --models baseline_s42 jitter_s42 balance_s42 at_balanced_s42 unbiased/oracle_s42
   step "gradcam.py --dir $DIR --maximise --name all --models $(over_seeds "$FEW" baseline balance_infergroups jitter combined unbiased/oracle) at_balanced_s42 baseline_shufflelabels_s42"  # what each answer wants to see
   [ -n "$SHORT" ] || attack mnist --check --eps 0.3 --n $((N / 5)) --models at_s42  # two epochs say nothing about the attacks
   go "attack"
@@ -306,13 +308,13 @@ robust() {  # adversarial training: the published problem, a ResNet from end to 
 
 robgan() {  # a generator beside adversarial training: the same net and number of steps in all rows of a world
   local s share net="--width 16 --eps 0.3 --eps-ramp 0.3 --batch 64 --schedule cosine --lr 0.002"
-  local small="$net ${SHORT:---epochs 60}" robgan="$(over_seeds "$FEW" robgan)"
+  local small="$net ${SHORT:---epochs 40}" robgan="$(over_seeds "$FEW" robgan)"
   net="$net ${SHORT:---epochs 3}"
   paint mnist --recipe gray
   paint mnist_2000 --recipe gray --limit 2222  # 2,000 to train on: here additional data should matter most
   go "paint the worlds"
   short mnist/judge_s42 --width 16 --lr 0.01 --schedule onecycle ${SHORT:---epochs 5}  # sees no generated image
-  short mnist_2000/judge_s42 --width 16 --lr 0.01 --schedule onecycle ${SHORT:---epochs 60}
+  short mnist_2000/judge_s42 --width 16 --lr 0.01 --schedule onecycle ${SHORT:---epochs 40}
   go "train the judges"
   for s in $FEW; do short mnist/robgan_s$s --method robgan --judge judge_s42 --seed $s $net; done
   short mnist_2000/robgan_s42 --method robgan --judge judge_s42 $small
@@ -329,9 +331,9 @@ robgan() {  # a generator beside adversarial training: the same net and number o
   done
   go "train"
   local rows="$(over_seeds "$FEW" robgan_without generated_0.3 generated_0.5 generated_0.7)"
-  attack mnist --untargeted --name robgan --eps 0.3 --n $((N / 5)) --queries $((QUERIES / 5)) --models $robgan $rows
+  attack mnist --untargeted --name robgan --eps 0.3 --n $((N / 5)) --steps 50 --queries $((QUERIES / 5)) --sweep 0.3 --models $robgan $rows
   rows="$(over_seeds "$FEW" ../mnist_2000/{robgan_without,generated_0.3,generated_0.5,generated_0.7})"
-  attack mnist --untargeted --name robgan_2000 --eps 0.3 --n $((N / 5)) --queries $((QUERIES / 5)) --models $rows
+  attack mnist --untargeted --name robgan_2000 --eps 0.3 --n $((N / 5)) --steps 50 --queries $((QUERIES / 5)) --sweep 0.3 --models $rows
   go "attack"
   report
 }

@@ -888,7 +888,7 @@ def say(cells, keys):
     """The first eight rows of a table on the terminal."""
     for row, numbers in [("", {}), *cells.items()][:9]:
         shown = [mean_sd(numbers[key]) if numbers else key for key in keys]
-        print(f"{row:20s}" + "".join(f"{number:>20s}" for number in shown))
+        print(f"{row:20s}" + "".join(f"  {number:>20s}" for number in shown))
 
 
 # ---- what each answer wants to see

@@ -977,7 +977,7 @@ def chosen(folder):
         "untargeted": evidence(folder, "untargeted*", 0.05),
         "untargeted_at": evidence(folder, "at"),
         "untargeted_wide": evidence(folder, "wide"),
-        "mnist": evidence(mnist, "untargeted*", 0.3),
+        "mnist": evidence(mnist, "at", 0.3),
         "resnet": evidence(mnist, "resnet"),
         "robgan_attacks": evidence(mnist, "robgan"),
         "robgan_2000_attacks": evidence(mnist, "robgan_2000"),
@@ -1311,14 +1311,13 @@ def draw(record, folder, stem):
 def report(args):
     """Refill the tables and redraw the figures of the write-up; computes nothing."""
     found, drawn, mnist = chosen(args.dir), [], args.dir / "mnist"
-    for key, folder, stem in (
-        ("targeted", args.dir, "attack_7to3"),
-        ("pairs", args.dir, "attack_pairs"),
-        ("untargeted", args.dir, "attack"),
-        ("mnist", mnist, "attack"),
+    for key, stem in (
+        ("targeted", "attack_7to3"),
+        ("pairs", "attack_pairs"),
+        ("untargeted", "attack"),
     ):
         if found[key]:
-            drawn += draw(found[key], folder, stem)
+            drawn += draw(found[key], args.dir, stem)
     tables = {
         "targeted": targeted_table(found["targeted"]),
         "targeted_change": change_table(found["targeted"]),

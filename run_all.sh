@@ -296,7 +296,7 @@ robust() {  # adversarial training: the published problem, a ResNet from end to 
   done
   fit at_s42 --method at  # in the headline table
   go "train"
-  attack mnist --untargeted --eps 0.3 --n $N --queries $QUERIES --sweep 0.1 0.2 0.3 --models at_s42 at_clean_s42 trades_s42 fgsm_s42
+  attack mnist --untargeted --name at --eps 0.3 --n $N --queries $QUERIES --sweep 0.1 0.2 0.3 --models at_s42 at_clean_s42 trades_s42 fgsm_s42
   attack mnist --untargeted --name resnet --eps 0.1 --n $((N / 5)) --steps 20 --queries $((QUERIES / 25)) --sweep 0.1 --models ../mnist_27000/{${RESNET},${RESNET}_clean,${RESNET}_student}_s42
   attack . --untargeted --name wide --eps 0.05 --restarts 2 --n $((N / 2)) --queries $QUERIES --sweep 0.02 0.05 --models $(over_seeds "$FEW" baseline_wide at_wide unbiased/oracle_wide unbiased/oracle_at_wide)
   attack . --untargeted --name at --eps 0.05 --restarts 2 --n $((N / 2)) --queries $QUERIES --sweep 0.02 0.05 --models baseline_s42 jitter_s42 balance_s42 at_balanced_s42 unbiased/oracle_s42

@@ -73,6 +73,20 @@ def test_no_training_step_overwrites_another_and_quick_gives_the_same_names(step
 
 
 @pytest.mark.parametrize("quick", [False, True])
+def test_no_picture_or_attack_overwrites_another(steps, quick):
+    written = []
+    for script, words in steps[quick]:
+        module = importlib.import_module(script)
+        args = module.get_args(words)
+        if script == "gradcam":
+            written.append((args.dir, module.file_of(module.stem_of(args), args.cam)))
+        elif script == "attack":
+            written.append((args.dir, module.result_name(args)))
+    assert len(set(written)) == len(written) > 10
+    assert not [name for _, name in written if len(name) > 40], "a name that nobody would type"
+
+
+@pytest.mark.parametrize("quick", [False, True])
 def test_every_model_that_a_step_reads_was_trained_by_a_step_before(steps, quick):
     there = set()
     for script, words in steps[quick]:

@@ -969,7 +969,7 @@ def gaps(pairs, criterion, cap):
 
 
 def chosen(folder):
-    """{table: the record it shows, None without results}."""
+    """{table: the record it shows, None without results; for `check` there are several}."""
     mnist = folder / "mnist"
     return {
         "targeted": evidence(folder, "7to3*", 0.05),
@@ -981,8 +981,8 @@ def chosen(folder):
         "resnet": evidence(mnist, "resnet"),
         "robgan_attacks": evidence(mnist, "robgan"),
         "robgan_2000_attacks": evidence(mnist, "robgan_2000"),
-        "check": evidence(folder, "check*"),
-        "check_mnist": evidence(mnist, "check*"),
+        "check": [evidence(folder, "check*"), evidence(folder, "at_check")],
+        "check_mnist": [evidence(mnist, "check*")],
     }
 
 
@@ -1126,18 +1126,19 @@ def untargeted_table(record, others=()):
     return markdown(header, lines)
 
 
-def check_table(record):
+def check_table(records):
     """A row for each claim, a column for each model: did it hold, and the numbers."""
-    if record is None:
-        return None
-    models, eps = record["models"], record["args"]["eps"]
-    header = ["claim", *(f"{name}, eps {eps:g}, n = {record['n']:,}" for name in models)]
+    header, columns = ["claim"], []
+    for record in filter(None, records):
+        about = f"eps {record['args']['eps']:g}, n = {record['n']:,}"
+        header += [f"{name}, {about}" for name in record["models"]]
+        columns += [m["checks"] for m in record["models"].values()]
     lines = []
-    for checks in zip(*(m["checks"] for m in models.values()), strict=True):
+    for checks in zip(*columns, strict=True):
         held = ["holds" if c["pass"] else "**fails**" for c in checks]
         cells = [f"{word}: {listed(c['numbers'])}" for word, c in zip(held, checks, strict=True)]
         lines.append([checks[0]["claim"], *cells])
-    return markdown(header, lines)
+    return markdown(header, lines) if lines else None
 
 
 def listed(numbers):

@@ -754,6 +754,15 @@ def table(cells):
     return markdown(["model", *next(iter(cells.values()))], rows)
 
 
+def looks_table(records):
+    """Rows of Grad-CAM, then those of HiResCAM, whose flips are the same."""
+    cells = looks(records["gradcam"]) if "gradcam" in records else {}
+    for row, numbers in looks(records["hirescam"]).items() if "hirescam" in records else ():
+        if numbers["accuracy"]:
+            cells[f"{row}, HiResCAM"] = numbers
+    return table(cells) if cells else None
+
+
 def cascade_table(records):
     """What random layers leave of each kind of map, mean ± sd over draws of the weights."""
     rows = []
@@ -779,7 +788,7 @@ def report(args):
         if path and path.with_suffix(".pt").exists():
             written.append(draw_wants(path.with_suffix(".pt")))
         tables = {
-            "looks": table(looks(records["gradcam"])) if "gradcam" in records else None,
+            "looks": looks_table(records),
             "cascade": cascade_table(records) if records else None,
             "wants": table(wants(found[path])) if path else None,
         }

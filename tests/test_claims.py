@@ -193,8 +193,25 @@ def test_a_new_digit_changes_a_cured_networks_answer_more_often_in_every_seed():
         assert max(lazy) < min(looks("gradcam", row, flip("digit")))
 
 
-def test_the_lifts_of_lazy_and_cured_networks_overlap():
-    assert max(looks("gradcam", "baseline", lift)) > min(looks("gradcam", "jitter", lift))
+@pytest.mark.parametrize("cam", ["gradcam", "hirescam"])
+def test_the_lifts_of_lazy_and_cured_networks_overlap(cam):
+    assert max(looks(cam, "baseline", lift)) > min(looks(cam, "jitter", lift))
+
+
+def test_on_average_gradcam_lifts_separate_them_but_not_for_grl():
+    lazy = fmean(looks("gradcam", "baseline", lift))
+    for row in ("jitter", "combined", "oracle"):
+        assert fmean(looks("gradcam", row, lift)) > lazy + 0.2
+    assert abs(fmean(looks("gradcam", "grl", lift)) - lazy) < 0.1
+
+
+def test_lifts_of_hirescam_go_along_with_the_flips_a_little_more():
+    def correlation(cam, row):
+        return fmean(looks(cam, row, lambda model: model["lift_flip_correlation"]))
+
+    for row in ("baseline", "jitter"):
+        assert correlation("hirescam", row) < correlation("gradcam", row) < 0
+        assert correlation("hirescam", row) > -0.3
 
 
 def test_by_hirescam_even_lazy_networks_look_at_the_digit_more_than_chance():
@@ -325,12 +342,34 @@ def test_a_cure_costs_accuracy_on_val_in_every_seed(row):
 
 @pytest.mark.parametrize("row", [*CURES, "oracle"])
 def test_a_probe_still_reads_the_colour_from_the_features(row):
-    assert fmean(of(row, lambda record: record["probe"]["colour"])) > 0.9
+    assert fmean(of(row, colour_probe)) > 0.9
 
 
-def test_grl_and_biasbal_alone_cannot_be_told_apart():
+@pytest.mark.parametrize("row", ["jitter", "grl", "combined", "balance_infergroups"])
+def test_the_answers_of_the_cured_seldom_use_the_colour(row):
+    assert max(of(row, follows)) < 0.05
+
+
+def test_those_of_jitter_use_it_a_little_more_often_than_the_oracles():
+    assert min(gains("jitter", "oracle", follows)) > 0
+
+
+def colour_probe(record):
+    return record["probe"]["colour"]
+
+
+def test_a_network_that_learned_nothing_has_features_that_show_the_colour():
+    assert min(of("baseline_shufflelabels", colour_probe)) > 0.9
+
+
+def test_grl_and_biasbal_alone_cannot_be_told_apart_but_by_the_colour_probe():
     assert len(gains("grl", "biasbal")) == 3 and min(gains("grl", "biasbal")) < 0
     assert max(gains("grl", "biasbal")) > 0
+    assert max(gains("grl", "biasbal", colour_probe)) < 0
+
+
+def test_combined_is_as_good_without_the_reversal():
+    assert max(map(abs, gains("combined_gamma0", "combined"))) < 0.015
 
 
 def test_without_the_correction_the_reversal_hardly_cures():
@@ -391,16 +430,18 @@ def named_by_colour(world):
     return in_world(world, "balance_infergroups", lambda r: r["groups"]["equal_colour_conflicting"])
 
 
+def balancing(world):
+    return in_world(world, "balance_infergroups") - in_world(world, "baseline")
+
+
 def test_where_up_to_two_fifths_conflict_it_still_names_colours_and_balancing_gains():
-    for world in ("corr_8", "corr_6"):
-        assert named_by_colour(world) > 0.98
-        assert in_world(world, "balance_infergroups") > in_world(world, "baseline") + 0.03
+    assert min(named_by_colour("corr_8"), named_by_colour("corr_6")) > 0.98
+    assert balancing("corr_8") > 0.15 and 0.03 < balancing("corr_6") < 0.1
 
 
-def test_where_seven_tenths_conflict_it_names_about_half_and_balancing_does_no_harm():
+def test_where_seven_tenths_conflict_it_names_about_half_and_balancing_makes_no_difference():
     assert 0.4 < named_by_colour("corr_3") < 0.6
-    gain = in_world("corr_3", "balance_infergroups") - in_world("corr_3", "baseline")
-    assert 0 < gain < 0.02
+    assert abs(balancing("corr_3")) < 0.02
 
 
 def test_in_coloured_mnist_it_names_fewer_the_more_pictures_conflict():
@@ -417,6 +458,14 @@ def test_told_nothing_biasbal_stands_above_every_published_row_where_the_shortcu
     ours = {corr: in_world(f"cmnist_{corr}", "biasbal_infergroups") for corr in CMNIST}
     assert ours["995"] > best["995"]
     assert all(abs(ours[corr] - best[corr]) < 0.015 for corr in ("99", "98", "95"))
+
+
+def test_our_plain_network_is_above_the_published_one_in_coloured_mnist_and_below_in_biased_mnist():
+    theirs = published("cmnist", "vanilla")
+    assert all(in_world(f"cmnist_{c}", "baseline") > theirs[f"0.{c}"] + 0.04 for c in CMNIST)
+    theirs = published("biased_mnist", "vanilla")
+    for corr in ("997", "995", "99"):
+        assert in_world(f"flat_{corr}", "baseline") < theirs[f"0.{corr}"] - 0.1
 
 
 def test_in_coloured_mnist_biasbal_makes_more_of_the_answers_than_balance():
@@ -450,10 +499,6 @@ def test_plain_augmentation_brings_most_of_the_gain():
 def test_without_the_grain_the_one_seed_is_a_little_lower():
     (loss,) = gains("jitter_grain0", "jitter")
     assert -0.06 < loss < 0
-
-
-def test_weight_1_of_the_kl_term_is_no_worse_than_2_on_test_hard():
-    assert fmean(gains("jitter_alpha1", "jitter")) > 0
 
 
 def test_with_its_own_recipe_we_find_about_what_the_lazy_artist_found_but_for_the_reversal():
@@ -518,12 +563,13 @@ def test_lntl_gains_little_with_its_papers_weights_and_much_with_both_changes():
         assert in_world("lntl_020", alone) - plain < 0.5 * both
 
 
-def test_lntl_stands_above_its_published_figures_at_every_variance():
-    theirs = published("lntl", "LNTL")
-    assert len(theirs) == 7
-    for variance, accuracy in theirs.items():
+def test_lntl_stands_above_its_published_figures_where_the_shortcut_is_strong_then_level():
+    gain = {}
+    for variance, accuracy in published("lntl", "LNTL").items():
         world = f"lntl_{round(1000 * float(variance)):03d}"
-        assert in_world(world, "lntl") > accuracy
+        gain[float(variance)] = in_world(world, "lntl") - accuracy
+    assert len(gain) == 7
+    assert min(gain[0.02], gain[0.025], gain[0.03]) > 0.04 and abs(gain[0.05]) < 0.01
 
 
 def test_a_probe_reads_less_colour_from_lntl_than_from_any_other_network_of_its_world():
@@ -631,9 +677,8 @@ def test_the_shortcut_takes_robustness_away_too():
     assert len(robust) == 3 and all(robust[seed] < 0.5 * free[seed] for seed in robust)
 
 
-def test_at_balanced_reads_conflicting_pictures_better_than_every_network_of_the_usual_budget():
-    usual = [*CURES, "lntl", "baseline", "balance", "oracle"]
-    assert min(of("at_balanced", hard)) > max(max(of(row, hard)) for row in usual)
+def test_at_balanced_reads_conflicting_pictures_about_as_well_as_the_oracle_of_its_width():
+    assert abs(fmean(of("at_balanced", hard)) - fmean(of("oracle_width16", hard))) < 0.01
 
 
 def test_at_balanced_alone_keeps_most_of_its_answers_under_attack():
@@ -643,9 +688,9 @@ def test_at_balanced_alone_keeps_most_of_its_answers_under_attack():
         assert kept == (row_of(name) == "at_balanced"), name
 
 
-def test_drawing_pairs_equally_often_is_not_enough():
+def test_unbiased_data_alone_are_not_enough():
     record = attacks("untargeted", "at_balanced_s42")
-    assert worst(record, "balance_s42") < 0.05
+    assert max(worst(record, "balance_s42"), *survive("unbiased/oracle_wide").values()) < 0.02
 
 
 def test_before_its_adversarial_epochs_the_network_keeps_nothing():

@@ -713,7 +713,9 @@ def rows_of(record):
     """{row: its models' records, one per seed}, in the order of --models."""
     rows = {}
     for name in record["args"]["models"]:
-        rows.setdefault(row_of(name), []).append(record["models"][name])
+        model = record["models"][name]
+        failed = "" if model.get("trained", True) else " (did not train)"
+        rows.setdefault(row_of(name) + failed, []).append(model)
     return rows
 
 
@@ -882,6 +884,7 @@ def measure(subjects, split, recipe, args):
         models[name] = {
             "method": subject.checkpoint["args"]["method"],
             "seed": subject.checkpoint["args"]["seed"],
+            "trained": subject.checkpoint.get("trained", True),
             "layer": subject.layer,
             "map_size": list(subject.size),
             "acc": rate(heat.predicted == labels),
@@ -992,7 +995,10 @@ def look_for(args, device):
         "args": settings,
         "reader": reader,
         "null": null,
-        "models": measured,
+        "models": {
+            name: {**m, "trained": found[name][1].get("trained", True)}
+            for name, m in measured.items()
+        },
         "run": facts(args, device, start),
     }
     save_pt({name: pictures[name] for name in firsts_of(measured)}, path.with_suffix(".pt"))

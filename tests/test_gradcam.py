@@ -511,7 +511,7 @@ def test_command_line_and_the_same_numbers_again(world, call, monkeypatch):
     assert "results/figures/gradcam_ten_colours.png" in said[-1]
     assert sorted(once) == ["args", "models", "null", "repainting", "schema", "script", "split"]
     model = once["models"]["jitter_s42"]
-    keys = "method seed layer map_size acc maps flips lift_flip_correlation residual"
+    keys = "method seed trained layer map_size acc maps flips lift_flip_correlation residual"
     assert set(model) == set(keys.split()) and set(model["maps"]) == {"test_hard"}
     assert model["flips"]["background"]["any"].keys() == {"k", "n", "rate", "low", "high"}
     with monkeypatch.context() as quick:
@@ -614,3 +614,9 @@ def test_mistakes_get_one_line_and_exit_code_2(world, mistake, arguments, says):
     common.save_pt(split, world / "val.pt")
     common.save_json({"args": {"models": ["baseline_s42"]}}, world / "gradcam.json")
     mistake(f"gradcam.py {arguments}", says)
+
+
+def test_a_row_that_did_not_train_is_marked():
+    models = {"a_s1": {"trained": False}, "b_s1": {"trained": True}, "c_s1": {}}
+    rows = g.rows_of({"args": {"models": list(models)}, "models": models})
+    assert list(rows) == ["a (did not train)", "b", "c"]

@@ -698,19 +698,40 @@ def test_before_its_adversarial_epochs_the_network_keeps_nothing():
     assert worst(record, "at_clean_s42") < 0.01 and worst(record, "at_s42") > 0.8
 
 
-def test_fgsm_does_worse_on_val_under_pgd():
-    def kept(row):
-        (record,) = rows("mnist")[row].values()
-        return record["epochs"][record["selected_epoch"] - 1]["val_pgd"]
+def under(attack, model):
+    """Accuracy of a model of plain MNIST under one attack alone, at eps 0.3."""
+    record = attacks("untargeted", "at_s42", "mnist")
+    return record["models"][model]["attacks"][attack]["own"]["rate"]
 
-    assert kept("fgsm") < kept("at")
+
+def test_trades_comes_close_and_fgsm_promises_too_much():
+    robust = {row: survive(row, "mnist")[42] for row in ("at", "trades", "fgsm")}
+    assert 0 < robust["at"] - robust["trades"] < 0.02
+    assert under("FGSM", "fgsm_s42") > 0.9 and robust["fgsm"] < 0.7
+
+
+def watched(row, world="mnist"):
+    """Accuracy on val under PGD after every epoch, seed 42."""
+    return [epoch["val_pgd"] for epoch in rows(world)[row][42]["epochs"]]
+
+
+def test_the_robustness_of_fgsm_did_not_collapse():
+    assert watched("fgsm") == sorted(watched("fgsm"))
+
+
+def test_the_resnet_keeps_two_in_three_nothing_before_and_was_still_rising():
+    record = attacks("untargeted", "../mnist_27000/resnet50_s42", "mnist")
+    assert 0.6 < worst(record, "../mnist_27000/resnet50_s42") < 0.72
+    assert worst(record, "../mnist_27000/resnet50_clean_s42") == 0
+    risen = watched("resnet50", "mnist_27000")
+    assert risen[-1] == max(risen)
 
 
 # ---- does a generator help?
 
 
-def measured(kind, key):
-    return [run["generator"]["measured"][kind][key] for run in rows("mnist")["robgan"].values()]
+def measured(kind, key, world="mnist"):
+    return [run["generator"]["measured"][kind][key] for run in rows(world)["robgan"].values()]
 
 
 def test_the_generator_draws_what_was_asked_and_varies_almost_as_much_as_real_digits():
@@ -727,20 +748,22 @@ def test_a_classifier_trained_on_them_alone_reads_real_digits_nearly_as_well():
     assert fmean(measured("real", "trained_on")) - fmean(measured("generated", "trained_on")) < 0.05
 
 
+def test_with_2000_pictures_its_digits_vary_less_and_teach_clearly_worse():
+    few = [measured("generated", key, "mnist_2000") for key in ("diversity", "trained_on")]
+    many = [measured("generated", key) for key in ("diversity", "trained_on")]
+    assert max(few[0]) < min(many[0]) - 0.05 and max(few[1]) < min(many[1]) - 0.1
+
+
 def test_the_network_beside_the_generator_is_less_robust_in_each_seed():
     with_it, without = survive("robgan", "mnist"), survive("robgan_without", "mnist")
-    assert len(with_it) >= 2 and with_it.keys() == without.keys()
+    assert with_it.keys() == without.keys() == {42, 43, 44}
     assert all(with_it[seed] < without[seed] for seed in with_it)
-
-
-def test_finetuning_on_generated_pictures_does_not_win_it_back():
-    assert survive("robgan_finetuned", "mnist")[42] < survive("robgan_without", "mnist")[42]
 
 
 def test_both_got_the_same_network_and_number_of_epochs():
     about = [
         (run["params"], len(run["epochs"]))
-        for row in ("robgan", "robgan_without", "robgan_finetuned")
+        for row in ("robgan", "robgan_without")
         for run in rows("mnist")[row].values()
     ]
     assert len(set(about)) == 1

@@ -760,10 +760,22 @@ def test_the_network_beside_the_generator_is_less_robust_in_each_seed():
     assert all(with_it[seed] < without[seed] for seed in with_it)
 
 
+def test_generated_pictures_as_additional_data_are_no_gain():
+    half, none = (survive(row, "mnist") for row in ("generated_0.5", "robgan_without"))
+    assert half.keys() == none.keys() == {42, 43, 44}
+    assert all(half[seed] < none[seed] for seed in half)
+    half, none = (
+        survive(f"../mnist_2000/{row}", "mnist") for row in ("generated_0.5", "robgan_without")
+    )
+    assert half.keys() == none.keys() == {42, 43, 44}
+    spread = max(half.values()) - min(half.values())
+    assert abs(fmean(half.values()) - fmean(none.values())) < spread
+
+
 def test_both_got_the_same_network_and_number_of_epochs():
     about = [
         (run["params"], len(run["epochs"]))
-        for row in ("robgan", "robgan_without")
+        for row in ("robgan", "robgan_without", "generated_0.5")
         for run in rows("mnist")[row].values()
     ]
     assert len(set(about)) == 1

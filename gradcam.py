@@ -759,9 +759,9 @@ def table(cells):
 def looks_table(records):
     """Rows of Grad-CAM, then those of HiResCAM, whose flips are the same."""
     cells = looks(records["gradcam"]) if "gradcam" in records else {}
-    for row, numbers in looks(records["hirescam"]).items() if "hirescam" in records else ():
-        if numbers["accuracy"]:
-            cells[f"{row}, HiResCAM"] = numbers
+    if "hirescam" in records:
+        found = looks(records["hirescam"])
+        cells |= {f"{row}, HiResCAM": n for row, n in found.items() if n["accuracy"]}
     return table(cells) if cells else None
 
 

@@ -279,7 +279,7 @@ robust() {  # adversarial training: the published problem, a ResNet from end to 
   local resnet="--model $RESNET --steps 2 --step-size 0.06 --eps 0.1 --lr 0.002 ${SHORT:---epochs 4}"
   local wide="--width 16 --lr 0.01 --schedule onecycle ${SHORT:---epochs 5}"
   paint mnist --recipe gray
-  step "make_data.py $(at mnist_27000 --recipe gray) --limit $SOME"  # 27,000 to train on: 45 minutes of a slow core for a ResNet-50
+  step "make_data.py $(at mnist_27000 --recipe gray) --limit $SOME"  # 27,000 to train on: 53 minutes of a slow core for a ResNet-50
   go "paint the worlds"
   short mnist_27000/${RESNET}_s42 $at --eps-ramp 0.3 $resnet
   short mnist_27000/${RESNET}_student_s42 --method at --clean-epochs 1 --schedule cosine $resnet $student

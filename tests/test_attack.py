@@ -863,6 +863,7 @@ def test_report_refills_tables_beside_what_was_published(world, call, monkeypatc
     assert call(f"{plain} --name at")[0] == call(f"{plain} --name resnet")[0] == 0
     code, said, _ = call(f"attack.py --dir {world} --report")
     assert code == 0 and "|" not in said and "figures/attack_robust_curve.png" in said
+    assert "mnist/figures" not in said  # no figure that nothing shows
     tables = (world / "tables.md").read_text().split("## ")[1:]
     shown = {table.split("\n")[0]: table for table in tables}
     assert len(shown) == 12

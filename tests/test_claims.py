@@ -55,6 +55,10 @@ def follows(record):
     return record["final"]["test_hard"]["follows_colour"]
 
 
+def colour_probe(record):
+    return record["probe"]["colour"]
+
+
 def unbiased(record):
     return record["final"]["test_unbiased"]["acc"]
 
@@ -352,10 +356,6 @@ def test_the_answers_of_the_cured_seldom_use_the_colour(row):
 
 def test_those_of_jitter_use_it_a_little_more_often_than_the_oracles():
     assert min(gains("jitter", "oracle", follows)) > 0
-
-
-def colour_probe(record):
-    return record["probe"]["colour"]
 
 
 def test_a_network_that_learned_nothing_has_features_that_show_the_colour():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 import common
 
@@ -286,14 +287,12 @@ def test_a_world_is_known_by_its_painting(tmp_path):
 
 def test_two_processes_may_write_one_file_at_a_time(tmp_path):
     writes = f"""
-import sys
-sys.path.insert(0, {str(common.__file__.rpartition(os.sep)[0])!r})
 from pathlib import Path
 from common import save_json
 for _ in range(500):
     save_json({{"a": 1}}, Path({str(tmp_path / "a.json")!r}))
 """
-    both = [subprocess.Popen([sys.executable, "-c", writes]) for _ in range(2)]
+    both = [subprocess.Popen([sys.executable, "-c", writes], cwd=ROOT) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 

@@ -122,7 +122,7 @@ def pgd(
     if start is None:
         start = random_start(x, eps, gen)
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-    z = torch.maximum(torch.minimum(start, high), low).contiguous(memory_format=torch.channels_last)
+    z = inside(start, low, high)
     x_adv, taken = torch.empty_like(z), torch.zeros(len(x), dtype=torch.long, device=x.device)
     done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     alive = torch.arange(len(x), device=x.device)  # the images that z, y, low, high, rate hold
@@ -144,7 +144,7 @@ def pgd(
         else:
             (grad,) = torch.autograd.grad(loss(logits, y), z)
         move = grad.sign_().mul_(rate * (1 - 0.9 * step / steps) if decay else rate)
-        z = torch.maximum(torch.minimum(z.detach() + move, high), low)
+        z = inside(z.detach() + move, low, high)
     x_adv[alive] = z.detach()
     model.train(training)
     return Attacked(x_adv, taken, done)
@@ -520,9 +520,10 @@ def apgd(model, x, y, eps, steps, gen, loss=each_cross_entropy, target=None):
         logits = model(z)
         value = loss(logits, s.y, s.target)
         (grad,) = torch.autograd.grad(value.sum(), z)
-        fooled = is_wrong(logits.detach(), s.y)
-        found[s.index], done[s.index] = s.z, fooled
-        value, grad, s = value.detach()[~fooled], grad[~fooled], Climb(*(t[~fooled] for t in s))
+        value, fooled = value.detach(), is_wrong(logits.detach(), s.y)
+        if fooled.any():
+            found[s.index[fooled]], done[s.index[fooled]] = s.z[fooled], True
+            value, grad, s = value[~fooled], grad[~fooled], Climb(*(t[~fooled] for t in s))
         higher = value > s.best_loss
         s = s._replace(
             loss=value,
@@ -554,8 +555,7 @@ def apgd(model, x, y, eps, steps, gen, loss=each_cross_entropy, target=None):
 
 def inside(z, low, high):
     """z (B,3,H,W) brought into the box, channels last."""
-    z = torch.maximum(torch.minimum(z, high), low)
-    return z.contiguous(memory_format=torch.channels_last)
+    return z.clamp(low, high).contiguous(memory_format=torch.channels_last)
 
 
 def where(mask, a, b):
@@ -592,25 +592,41 @@ def square(model, x, y, eps, steps, gen):
     b, c, h, w = x.shape
     best = corner(x, eps, (b, c, 1, w), gen)
     score, used = lead(model(best), y), torch.ones_like(y)
+    found, done = best.clone(), score > 0
+    alive = torch.arange(b, device=x.device)  # the images that x, y, eps, best and score hold
     for query in range(1, steps):
-        i = (score <= 0).nonzero()[:, 0]
-        if len(i) == 0:
-            break
+        standing = score <= 0
+        if not standing.all():  # fooled images leave the batch
+            found[alive], done[alive] = best, ~standing
+            batch = (alive, x, y, eps, best, score)
+            alive, x, y, eps, best, score = (t[standing] for t in batch)
+            if len(alive) == 0:
+                break
         halvings = sum(query / steps * 10_000 > at for at in SQUARE_SCHEDULE)
         side = min(max(round(math.sqrt(0.8 * 0.5**halvings * h * w)), 1), min(h, w) - 1)
-        rows, columns = covered(x[i], h, side, gen), covered(x[i], w, side, gen)
-        patch = rows[:, None, :, None] & columns[:, None, None, :]
-        tried = torch.where(patch, corner(x[i], eps[i], (len(i), c, 1, 1), gen), best[i])
-        new = lead(model(tried), y[i])
-        better = new > score[i]
-        best[i[better]], score[i[better]] = tried[better], new[better]
-        used[i] += 1
-    return Attacked(best, used, score > 0)
+        rows, columns = covered(x, h, side, gen), covered(x, w, side, gen)
+        image = torch.arange(len(x), device=x.device).view(-1, 1, 1)
+        place = image, rows[:, :, None], columns[:, None, :]
+        tried = best.clone()
+        pixels = x.permute(0, 2, 3, 1)[place]  # (B,side,side,C)
+        signs = random_signs(x, (len(x), 1, 1, c), gen)
+        tried.permute(0, 2, 3, 1)[place] = moved(pixels, eps, signs)
+        new = lead(model(tried), y)
+        better = new > score
+        best[better], score[better] = tried[better], new[better]
+        used[alive] += 1
+    found[alive], done[alive] = best, score > 0
+    return Attacked(found, used, done)
+
+
+def random_signs(x, shape, gen):
+    """-1 or 1 at random, of the type and on the device of x."""
+    return 2 * (torch.rand(shape, generator=gen).to(x) < 0.5).to(x) - 1
 
 
 def corner(x, eps, shape, gen):
     """x moved by +-eps (B,) at random, one sign for each element of `shape`, within [0, 1]."""
-    return moved(x, eps, 2 * (torch.rand(shape, generator=gen).to(x) < 0.5).to(x) - 1)
+    return moved(x, eps, random_signs(x, shape, gen))
 
 
 def moved(x, eps, signs):
@@ -618,9 +634,9 @@ def moved(x, eps, signs):
 
 
 def covered(x, length, side, gen):
-    """bool (B,length): a run of `side` at a random place for each image of x."""
+    """int64 (B,side): a run of `side` neighbours at a random place for each image of x."""
     first = (torch.rand(len(x), 1, generator=gen).to(x) * (length - side + 1)).long()
-    return (torch.arange(length, device=x.device) - first) // side == 0
+    return first + torch.arange(side, device=x.device)
 
 
 ATTACKS = {

@@ -92,6 +92,15 @@ def paint(gray, colours, gen, recipe="background", sigma2=None):
     return images
 
 
+def max_pool(x):
+    """2x2 max pooling; where no gradient is kept as two maxima, which say the same in less time."""
+    if torch.is_grad_enabled():
+        return F.max_pool2d(x, 2)
+    h, w = (side // 2 * 2 for side in x.shape[2:])
+    x = torch.maximum(x[:, :, 0:h:2], x[:, :, 1:h:2])
+    return torch.maximum(x[..., 0:w:2], x[..., 1:w:2])
+
+
 class SimpleCNN(nn.Module):
     """Three 3x3 convolutions and a linear head; 4,486 parameters at width 4, 28x28, 10 classes.
 
@@ -111,10 +120,10 @@ class SimpleCNN(nn.Module):
 
     def features(self, x):
         """x (B,3,H,W) in [0, 1] to the last feature map (B,2w,H/4,W/4)."""
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # as ReLU before pooling, for less work
+        x = F.relu(max_pool(self.conv1(x)))  # as ReLU before pooling, for less work
         if self.saturated:
             x = x.tanh()
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = F.relu(max_pool(self.conv2(x)))
         return self.relu(self.conv3(x))
 
     def forward(self, x):
@@ -157,8 +166,12 @@ def build_model(name="simplecnn", width=4, classes=10, size=(28, 28), grayscale=
 def predict(model, split):
     """Predicted classes int64 (N,) of a Split; the model goes to eval mode."""
     model.eval()
-    parts = [slice(i, i + 1000) for i in range(0, len(split.labels), 1000)]
-    return torch.cat([model(split.x(part)).argmax(1) for part in parts])
+    return torch.cat([model(split.x(part)).argmax(1) for part in chunks(len(split.labels))])
+
+
+def chunks(n):
+    """Slices of n images, each as many as a core's cache holds in front of a net."""
+    return [slice(low, low + 250) for low in range(0, n, 250)]
 
 
 def stream(seed, purpose, device="cpu"):

@@ -41,6 +41,7 @@ from common import (
     SPLITS,
     Split,
     build_model,
+    chunks,
     common_args,
     die,
     fill,
@@ -1167,11 +1168,10 @@ def pgd(model, x, y, eps, steps, step_size, gen, loss=F.cross_entropy, start=Non
     if start is None:
         start = x + eps * (2 * torch.rand(x.shape, generator=gen, device=gen.device).to(x) - 1)
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-    z = torch.maximum(torch.minimum(start, high), low)
-    z = z.contiguous(memory_format=torch.channels_last)
+    z = start.clamp(low, high).contiguous(memory_format=torch.channels_last)
     for _ in range(steps):
         (grad,) = torch.autograd.grad(loss(model(z.requires_grad_()), y), z)
-        z = torch.maximum(torch.minimum(z.detach() + step_size * grad.sign_(), high), low)
+        z = (z.detach() + step_size * grad.sign_()).clamp(low, high)
     model.train(training)
     return z.detach()
 
@@ -1537,9 +1537,12 @@ def knows(args):
 
 def evaluate(model, splits):
     """What a run's JSON says of the model: scores of every split, linear probes."""
-    final = {name: score(predict(model, splits[name]), splits[name]) for name in EVAL_SPLITS}
     shown = splits["test_unbiased"]
-    return {"final": final, "probe": probe(judged(model, shown)[1], shown)}
+    said, z = judged(model, shown)
+    answers = {name: predict(model, splits[name]) for name in EVAL_SPLITS[:-1]}
+    answers["test_unbiased"] = said
+    final = {name: score(answers[name], splits[name]) for name in EVAL_SPLITS}
+    return {"final": final, "probe": probe(z, shown)}
 
 
 def score(predicted, split):
@@ -1594,8 +1597,8 @@ def judged(model, split):
     model.eval()
     said, values = [], []
     with InputOf(model.fc) as features:
-        for low in range(0, len(split.labels), 1000):
-            said.append(model(split.x(slice(low, low + 1000))).argmax(1).cpu())
+        for part in chunks(len(split.labels)):
+            said.append(model(split.x(part)).argmax(1).cpu())
             values.append(features.value.cpu())
     return torch.cat(said), torch.cat(values)
 
@@ -1607,30 +1610,31 @@ def probe(z, split):
     the odd ones. Chance is 0.1 where every colour is equally likely. z float (N,F).
     """
     z = (z - z[::2].mean(0)) / (z[::2].std(0) + 1e-6)
-    result = {"n_fit": len(z[::2]), "n": len(z[1::2]), "colour": None, "digit": None}
+    fit, test = z[::2].contiguous(), z[1::2].contiguous()
+    result = {"n_fit": len(fit), "n": len(test), "colour": None, "digit": None}
     for name, target in (("colour", split.colors), ("digit", split.labels)):
         if target is not None:
             y = target.cpu()
-            result[name] = fit_linear(z[::2], y[::2], z[1::2], y[1::2])
+            result[name] = fit_linear(fit, y[::2], test, y[1::2])
     return result
 
 
 def fit_linear(z, y, z_test, y_test, l2=1e-3):
     """Test accuracy of a softmax regression with a small L2 penalty, fitted by L-BFGS. z (N,F)."""
     classes = int(max(y.max(), y_test.max())) + 1
-    weight = torch.zeros(z.shape[1] + 1, classes, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+    weight = torch.zeros(classes, z.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()
-        penalty = l2 * weight[1:].square().sum()
-        loss = F.cross_entropy(z @ weight[1:] + weight[0], y) + penalty
+        loss = F.cross_entropy(F.linear(z, weight, bias), y) + l2 * weight.square().sum()
         loss.backward()
         return loss
 
     optimiser.step(closure)
     with torch.no_grad():
-        return ((z_test @ weight[1:] + weight[0]).argmax(1) == y_test).double().mean().item()
+        return (F.linear(z_test, weight, bias).argmax(1) == y_test).double().mean().item()
 
 
 # ---- scoring a generator
@@ -1671,7 +1675,7 @@ def compare(made, real, z_real, judge, classes):
     }
 
 
-def nearest(made, train_split, n=5000):
+def nearest(made, train_split, n=2000):
     """Median L2 distance to the nearest training image: are the pictures copies of those?"""
     a, found = made.x(slice(n)).mean(1).flatten(1), []  # (n,HW), pixels in [0, 1]
     for low in range(0, len(train_split.labels), 6000):

@@ -106,6 +106,16 @@ def test_simplecnn_is_as_small_as_promised_and_pools_before_relu():
     assert torch.allclose(model(x), model.fc(z.flatten(1)), atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(28, 28), (29, 33), (2, 3)])
+def test_pooling_says_the_same_with_and_without_a_gradient(size):
+    x = torch.randn(2, 4, *size, requires_grad=True)
+    kept = common.max_pool(x)
+    with torch.inference_mode():
+        assert torch.equal(common.max_pool(x), kept) and torch.equal(kept, F.max_pool2d(x, 2))
+    (slope,) = torch.autograd.grad(kept.sum(), x)
+    assert slope.sum() == kept.numel(), "the gradient goes to the largest of four"
+
+
 def test_the_mlp_has_the_sizes_of_the_published_one():
     model = common.build_model("mlp")
     assert sum(p.numel() for p in model.parameters()) == 256_510

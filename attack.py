@@ -93,6 +93,11 @@ def per_image(value, x):
     return torch.as_tensor(value, dtype=x.dtype, device=x.device).expand(len(x)).view(-1, 1, 1, 1)
 
 
+def inside(z, low, high):
+    """z (B,3,H,W) brought into the box, channels last."""
+    return z.clamp(low, high).contiguous(memory_format=torch.channels_last)
+
+
 def pgd(
     model,
     x,
@@ -110,8 +115,8 @@ def pgd(
     """Projected gradient descent in the L-inf ball (Madry et al., 2018) from a random start.
 
     x (B,3,H,W) in [0, 1]; y (B,) labels to leave, or targets to reach where `targeted`; eps and
-    step_size are floats or (B,), in pixel units (step_size: eps / 10 by default, falling linearly
-    to a tenth of itself with `decay`). loss(logits, y) is a scalar in which every image has the
+    step_size are floats or (B,), in pixel units; a step is eps / 10 by default, and with `decay` it
+    falls linearly towards a tenth of itself. loss(logits, y) is a scalar in which images have the
     same weight. stop(logits, y) -> bool (B,) takes finished images out of the batch, so they cost
     nothing more. `start` (B,3,H,W) replaces the random start. Nothing gathers in .grad; train/eval
     mode stays as it was found.
@@ -223,11 +228,6 @@ def carry_out(attack, model, reached, x, y, eps, **more):
     return Attacked(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def in_no_steps(x_adv):
-    """What an attack without gradient steps hands to `carry_out`."""
-    return Attacked(x_adv, torch.zeros(len(x_adv), dtype=torch.long, device=x_adv.device), None)
-
-
 @torch.no_grad()
 def answer(model, x):
     """Predicted classes int64 (N,) of pictures (N,3,H,W)."""
@@ -259,7 +259,7 @@ def headline(model, x, y, args, gen):
 
 
 def strongest(model, criterion, x, y, eps, start, steps):
-    """Attacked: targeted PGD, steps falling from eps / 4 to eps / 40, with each loss in turn.
+    """Attacked: targeted PGD, steps falling from eps / 4 towards eps / 40, with each loss in turn.
 
     The second loss sees the images that resisted the first. The argmax needs both: the margin
     alone would flatter models that are sure of themselves, cross-entropy alone those that never
@@ -364,17 +364,18 @@ def targeted(models, split, args):
     }
 
 
-def examples(models, entries, adversarial, x, args, count=6):
+def examples(models, entries, adversarial, x, args):
     """Pictures for the figure: the first seed of the first two rows of the table.
 
-    Chosen are images that most of the two read correctly when clean and got wrong under attack.
+    Chosen are images that most of the two read correctly when clean, which counts double, and
+    that were then brought to `confidence`.
     """
     names = [next(iter(seeds.values())) for seeds in list(by_method(entries).values())[:2]]
     score = torch.zeros(len(x))
     for name in names:
         score += 2 * (torch.tensor(entries[name]["clean"]) == args.src)
         score += column(entries[name], "confidence", "steps", math.inf).isfinite()
-    chosen = score.argsort(descending=True, stable=True)[:count].to(x.device)
+    chosen = score.argsort(descending=True, stable=True)[:6].to(x.device)
     pictures = {}
     for name in names:
         x_adv = adversarial[name][chosen]
@@ -419,19 +420,17 @@ def pairs(models, split, args):
     entries = {}
     for name, m in models.items():
         gen, table = stream(args.seed, "pairs"), {}
-        todo = torch.arange(len(index), device=index.device)
+        fooled = torch.ones(len(index), dtype=torch.bool, device=index.device)
         for criterion in CRITERIA:
-            progress(name, models, f"{criterion}: {len(todo):,} attacks")
-            x = split.x(index[todo])
+            i = fooled.nonzero()[:, 0]  # who resists the first criterion is not tried for the next
+            progress(name, models, f"{criterion}: {len(i):,} attacks")
+            x = split.x(index[i])
             eps, start = x.new_full((len(x),), args.eps), random_start(x, args.eps, gen)
-            a = strongest(m.net, CRITERIA[criterion], x, y[todo], eps, start, args.steps)
-            todo = todo[a.done]  # who cannot be brought to the argmax is not tried for confidence
-            share = (cell[todo].bincount(minlength=classes**2) / n).view(classes, classes)
+            fooled[i] = strongest(m.net, CRITERIA[criterion], x, y[i], eps, start, args.steps).done
+            share = (cell[fooled].bincount(minlength=classes**2) / n).view(classes, classes)
             table[criterion] = [
                 [None if math.isnan(v) else round(v, 4) for v in row] for row in share.tolist()
             ]
-            fooled = torch.zeros(len(index), dtype=torch.bool)
-            fooled[todo.cpu()] = True
             table[f"{criterion}_mean"] = rate(fooled)
         entries[name] = {**m.about, **table}
     return {"models": entries, "n_per_digit": [len(i) for i in chosen]}
@@ -446,7 +445,7 @@ def fgsm(model, x, y, eps, steps, gen):
 
 
 def pgd_untargeted(model, x, y, eps, steps, gen):
-    """PGD (Madry et al., 2018) until fooled: random start, steps from eps / 4 down to eps / 40."""
+    """PGD (Madry et al., 2018) until fooled: random start, steps from eps / 4 towards eps / 40."""
     return pgd(model, x, y, eps, steps, gen, eps / 4, stop=is_wrong, decay=True)
 
 
@@ -553,11 +552,6 @@ def apgd(model, x, y, eps, steps, gen, loss=each_cross_entropy, target=None):
     return Attacked(found, taken, done)
 
 
-def inside(z, low, high):
-    """z (B,3,H,W) brought into the box, channels last."""
-    return z.clamp(low, high).contiguous(memory_format=torch.channels_last)
-
-
 def where(mask, a, b):
     """torch.where with one decision (B,) an image."""
     return torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b)
@@ -590,7 +584,7 @@ def square(model, x, y, eps, steps, gen):
     One departure: all images of a batch share the size of the square.
     """
     b, c, h, w = x.shape
-    best = corner(x, eps, (b, c, 1, w), gen)
+    best = moved(x, eps, random_signs(x, (b, c, 1, w), gen))
     score, used = lead(model(best), y), torch.ones_like(y)
     found, done = best.clone(), score > 0
     alive = torch.arange(b, device=x.device)  # the images that x, y, eps, best and score hold
@@ -624,12 +618,8 @@ def random_signs(x, shape, gen):
     return 2 * (torch.rand(shape, generator=gen).to(x) < 0.5).to(x) - 1
 
 
-def corner(x, eps, shape, gen):
-    """x moved by +-eps (B,) at random, one sign for each element of `shape`, within [0, 1]."""
-    return moved(x, eps, random_signs(x, shape, gen))
-
-
 def moved(x, eps, signs):
+    """x (B,C,H,W) moved by +-eps (B,), within [0, 1]."""
     return (x + eps.view(-1, 1, 1, 1) * signs).clamp(0, 1)
 
 
@@ -667,6 +657,7 @@ def worst_case(m, x, y, args):
     right = answer(m.net, x) == y
     standing, found = right.clone(), {"clean": rate(right)}
     for name in ATTACKS:
+        found[name] = {}
         for restart in range(args.restarts if name in STRONG else 1):
             alone = name in ALONE and restart == 0
             i = (right if alone else standing).nonzero()[:, 0]
@@ -676,8 +667,8 @@ def worst_case(m, x, y, args):
             if alone:
                 own = right.clone()
                 own[fooled] = False
-                found[name] = {"own": rate(own)}
-        found.setdefault(name, {})["so_far"] = rate(standing)
+                found[name]["own"] = rate(own)
+        found[name]["so_far"] = rate(standing)
     return found, standing
 
 
@@ -737,7 +728,8 @@ def sampled(n, most, args):
 
 def noise(model, x, y, eps, steps, gen):
     """A random corner of the ball."""
-    return in_no_steps(moved(x, eps, torch.randn(x.shape, generator=gen).sign().to(x)))
+    corner = moved(x, eps, torch.randn(x.shape, generator=gen).sign().to(x))
+    return Attacked(corner, torch.zeros_like(y), None)  # no gradient step
 
 
 def towards(k, model, x, y, eps, steps, gen):
@@ -778,6 +770,7 @@ def measure(m, x, y, args):
     curve = {eps: share(left(STRONG, eps)) for eps in radii}
     eps = min(radii, key=lambda r: abs(curve[r] - clean / 2))
     restarts = [left(STRONG, eps, seed=k) for k in range(5)]
+    # an image is not led to its own class
     each = [left([name], eps) | right & (y == k) for k, name in enumerate(goals)]
     return {
         "clean": clean,
@@ -801,7 +794,7 @@ def measure(m, x, y, args):
 
 
 def claims(v):
-    """[(claim, did it hold, the numbers)] of `measure`, after the list of Carlini et al. (2019)."""
+    """[{claim, pass, numbers}] of what `measure` found, after the list of Carlini et al. (2019)."""
     curve = list(v["curve"].values())
     small = {key: v["APGD"] - v[key] < POINT for key in ("twice", "five restarts", "each class")}
     weaker, stronger = ("noise", "FGSM", "PGD"), ("FGSM", "PGD", "APGD")
@@ -826,24 +819,23 @@ def claims(v):
         ("all images are in the ball and in [0, 1]", v["outside"] == 0, "images, outside"),
     ]
     by_eps = {f"eps {eps:g}": accuracy for eps, accuracy in v["curve"].items()}
-    numbers = [
-        by_eps if keys == "curve" else {k: v[k] for k in keys.split(", ")} for *_, keys in rows
-    ]
-    return [(claim, held, n) for (claim, held, _), n in zip(rows, numbers, strict=True)]
+    found = []
+    for claim, held, keys in rows:
+        numbers = by_eps if keys == "curve" else {key: v[key] for key in keys.split(", ")}
+        rounded = [[key, round(value, 4)] for key, value in numbers.items()]
+        found.append({"claim": claim, "pass": held, "numbers": rounded})
+    return found
 
 
 def check(models, split, args):
     """The record of what `claims` says of each model."""
     index = sampled(len(split.labels), args.n, args).to(split.labels.device)
     x, y = split.x(index), split.labels[index]
-    entries, passed = {}, True
+    entries = {}
     for name, m in models.items():
         progress(name, models, f"nine checks on {len(y):,} images")
-        entries[name] = {**m.about, "checks": []}
-        for claim, held, numbers in claims(measure(m, x, y, args)):
-            rounded = [[key, round(v, 4)] for key, v in numbers.items()]
-            entries[name]["checks"].append({"claim": claim, "pass": held, "numbers": rounded})
-            passed = passed and held
+        entries[name] = {**m.about, "checks": claims(measure(m, x, y, args))}
+    passed = all(c["pass"] for m in entries.values() for c in m["checks"])
     return {"models": entries, "n": len(y), "passed": passed}
 
 
@@ -942,19 +934,20 @@ def compare(models, args):
     """One dict for each row after the first: other - reference, of the same seed and image.
 
     With bootstrap intervals. A min-eps that was not found counts as the largest radius tried. Rows
-    that share no seed with the reference are left out, and so are models that did not train.
+    that share no seed with the reference are left out, and so are models that did not train: the
+    reference is the first row that did.
     """
     models = {name: m for name, m in models.items() if m.get("trained", True)} or models
     (reference, first), *others = by_method(models).items()
     compared = []
     for other, second in others:
-        pairs = [(models[first[seed]], models[second[seed]]) for seed in first if seed in second]
-        if not pairs:
+        shared = [seed for seed in first if seed in second]
+        if not shared:
             continue
-        entry = {"reference": reference, "other": other, "seeds": len(pairs)}
+        pairs = [(models[first[seed]], models[second[seed]]) for seed in shared]
+        entry = {"reference": reference, "other": other, "seeds": len(shared)}
         for subset, counts in subsets(models, args.src).items():
-            counted = [counts[second[seed]] for seed in first if seed in second]
-            excluded = ~torch.stack(counted)  # (seeds, images)
+            excluded = ~torch.stack([counts[second[seed]] for seed in shared])  # (seeds, images)
             entry[subset] = {}
             for criterion in CRITERIA:
                 radii, successes = gaps(pairs, criterion, RADII[-1])
@@ -984,43 +977,26 @@ def gaps(pairs, criterion, cap):
 # ---- tables: {name: Markdown, or None without results}
 
 
-def chosen(folder):
-    """{table: the record it shows, None without results}."""
-    mnist = folder / "mnist"
-    return {
-        "targeted": evidence(folder, "7to3*", 0.05),
-        "pairs": evidence(folder, "pairs*", 0.05),
-        "untargeted": evidence(folder, "untargeted*", 0.05),
-        "untargeted_at": evidence(folder, "at"),
-        "untargeted_wide": evidence(folder, "wide"),
-        "mnist": evidence(mnist, "at", 0.3),
-        "resnet": evidence(mnist, "resnet"),
-        "robgan_attacks": evidence(mnist, "robgan"),
-        "robgan_2000_attacks": evidence(mnist, "robgan_2000"),
-        "check": evidence(folder, "check*"),
-        "at_check": evidence(folder, "at_check"),  # further columns of the same table
-        "check_mnist": evidence(mnist, "check*"),
-    }
-
-
 def evidence(folder, name, eps=None):
     """The record of attack_NAME.json with the most images, by name where equal; None without.
 
     `name` may hold a star, `eps` a condition. Models are in the order of --models.
     """
-    best, most = None, 0
+    found = []
     for path in sorted(folder.glob(f"attack_{name}.json")):
         hint = "delete it and run attack.py again"
         record = load_json(path, hint)
         if not {"mode", "args", "models"} <= record.keys():
             die(f"{path} is no result of attack.py", hint)
-        n = record.get("n") or len(record.get("index", ())) or sum(record["n_per_digit"])
-        if n > most and eps in (None, record["args"]["eps"]):
-            best, most = {**record, "name": path.stem}, n
-    if best:
-        for key in {"models", "summary"} & best.keys():
-            best[key] = {name: best[key][name] for name in best["args"]["models"]}
-    return best
+        if eps in (None, record["args"]["eps"]):
+            record["models"] = {name: record["models"][name] for name in record["args"]["models"]}
+            found.append(record)
+    return max(found, key=images_of, default=None)
+
+
+def images_of(record):
+    """How many images were attacked; each mode counts them in its own way."""
+    return record.get("n") or len(record.get("index", ())) or sum(record["n_per_digit"])
 
 
 def published(folder, eps):
@@ -1115,29 +1091,28 @@ def untargeted_table(record, others=()):
     """Accuracy when clean, under each attack and under the worst of them, beside published rows."""
     if record is None:
         return None
-    a, models, n = record["args"], record["models"], record["n"]
-    first = next(iter(models.values()))
-    attacks = [name for name in ATTACKS if name in first["attacks"]]
+    a, models = record["args"], record["models"]
     effort = dict.fromkeys(("PGD", "APGD", "APGD-T"), f", {a['steps']} steps")
     effort["Square"] = f", {a['queries']:,} queries"
-    then = {name: "" if "own" in first["attacks"][name] else "then " for name in attacks}
-    coloured = any(m.get("follows_colour") is not None for m in models.values())
+    coloured = any(m["follows_colour"] is not None for m in models.values())
     header = ["model", "n", "clean", *(["follows colour"] if coloured else [])]
-    header += [f"{then[name]}{name}{effort.get(name, '')}" for name in attacks]
+    for name in ATTACKS:
+        then = "" if name in ALONE else "then "
+        header.append(f"{then}{name}{effort.get(name, '')}")
     header.append("worst case")
     lines = []
     for row, seeds in by_method(models).items():
         found = [models[name] for name in seeds.values()]
         clean = mean_sd([m["attacks"]["clean"]["rate"] for m in found])
-        line = [label(row, found), f"{n:,}", clean]
+        line = [label(row, found), f"{record['n']:,}", clean]
         if coloured:
-            line.append(mean_sd([m.get("follows_colour") for m in found]))
-        for name in attacks:
-            measured = [m["attacks"][name] for m in found]
-            line.append(mean_sd([one.get("own", one["so_far"])["rate"] for one in measured]))
+            line.append(mean_sd([m["follows_colour"] for m in found]))
+        for name in ATTACKS:
+            kind = "own" if name in ALONE else "so_far"
+            line.append(mean_sd([m["attacks"][name][kind]["rate"] for m in found]))
         lines.append([*line, rates([m["robust"] for m in found])])
     for row in others:
-        keys = ["clean", *(["follows colour"] if coloured else []), *attacks, "robust"]
+        keys = ["clean", *(["follows colour"] if coloured else []), *ATTACKS, "robust"]
         values = [f"{row[key]:.3f}" if key in row else "-" for key in keys]
         lines.append([f"*{row['row']}, published*", "-", *values])
     return markdown(header, lines)
@@ -1155,7 +1130,7 @@ def check_table(*records):
         held = ["holds" if c["pass"] else "**fails**" for c in checks]
         cells = [f"{word}: {listed(c['numbers'])}" for word, c in zip(held, checks, strict=True)]
         lines.append([checks[0]["claim"], *cells])
-    return markdown(header, lines) if lines else None
+    return markdown(header, lines)
 
 
 def listed(numbers):
@@ -1328,31 +1303,29 @@ def draw(record, folder, stem):
 
 def report(args):
     """Refill the tables and redraw the figures of the write-up; computes nothing."""
-    found, drawn, mnist = chosen(args.dir), [], args.dir / "mnist"
-    for key, stem in (
-        ("targeted", "attack_7to3"),
-        ("pairs", "attack_pairs"),
-        ("untargeted", "attack"),
-    ):
-        if found[key]:
-            drawn += draw(found[key], args.dir, stem)
+    here, mnist = args.dir, args.dir / "mnist"  # most names are those of run_all.sh
+    seven = evidence(here, "7to3*", 0.05)
+    every_pair = evidence(here, "pairs*", 0.05)
+    any_digit = evidence(here, "untargeted*", 0.05)
     tables = {
-        "targeted": targeted_table(found["targeted"]),
-        "targeted_change": change_table(found["targeted"]),
-        "pairs": pairs_table(found["pairs"]),
-        "untargeted": untargeted_table(found["untargeted"]),
-        "untargeted_at": untargeted_table(found["untargeted_at"]),
-        "untargeted_wide": untargeted_table(found["untargeted_wide"]),
-        "mnist": untargeted_table(found["mnist"], published(mnist, "0.3")),
-        "resnet": untargeted_table(found["resnet"], published(mnist, "0.1")),
-        "robgan_attacks": untargeted_table(found["robgan_attacks"]),
-        "robgan_2000_attacks": untargeted_table(found["robgan_2000_attacks"]),
-        "check": check_table(found["check"], found["at_check"]),
-        "check_mnist": check_table(found["check_mnist"]),
+        "targeted": targeted_table(seven),
+        "targeted_change": change_table(seven),
+        "pairs": pairs_table(every_pair),
+        "untargeted": untargeted_table(any_digit),
+        "untargeted_at": untargeted_table(evidence(here, "at")),
+        "untargeted_wide": untargeted_table(evidence(here, "wide")),
+        "mnist": untargeted_table(evidence(mnist, "at", 0.3), published(mnist, "0.3")),
+        "resnet": untargeted_table(evidence(mnist, "resnet"), published(mnist, "0.1")),
+        "robgan_attacks": untargeted_table(evidence(mnist, "robgan")),
+        "robgan_2000_attacks": untargeted_table(evidence(mnist, "robgan_2000")),
+        "check": check_table(evidence(here, "check*"), evidence(here, "at_check")),
+        "check_mnist": check_table(evidence(mnist, "check*")),
     }
     print("refilled", *fill(args.dir, tables))
-    if drawn:
-        print("drew", *drawn)
+    shown = {"attack_7to3": seven, "attack_pairs": every_pair, "attack": any_digit}
+    for stem, record in shown.items():
+        if record:
+            print("drew", *draw(record, args.dir, stem))
 
 
 # ---- what the terminal says
@@ -1373,8 +1346,8 @@ def tell(record):
         if record["mode"] == "targeted":
             argmax, sure = (record["summary"][name]["all"][criterion] for criterion in CRITERIA)
             n, tgt = argmax["success"]["n"], record["args"]["tgt"]
-            text = f"of {n} become a {tgt}: {reached(argmax)}; with probability {CONFIDENT:g}: "
-            text += reached(sure)
+            text = f"of {n} become a {tgt}: {in_words(argmax)}; with probability {CONFIDENT:g}: "
+            text += in_words(sure)
         elif record["mode"] == "pairs":
             argmax, sure = (m[f"{criterion}_mean"] for criterion in CRITERIA)
             text = f"{argmax['k']:,} of {argmax['n']:,} reach the digit they want, "
@@ -1396,7 +1369,7 @@ def tell(record):
             print(f"{text} ({shares[1]}) of {argmax['n']} images that both read correctly")
 
 
-def reached(case):
+def in_words(case):
     """How many were fooled, after how many steps, and the median of the smallest radii."""
     k, steps, eps = case["success"]["k"], case["steps"]["median"], case["min_eps"]["median"]
     return f"{k} (median {steps:g} steps, min-eps {eps:g})" if k else "none"
@@ -1466,8 +1439,7 @@ def complete(args):
 
 def row_and_seed(name):
     """('jitter', 42) of 'jitter_s42', 'unbiased/jitter_s42' or 'results/jitter_s42.pt'."""
-    name = name.removesuffix(".pt")
-    seed = re.search(r"_s(\d+)$", name)
+    seed = re.search(r"_s(\d+)(\.pt)?$", name)
     return row_of(name), int(seed[1]) if seed else None
 
 

@@ -107,9 +107,7 @@ class SimpleCNN(nn.Module):
     With `saturated`, conv1's activation ends at 1: strokes of any colour can look the same then.
     """
 
-    early = "conv2"  # what this layer is fed, (B,w,H/2,W/2), are the early features of `lntl`
-
-    def __init__(self, width=4, classes=10, size=(28, 28), saturated=False):
+    def __init__(self, width, classes, size, saturated):
         super().__init__()
         self.saturated = saturated
         self.conv1 = nn.Conv2d(3, width, 3, padding=1)
@@ -130,7 +128,7 @@ class SimpleCNN(nn.Module):
         return self.fc(self.features(x).flatten(1))
 
 
-def build_mlp(classes=10, size=(28, 28), hidden=100):
+def build_mlp(classes, size, hidden=100):
     """Three hidden layers, the net of the published figures on Coloured MNIST."""
     sides = 3 * size[0] * size[1], hidden, hidden, hidden
     layers = {"flatten": nn.Flatten()}
@@ -340,17 +338,19 @@ def load_split(folder, name, device="cpu"):
     path = folder / f"{name}.pt"
     record = load_pt(path, f"run: python make_data.py --dir {folder}")
     images = record.get("images")
-    if not torch.is_tensor(images) or images.dtype != torch.uint8 or images[:0].shape[:2] != (0, 3):
+    pixels = torch.is_tensor(images) and images.dtype == torch.uint8 and images.ndim == 4
+    if not pixels or images.shape[1] != 3:
         hint = "make it of (N,H,W,3) by images.permute(0, 3, 1, 2); see README.md"
         die(f"{path}: images must be uint8 (N,3,H,W)", hint)
+    n, _, h, w = images.shape
     parts = {"images": images.to(device, memory_format=torch.channels_last)}
-    for key, kind in (("labels", torch.int64), ("colors", torch.int64), ("gray", torch.uint8)):
-        t, shape = record.get(key), images[:, 0].shape if key == "gray" else images.shape[:1]
+    for key, shape in {"labels": (n,), "colors": (n,), "gray": (n, h, w)}.items():
+        t = record.get(key)
         if t is not None or key == "labels":
             ours = torch.is_tensor(t) and t.shape == shape and not t.is_floating_point()
-            if not ours or not len(t) or int(t.min()) < 0 or int(t.max()) > 999:
-                die(f"{path}: {key} must be whole numbers from 0, {tuple(shape)}", "see README.md")
-            t = t.to(device, kind)
+            if not ours or not n or int(t.min()) < 0 or int(t.max()) > 999:
+                die(f"{path}: {key} must be whole numbers from 0, {shape}", "see README.md")
+            t = t.to(device, torch.uint8 if key == "gray" else torch.int64)
         parts[key] = t
     return Split(**parts)
 
@@ -369,7 +369,8 @@ def load_model(folder, name, device="cpu"):
         kind = args["model"], args["width"], record["classes"], record["size"]
         model = build_model(*kind, args.get("grayscale", False))
         model.load_state_dict(record["weights"])
-        assert all(t.isfinite().all() for t in record["weights"].values()), "weights not finite"
+        if not all(t.isfinite().all() for t in record["weights"].values()):
+            raise ValueError("weights are not finite")
     except Exception as e:  # whatever a foreign file makes of it
         why = f"{type(e).__name__}: {e}".splitlines()[0]
         die(f"{path} is no checkpoint of train.py ({why})", "see README.md, 'Change one thing'")
@@ -410,12 +411,11 @@ def fill(folder, tables):
     for path in files:
         text = path.read_text() if path.exists() else ""
         for name, table in tables.items():
-            mark, end = f"<!-- table: {name} -->", "<!-- end -->"
-            if mark not in text and not ours:
-                text += f"## {name}\n\n{mark}\n{end}\n\n"
-            before, mark, after = text.partition(mark)
-            if mark and end in after:
-                after = after.partition(end)[2]
-                text = f"{before}{mark}\n\n{table or '*no results yet*'}\n{end}{after}"
+            start, end = f"<!-- table: {name} -->", "<!-- end -->"
+            filled = f"{start}\n\n{table or '*no results yet*'}\n{end}"
+            if not ours and start not in text:
+                text += f"## {name}\n\n{filled}\n\n"
+            old = re.search(f"{start}.*?{end}", text, re.S)
+            text = text.replace(old[0], filled) if old else text
         write(path, lambda file, text=text: file.write(text.encode()))
     return files

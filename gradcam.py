@@ -95,7 +95,6 @@ def main(argv=None):
     if args.report:
         return report(args)
     device = setup(args)
-    args.models = list(dict.fromkeys(args.models))
     stems = [Path(name).name.removesuffix(".pt") for name in args.models]
     if len(set(stems)) < len(stems):
         what = f"--models {' '.join(args.models)}: two would share one row"
@@ -103,6 +102,8 @@ def main(argv=None):
     if args.name and not re.fullmatch(r"(?!hirescam|gradcampp|maximise)\w{1,60}", args.name, re.A):
         what = f"--name {args.name!r} must be letters, digits and _, and no kind of map"
         die(what, "choose another name")
+    if args.image and (args.maximise or args.name):
+        die("--image draws one figure, so --maximise and --name mean nothing", "leave them out")
     if args.maximise or args.image:
         usual = get_args([])
         for flag in ("split", "digit", "target", "cam", "layer"):
@@ -199,7 +200,7 @@ class Heat(NamedTuple):
 def heat_of(subject, split, cam, targets=None):
     """Heat maps of a split, gathered on the CPU; `targets` (N,), None explains the prediction."""
     parts = []
-    for index in slices(split):
+    for index in slices(len(split.labels)):
         target = None if targets is None else targets[index].to(split.images.device)
         e = explain(subject.model, subject.target_layer, split.x(index), target)
         confidence, predicted = e.logits.softmax(1).max(1)
@@ -208,8 +209,8 @@ def heat_of(subject, split, cam, targets=None):
     return Heat(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
-def slices(split):
-    return [slice(i, i + BATCH) for i in range(0, len(split.labels), BATCH)]
+def slices(n):
+    return [slice(i, i + BATCH) for i in range(0, n, BATCH)]
 
 
 def upsample(maps, size):
@@ -282,9 +283,9 @@ def heat_scores(maps, gray):
     maps float (N,h,w), rectified; gray uint8 (N,H,W). No tolerance around the hottest pixel.
     """
     parts = []
-    for i in range(0, len(maps), BATCH):
-        heat = upsample(maps[i : i + BATCH], gray.shape[1:]).double()
-        digit = gray[i : i + BATCH] > 255 * DIGIT_PIXEL
+    for index in slices(len(maps)):
+        heat = upsample(maps[index], gray.shape[1:]).double()
+        digit = gray[index] > 255 * DIGIT_PIXEL
         total, area = heat.sum((1, 2)), digit.double().mean((1, 2))
         hottest = (heat == heat.amax((1, 2), keepdim=True)).double()
         share = (heat * digit).sum((1, 2)) / total
@@ -339,7 +340,7 @@ def completeness(subject, split):
     HiResCAM leaves nothing over where a linear head follows the layer, as in SimpleCNN.
     """
     left, bias = {"gradcam": [], "hirescam": []}, subject.model.fc.bias.detach()
-    for index in slices(split):
+    for index in slices(len(split.labels)):
         e = explain(subject.model, subject.target_layer, split.x(index))
         wanted = e.logits.gather(1, e.target[:, None])[:, 0] - bias[e.target]
         for cam, parts in left.items():
@@ -364,28 +365,26 @@ def spearman(a, b):
 # ---- what the model really uses: repaint and ask again
 
 
-def recipe_of(folder, split):
-    """(recipe and sigma2 as keywords of `paint`, None), or (None, why nothing is repainted)."""
+def recipe_of(folder, labels, colours):
+    """(recipe and sigma2 as keywords of `paint`, None), or (None, why nothing is repainted).
+
+    labels and colours (N,) of what is to be repainted; colours may be None.
+    """
     path = folder / "meta.json"
-    if split.colors is None or not path.exists():
+    if colours is None or not path.exists():
         return None, f"they need colors in the split and {path}"
     meta = load_json(path, "delete it")
     recipe = {"recipe": meta.get("recipe"), "sigma2": meta.get("sigma2")}
-    palette = list(PALETTES.get(str(recipe["recipe"]), {}).values())
+    palette = PALETTES.get(str(recipe["recipe"]), {})
     if not palette:
         return None, f"{path} names the recipe {recipe['recipe']!r}, not {' or '.join(PALETTES)}"
-    if hexes(meta.get("palette", [])) not in ([], palette):
+    today = [[name, list(bytes.fromhex(colour[1:]))] for name, colour in palette.items()]
+    if meta.get("palette", today) != today:
         return None, f"{folder} was painted with another palette than today's, paint it again"
-    last = max(int(split.colors.max()), int(split.labels.max()))
+    last = max(int(colours.max()), int(labels.max()))
     if last >= len(palette):
         return None, f"classes run to {last}, but the palette ends at {len(palette) - 1}"
     return recipe, None
-
-
-def hexes(palette):
-    """'#RRGGBB' of every entry [name, colour] in meta.json; the colour may be [r, g, b]."""
-    colours = [colour for _, colour in palette]
-    return [c if isinstance(c, str) else "#" + bytes(c).hex().upper() for c in colours]
 
 
 def repaint(split, colours, recipe, seed):
@@ -514,20 +513,23 @@ def paintings(split, choice, recipe, args):
 
 def scene(title, pictures, subjects, args, palette=None):
     """Pictures and what models make of them: tensors and strings fit for save_pt."""
-    targets, labels, models = None, pictures.labels.cpu(), {}
-    if args.target == "label":
-        targets = pictures.labels
-    for name, subject in subjects.items():
-        heat = heat_of(subject, pictures, args.cam, targets)
-        models[name] = heat._asdict()
+    labels = pictures.labels.cpu()
+    targets = labels if args.target == "label" else None
     foreign, below = torch.ones_like(labels).bool(), [str(label) for label in labels.tolist()]
     if palette:
         colours = pictures.colors.cpu()
         foreign = colours != labels
         below = [f"{label} on {palette[c]}" for label, c in zip(below, colours, strict=True)]
-    parts = {"images": pictures.images.cpu().contiguous(), "gray": pictures.gray.cpu()}
-    parts |= {"labels": labels, "foreign": foreign, "below": below, "models": models}
-    return {**parts, "title": f"{TITLES[args.cam]}: {title}"}
+    heat = {name: heat_of(s, pictures, args.cam, targets) for name, s in subjects.items()}
+    return {
+        "title": f"{TITLES[args.cam]}: {title}",
+        "images": pictures.images.cpu().contiguous(),
+        "gray": pictures.gray.cpu(),
+        "labels": labels,
+        "foreign": foreign,
+        "below": below,
+        "models": {name: seen._asdict() for name, seen in heat.items()},
+    }
 
 
 def firsts_of(names):
@@ -721,9 +723,10 @@ def rows_of(record):
 
 def looks(record):
     """{row: {measure: a number per seed}}, a row per method and two of maps that know nothing."""
-    split, rows = record["split"], rows_of(record)
-    for label in ("random map", "uniform map"):
-        rows[label] = [{"maps": {split: record["null"][label.replace(" ", "_")]}}]
+    split, null = record["split"], record["null"]
+    rows = rows_of(record)
+    rows["random map"] = [{"maps": {split: null["random_map"]}}]
+    rows["uniform map"] = [{"maps": {split: null["uniform_map"]}}]
     return {row: look_cells(models, split) for row, models in rows.items()}
 
 
@@ -779,23 +782,21 @@ def cascade_table(records):
 
 
 def report(args):
-    """Redraw the figures and, from the default settings' files, refill the tables."""
-    stem = stem_of(args)
-    records = widest(args.dir) if stem == "gradcam" else load_records(args.dir, stem)
-    written = draw_all(args.dir, stem, records)
-    if stem == "gradcam":
-        paths = sorted(args.dir.glob("gradcam_maximise*.json"))
-        found = {path: load_json(path, "delete it") for path in paths}
-        path = max(found, key=lambda path: len(found[path]["models"]), default=None)
-        if path and path.with_suffix(".pt").exists():
-            written.append(draw_wants(path.with_suffix(".pt")))
-        tables = {
-            "looks": looks_table(records),
-            "cascade": cascade_table(records) if records else None,
-            "wants": table(wants(found[path])) if path else None,
-        }
-        written += fill(args.dir, tables)
-    print("\n".join(f"wrote {path}" for path in written) or f"{args.dir} has no {stem}.json yet")
+    """Redraw the figures and refill the tables, each from the record with the most models."""
+    records = widest(args.dir)
+    written = draw_all(args.dir, "gradcam", records)
+    paths = sorted(args.dir.glob("gradcam_maximise*.json"))
+    found = {path: load_json(path, "delete it") for path in paths}
+    path = max(found, key=lambda path: len(found[path]["models"]), default=None)
+    if path and path.with_suffix(".pt").exists():
+        written.append(draw_wants(path.with_suffix(".pt")))
+    tables = {
+        "looks": looks_table(records),
+        "cascade": cascade_table(records),
+        "wants": table(wants(found[path])) if path else None,
+    }
+    written += fill(args.dir, tables)
+    print("\n".join(f"wrote {path}" for path in written))
 
 
 # ---- the command
@@ -826,7 +827,7 @@ def look(args, device):
     split = load_world(args, device)
     subjects = {name: load_subject(args, name, split, device) for name in args.models}
     guard(path, settings, args.overwrite)
-    recipe, obstacle = recipe_of(args.dir, split)
+    recipe, obstacle = recipe_of(args.dir, split.labels, split.colors)
     kind, n = TITLES[args.cam], len(split.labels)
     print(f"{kind} of {len(subjects)} models on {n:,} pictures of {args.split}", flush=True)
     record = {
@@ -898,9 +899,10 @@ def measure(subjects, split, recipe, args):
 
 def say(cells, keys):
     """The first eight rows of a table on the terminal."""
-    for row, numbers in [("", {}), *cells.items()][:9]:
-        shown = [mean_sd(numbers[key]) if numbers else key for key in keys]
-        print(f"{row:20s}" + "".join(f"  {number:>20s}" for number in shown))
+    lines = [("", *keys)]
+    lines += [(row, *(mean_sd(numbers[key]) for key in keys)) for row, numbers in cells.items()]
+    for row, *shown in lines[:9]:
+        print(f"{row:20s}" + "".join(f"  {text:>20s}" for text in shown))
 
 
 # ---- what each answer wants to see
@@ -1019,7 +1021,7 @@ def reader_among(args):
 def palette_of(folder, classes, device):
     """Mean colours (colours,3) in [0, 1] of the world, None where they do not match the classes."""
     every = torch.arange(classes)
-    recipe, _ = recipe_of(folder, Split(None, every, every, None))
+    recipe, _ = recipe_of(folder, every, every)
     if recipe is None:
         return None
     rgb = [list(bytes.fromhex(colour[1:])) for colour in PALETTES[recipe["recipe"]].values()]

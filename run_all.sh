@@ -23,9 +23,10 @@ JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
 SEEDS="42 43 44 45 46" FEW="42 43 44"  # of the headline, and of side tables
 VARIANCES="020 025 030 035 040 045 050"  # worlds of lntl, in thousandths
 BIASED="999 997 995 99" CMNIST="995 99 98 95" WEAK="8 6 3"  # shares of aligned images, behind the point
+SHARES="generated_0.3 generated_0.7"  # of generated pictures in a batch, beside a half
 DATA= BUDGET= LONG= SHORT= RESNET=resnet50 SOME=30000 N=1000 QUERIES=5000
 if [ "${QUICK:-0}" = 1 ]; then
-  DIR=results/quick SEEDS="42 43" FEW=42 VARIANCES=020 BIASED=99 CMNIST=95 WEAK=6
+  DIR=results/quick SEEDS="42 43" FEW=42 VARIANCES=020 BIASED=99 CMNIST=95 WEAK=6 SHARES=
   DATA="--limit 6000" LONG="--lr 0.01 --schedule onecycle" SHORT="--epochs 2" RESNET=resnet18 SOME=1500 N=50 QUERIES=100
   BUDGET="$LONG --epochs 4"  # LONG is for the headline table, where the cure should show
 fi
@@ -72,11 +73,14 @@ alone() {
 # ---- steps: queue them with `step`, run the queue side by side with `go`
 QUEUE=()
 step() { set -- $*; QUEUE+=("$*"); }  # one blank between words, as --step will see them
-at() { local dir=$DIR/$1; echo "--dir ${dir%/.} ${*:2}"; }  # WORLD FLAGS
-paint() { step "make_data.py $(at "$@") $DATA"; }  # WORLD FLAGS
-attack() { step "attack.py $(at "$@")"; }  # WORLD FLAGS
-short() { step "train.py $(at ${1%/*} --name ${1#*/} ${*:2})"; }  # WORLD/NAME FLAGS: not the name train.py would give
-fit() { step "train.py --dir $DIR ${*:2} ${BUDGET:+$BUDGET --name $1}"; }  # NAME FLAGS: the name it gives, but for BUDGET
+in_world() { local dir=$DIR/$1; echo "--dir ${dir%/.} ${*:2}"; }  # WORLD FLAGS
+paint() { step "make_data.py $(in_world "$1" $DATA ${*:2})"; }  # WORLD FLAGS
+attack() { step "attack.py $(in_world "$@")"; }  # WORLD FLAGS
+train() {  # WORLD ROW "SEED..." FLAGS: a run for each seed, saved as ROW_sSEED
+  local s
+  for s in $3; do step "train.py $(in_world $1 --name ${2}_s$s --seed $s ${*:4})"; done
+}
+fit() { train . "$@" $BUDGET; }  # ROW "SEED..." FLAGS, in the main world
 
 mark() {  # the file that says this command was run by this code: every script upstream of it counts
   local code=make_data.py
@@ -134,40 +138,34 @@ go() {  # runs the queue, JOBS steps at a time; after a failure nothing new is s
   [ ! -e "$DONE/failed" ] || { echo "run_all.sh: stopped at the failed step above; run the same command again to continue" >&2; exit 1; }
 }
 
-# ---- stages: one line a step, fit to paste behind `python`; behind it what it feeds
+# ---- stages: a line a row, behind it what it feeds; --list prints the commands one by one
 lazy() {
-  local s method BUDGET=$LONG
+  local method BUDGET=$LONG
   paint .  # samples.png
   paint unbiased --corr 0.1  # the oracle's world
   go "paint the worlds"
-  for s in $SEEDS; do
-    for method in combined jitter grl baseline; do fit ${method}_s$s --method $method --seed $s; done  # headline table
-    short unbiased/oracle_s$s --seed $s $BUDGET  # the ceiling at the same budget
-  done
+  for method in combined jitter grl baseline; do fit $method "$SEEDS" --method $method; done  # headline table
+  train unbiased oracle "$SEEDS" $BUDGET  # the ceiling at the same budget
   go "train"
   attack . --src 7 --tgt 3 --eps 0.05  # a first look at seed 42
   step "gradcam.py --dir $DIR"
   step "gradcam.py --dir $DIR --cam hirescam"
   go "look and attack"
-  report
 }
 
 cures() {  # the other rows of the headline table
-  local s method
-  fit lntl_s42 --method lntl  # slow: its heads look at every pixel
-  for s in $FEW; do
-    for method in lff groupdro jtt biasbal; do fit ${method}_s$s --method $method --seed $s; done
-  done
+  local method
+  fit lntl 42 --method lntl  # slow: its heads look at every pixel
+  for method in lff groupdro jtt biasbal; do fit $method "$FEW" --method $method; done
   go "train"
-  report
 }
 
 evidence() {  # what a sceptic asks for: nulls, ceilings, all seeds, other attacks, other weights
   local few="$(over_seeds "$FEW" baseline jitter)" others="grl_s42 combined_s42 unbiased/oracle_s42"
   local all="$(over_seeds "$SEEDS" baseline jitter grl combined unbiased/oracle) baseline_shufflelabels_s42"
   attack . --n $((N / 2)) --models $few $others  # min-eps, paired
-  fit baseline_shufflelabels_s42 --shuffle-labels  # a null model for the heat maps
-  fit grl_gamma1_s42 --method grl --gamma 1
+  fit baseline_shufflelabels 42 --shuffle-labels  # a null model for the heat maps
+  fit grl_gamma1 42 --method grl --gamma 1
   attack . --untargeted --n $((2 * N)) --models $few $others
   attack . --pairs --n $((N / 20))
   go "train the null row and another weight, attack"
@@ -175,170 +173,151 @@ evidence() {  # what a sceptic asks for: nulls, ceilings, all seeds, other attac
   step "gradcam.py --dir $DIR --name all --cam hirescam --models $few"
   attack . --check --n $((N / 5))  # fails if an attack cannot be trusted
   go "look, and check the attacks"
-  report
 }
 
 groups() {  # told nothing: a first net's answers stand for colours
-  local c s of net="--model mlp --batch 256 --schedule onecycle ${SHORT:---epochs 20}"
+  local c of infer="--method balance --infer-groups" both="--method jitter --balance --infer-groups"
+  local net="--model mlp --batch 256 --schedule onecycle ${SHORT:---epochs 20}"
   for c in $CMNIST; do paint cmnist_$c --recipe cmnist --corr 0.$c; done
   for c in $WEAK; do paint corr_$c --corr 0.$c; done  # where the shortcut is weaker
   go "paint the worlds"
-  for s in $SEEDS; do
-    fit balance_infergroups_s$s --method balance --infer-groups --seed $s
-    fit balance_infergroups_crop1_s$s --method balance --infer-groups --crop 1 --seed $s
-    fit jitter_balance_infergroups_s$s --method jitter --balance --infer-groups --seed $s
-  done
-  for s in $FEW; do
-    fit balance_s$s --method balance --seed $s  # told the colours
-    fit baseline_crop1_s$s --crop 1 --seed $s  # what shifts alone do
-    short unbiased/oracle_crop1_s$s --crop 1 --seed $s $BUDGET
-    for of in biasbal groupdro; do fit ${of}_infergroups_s$s --method $of --infer-groups --seed $s; done
-    for c in $CMNIST; do  # Coloured MNIST, beside its published table
-      short cmnist_$c/baseline_s$s --seed $s $net
-      short cmnist_$c/biasbal_infergroups_s$s --method biasbal --infer-groups --seed $s $net
-      short cmnist_$c/balance_infergroups_s$s --method balance --infer-groups --seed $s $net
-    done
-  done
-  for c in $CMNIST; do  # told more
-    short cmnist_$c/balance_s42 --method balance $net
-    short cmnist_$c/jitter_s42 --method jitter --alpha 1 --grain 0 $net
+  fit balance_infergroups "$SEEDS" $infer
+  fit balance_infergroups_crop1 "$SEEDS" $infer --crop 1
+  fit balance_infergroups_ce "$FEW" $infer --first-loss ce
+  fit jitter_balance_infergroups "$SEEDS" $both
+  fit jitter_balance_infergroups_lr0.01_onecycle 42 $both --lr 0.01 --schedule onecycle
+  fit balance "$FEW" --method balance  # told the colours
+  fit baseline_crop1 "$FEW" --crop 1  # what shifts alone do
+  train unbiased oracle_crop1 "$FEW" --crop 1 $BUDGET
+  for of in biasbal groupdro; do fit ${of}_infergroups "$FEW" --method $of --infer-groups; done
+  for c in $CMNIST; do  # Coloured MNIST, beside its published table
+    train cmnist_$c baseline "$FEW" $net
+    train cmnist_$c biasbal_infergroups "$FEW" --method biasbal --infer-groups $net
+    train cmnist_$c balance_infergroups "$FEW" $infer $net
+    train cmnist_$c balance 42 --method balance $net  # told more
+    train cmnist_$c jitter 42 --method jitter --alpha 1 --grain 0 $net
   done
   for c in $WEAK; do
-    short corr_$c/baseline_s42 $BUDGET
-    short corr_$c/balance_infergroups_s42 --method balance --infer-groups $BUDGET
+    train corr_$c baseline 42 $BUDGET
+    train corr_$c balance_infergroups 42 $infer $BUDGET
   done
-  for s in $FEW; do fit balance_infergroups_ce_s$s --method balance --infer-groups --first-loss ce --seed $s; done
-  fit jitter_balance_infergroups_lr0.01_onecycle_s42 --method jitter --balance --infer-groups --lr 0.01 --schedule onecycle
   go "train"
-  report
 }
 
 ablations() {  # which part of the cure does the work, and how much is budget or size
-  local m s v cycle="--lr 0.01 --schedule onecycle"
-  for s in $FEW; do
-    for m in jitter baseline; do fit ${m}_width16_s$s --method $m --width 16 --seed $s; done
-    for m in combined jitter biasbal baseline; do fit ${m}_lr0.01_onecycle_s$s --method $m $cycle --seed $s; done
-    short unbiased/oracle_width16_s$s --width 16 --seed $s $BUDGET
-    short unbiased/oracle_lr0.01_onecycle_s$s $cycle --seed $s
-    fit baseline_epochs30_s$s --epochs 30 --seed $s
-    for v in "alpha 0" "alpha 1" "grain 0"; do fit jitter_${v/ /}_s$s --method jitter --$v --seed $s; done  # alpha 0: plain augmentation
-    fit jitter_nofade_s$s --method jitter --no-fade --seed $s
-    fit jitter_image_s$s --method jitter --classify image --seed $s
-    fit jitter_hsv_s$s --method jitter --jitter hsv --seed $s
-    fit combined_gamma0_s$s --method combined --gamma 0 --seed $s  # jitter with colour labels, nothing reversed
-    fit jitter_hsv_image_nofade_s$s --method jitter --jitter hsv --classify image --no-fade --seed $s  # as published
-    fit grl_noconditional_s$s --method grl --no-conditional --seed $s
-  done
+  local m v cycle="--lr 0.01 --schedule onecycle"
+  for m in jitter baseline; do fit ${m}_width16 "$FEW" --method $m --width 16; done
+  train unbiased oracle_width16 "$FEW" --width 16 $BUDGET
+  fit baseline_epochs30 "$FEW" --epochs 30
+  for v in "alpha 0" "alpha 1" "grain 0"; do fit jitter_${v/ /} "$FEW" --method jitter --$v; done  # alpha 0: plain augmentation
+  fit jitter_nofade "$FEW" --method jitter --no-fade
+  fit jitter_image "$FEW" --method jitter --classify image
+  fit jitter_hsv "$FEW" --method jitter --jitter hsv
+  fit combined_gamma0 "$FEW" --method combined --gamma 0  # jitter with colour labels, nothing reversed
+  fit jitter_hsv_image_nofade "$FEW" --method jitter --jitter hsv --classify image --no-fade  # as published
+  fit grl_noconditional "$FEW" --method grl --no-conditional
+  if [ -z "$BUDGET" ]; then  # QUICK's is this one already
+    for m in combined jitter biasbal baseline; do fit ${m}_lr0.01_onecycle "$FEW" --method $m $cycle; done
+    train unbiased oracle_lr0.01_onecycle "$FEW" $cycle
+  fi
   go "train"
-  report
 }
 
 biased() {  # Biased-MNIST, beside its published table; every method at the learning rate that val prefers
-  local c s net="--width 16 --schedule onecycle --epochs"
+  local c seeds net="--width 16 --schedule onecycle --epochs"
   for c in $BIASED; do paint flat_$c --recipe flat --corr 0.$c; done
   go "paint the worlds"
-  short flat_99/biasbal_long_s42 --method biasbal --lr 0.003 $net 10
+  train flat_99 biasbal_long 42 --method biasbal --lr 0.003 $net 10
   for c in $BIASED; do
-    for s in $FEW; do
-      case $s$c in 42* | *${BIASED%% *} | *${BIASED##* }) ;; *) continue ;; esac  # more seeds at both ends only
-      short flat_$c/jitter_s$s --method jitter --alpha 1 --grain 0 --lr 0.01 --seed $s $net 4
-      short flat_$c/baseline_s$s --lr 0.01 --seed $s $net 4
-    done
-    short flat_$c/biasbal_s42 --method biasbal --lr 0.003 $net 4
-    short flat_$c/balance_infergroups_s42 --method balance --infer-groups --first-loss ce --lr 0.01 $net 4  # gce learns nothing at this rate
-    short flat_$c/lff_s42 --method lff --width 16 --epochs 4
+    case $c in ${BIASED%% *} | ${BIASED##* }) seeds=$FEW ;; *) seeds=42 ;; esac  # more seeds at both ends only
+    train flat_$c jitter "$seeds" --method jitter --alpha 1 --grain 0 --lr 0.01 $net 4
+    train flat_$c baseline "$seeds" --lr 0.01 $net 4
+    train flat_$c biasbal 42 --method biasbal --lr 0.003 $net 4
+    train flat_$c balance_infergroups 42 --method balance --infer-groups --first-loss ce --lr 0.01 $net 4  # gce learns nothing at this rate
+    train flat_$c lff 42 --method lff --width 16 --epochs 4
   done
   go "train"
-  report
 }
 
 lntl() {  # Learning Not to Learn, beside its published table
-  local v s net="--width 16 --lr 0.01 --schedule onecycle --epochs 5" hiding="--method lntl --entropy 20 --model saturatedcnn"
+  local v seeds net="--width 16 --lr 0.01 --schedule onecycle --epochs 5" hiding="--method lntl --entropy 20 --model saturatedcnn"
   for v in $VARIANCES; do paint lntl_$v --recipe digit --sigma2 0.$v; done
   go "paint the worlds"
   for v in $VARIANCES; do
-    short lntl_$v/lntl_s42 $hiding $net
-    short lntl_$v/baseline_s42 $net
-    short lntl_$v/jitter_s42 --method jitter --alpha 1 --grain 0 $net
-    case $v in 020 | 050) short lntl_$v/grayscale_s42 --grayscale $net ;; esac
+    seeds=42
+    [ $v != 020 ] || seeds=$FEW  # how much a seed matters
+    train lntl_$v lntl "$seeds" $hiding $net
+    train lntl_$v baseline "$seeds" $net
+    train lntl_$v jitter 42 --method jitter --alpha 1 --grain 0 $net
+    case $v in 020 | 050) train lntl_$v grayscale 42 --grayscale $net ;; esac
   done
-  for s in ${FEW#42}; do  # how much a seed matters
-    short lntl_020/lntl_s$s $hiding --seed $s $net
-    short lntl_020/baseline_s$s --seed $s $net
-  done
-  short lntl_020/lntl_paper_s42 $hiding --entropy 0.01 $net  # the paper's weight
-  short lntl_020/lntl_simplecnn_s42 $hiding --model simplecnn $net  # what the net is worth
-  short lntl_020/baseline_saturatedcnn_s42 --model saturatedcnn $net
+  train lntl_020 lntl_paper 42 $hiding --entropy 0.01 $net  # the paper's weight
+  train lntl_020 lntl_simplecnn 42 $hiding --model simplecnn $net  # what the net is worth
+  train lntl_020 baseline_saturatedcnn 42 --model saturatedcnn $net
   go "train"
-  report
 }
 
 robust() {  # adversarial training: the published problem, a ResNet from end to end, and what it does to a shortcut
-  local at="--method at --clean-epochs 1 --schedule onecycle" net="--eps-ramp 0.3 --width 24 --eps 0.3 --lr 0.005" s
+  local at="--method at --clean-epochs 1 --schedule onecycle" net="--eps-ramp 0.3 --width 24 --eps 0.3 --lr 0.005"
   local student="--crop 2 --flip --rotation 10 --recolour hsv --cutout 8 --mixup 0.2 --label-smoothing 0.1 --clip-grad 1"
-  local resnet="--model $RESNET --steps 2 --step-size 0.06 --eps 0.1 --lr 0.002 ${SHORT:---epochs 4}"
-  local wide="--width 16 --lr 0.01 --schedule onecycle ${SHORT:---epochs 5}"
+  local resnet="--model $RESNET --steps 2 --step-size 0.06 --eps 0.1 --lr 0.0015 --batch 64 ${SHORT:---epochs 4}"
+  local wide="--width 16 --lr 0.01 --schedule onecycle ${SHORT:---epochs 5}" at_wide="--method at --steps 3 --eps-ramp 0.5"
   paint mnist --recipe gray
-  step "make_data.py $(at mnist_27000 --recipe gray) --limit $SOME"  # 27,000 to train on: 53 minutes of a slow core for a ResNet-50
+  paint mnist_27000 --recipe gray --limit $SOME  # 27,000 to train on, for a ResNet-50 takes its time
   go "paint the worlds"
-  short mnist_27000/${RESNET}_s42 $at --eps-ramp 0.3 $resnet
-  short mnist_27000/${RESNET}_student_s42 --method at --clean-epochs 1 --schedule cosine $resnet $student
-  short mnist/at_s42 $at $net ${SHORT:---epochs 8}
-  short mnist/trades_s42 $at $net --beta 6 ${SHORT:---epochs 6}
-  short mnist/fgsm_s42 $at $net --attack fgsm ${SHORT:---epochs 4}
-  short ./at_balanced_s42 $at --eps-ramp 0.5 --width 16 --steps 3 --lr 0.01 --balance --crop 2 $SHORT  # unbiased and robust
-  short unbiased/oracle_at_s42 --method at $BUDGET  # where there is no shortcut
-  for s in $FEW; do  # does adversarial training deepen the shortcut? {plain, adversarial} x {biased, unbiased}
-    short ./baseline_wide_s$s --seed $s $wide
-    short ./at_wide_s$s --method at --steps 3 --eps-ramp 0.5 --seed $s $wide
-    short unbiased/oracle_wide_s$s --seed $s $wide
-    short unbiased/oracle_at_wide_s$s --method at --steps 3 --eps-ramp 0.5 --seed $s $wide
-  done
-  fit at_s42 --method at  # in the headline table
+  train mnist_27000 $RESNET 42 $at --eps-ramp 0.3 $resnet
+  train mnist_27000 ${RESNET}_student 42 --method at --clean-epochs 1 --schedule cosine $resnet $student
+  train mnist at 42 $at $net ${SHORT:---epochs 8}
+  train mnist trades 42 $at $net --beta 6 ${SHORT:---epochs 6}
+  train mnist fgsm 42 $at $net --attack fgsm ${SHORT:---epochs 4}
+  train . at_balanced 42 $at --eps-ramp 0.5 --width 16 --steps 3 --lr 0.01 --balance --crop 2 $SHORT  # unbiased and robust
+  train unbiased oracle_at 42 --method at $BUDGET  # where there is no shortcut
+  # does adversarial training deepen the shortcut? {plain, adversarial} x {biased, unbiased}
+  train . baseline_wide "$FEW" $wide
+  train . at_wide "$FEW" $at_wide $wide
+  train unbiased oracle_wide "$FEW" $wide
+  train unbiased oracle_at_wide "$FEW" $at_wide $wide
+  fit at 42 --method at  # in the headline table
   go "train"
-  attack mnist --untargeted --name at --eps 0.3 --n $N --queries $QUERIES --sweep 0.1 0.2 0.3 --models at_s42 at_clean_s42 trades_s42 fgsm_s42
+  attack mnist --untargeted --name at --eps 0.3 --n $N --queries $QUERIES --sweep 0.3 --models at_s42 at_clean_s42 trades_s42 fgsm_s42
   attack mnist --untargeted --name resnet --eps 0.1 --n $((N / 5)) --steps 20 --queries $((QUERIES / 25)) --sweep 0.1 --models ../mnist_27000/{${RESNET},${RESNET}_clean,${RESNET}_student}_s42
-  attack . --untargeted --name wide --eps 0.05 --restarts 2 --n $((N / 2)) --queries $QUERIES --sweep 0.02 0.05 --models $(over_seeds "$FEW" baseline_wide at_wide unbiased/oracle_wide unbiased/oracle_at_wide)
-  attack . --untargeted --name at --eps 0.05 --restarts 2 --n $((N / 2)) --queries $QUERIES --sweep 0.02 0.05 --models baseline_s42 jitter_s42 balance_s42 at_balanced_s42 unbiased/oracle_s42
+  local how="--untargeted --eps 0.05 --restarts 2 --n $((N / 2)) --queries $QUERIES --sweep 0.05"
+  attack . $how --name wide --models $(over_seeds "$FEW" baseline_wide at_wide unbiased/oracle_wide unbiased/oracle_at_wide)
+  attack . $how --name at --models baseline_s42 jitter_s42 balance_s42 at_balanced_s42 unbiased/oracle_s42
   step "gradcam.py --dir $DIR --maximise --name all --models $(over_seeds "$FEW" baseline balance_infergroups jitter combined unbiased/oracle) at_balanced_s42 baseline_shufflelabels_s42"  # what each answer wants to see
   if [ -z "$SHORT" ]; then  # two epochs say nothing about the attacks
     attack mnist --check --eps 0.3 --n $((N / 10)) --models at_s42
     attack . --check --name at_check --n $((N / 10)) --models at_balanced_s42
   fi
   go "attack"
-  report
 }
 
 robgan() {  # a generator beside adversarial training: the same net and number of steps in all rows of a world
-  local s share net="--width 16 --eps 0.3 --eps-ramp 0.3 --batch 64 --schedule cosine --lr 0.002"
-  local small="$net ${SHORT:---epochs 40}" robgan="$(over_seeds "$FEW" robgan)"
+  local row seeds mix net="--width 16 --eps 0.3 --eps-ramp 0.3 --batch 64 --schedule cosine --lr 0.002"
+  local small="$net ${SHORT:---epochs 40}" judge="--width 16 --lr 0.01 --schedule onecycle"
   net="$net ${SHORT:---epochs 3}"
   paint mnist --recipe gray
   paint mnist_2000 --recipe gray --limit 2222  # 2,000 to train on: here additional data should matter most
   go "paint the worlds"
-  short mnist/judge_s42 --width 16 --lr 0.01 --schedule onecycle ${SHORT:---epochs 5}  # sees no generated image
-  short mnist_2000/judge_s42 --width 16 --lr 0.01 --schedule onecycle ${SHORT:---epochs 40}
+  train mnist judge 42 $judge ${SHORT:---epochs 5}  # sees no generated image
+  train mnist_2000 judge 42 $judge ${SHORT:---epochs 40}
   go "train the judges"
-  for s in $FEW; do short mnist/robgan_s$s --method robgan --judge judge_s42 --seed $s $net; done
-  short mnist_2000/robgan_s42 --method robgan --judge judge_s42 $small
-  for s in $FEW; do
-    short mnist/robgan_without_s$s --method at --seed $s $net
-    short mnist_2000/robgan_without_s$s --method at --seed $s $small
-  done
+  train mnist robgan "$FEW" --method robgan --judge judge_s42 $net
+  train mnist_2000 robgan 42 --method robgan --judge judge_s42 $small
+  train mnist robgan_without "$FEW" --method at $net
+  train mnist_2000 robgan_without "$FEW" --method at $small
   go "train the generators"
-  for s in $FEW; do  # the generated pictures as additional data, the same number of updates
-    for share in 0.3 0.5 0.7; do
-      short mnist/generated_${share}_s$s --method at --generator robgan_s42 --generated $share --seed $s $net
-      short mnist_2000/generated_${share}_s$s --method at --generator robgan_s42 --generated $share --seed $s $small
-    done
+  for row in generated_0.5 $SHARES; do  # the generated pictures as additional data, the same number of updates
+    mix="--method at --generator robgan_s42 --generated ${row#*_}" seeds=42
+    [ $row != generated_0.5 ] || seeds=$FEW
+    train mnist $row "$seeds" $mix $net
+    train mnist_2000 $row "$FEW" $mix $small
   done
   go "train"
-  local rows="$(over_seeds "$FEW" robgan_without generated_0.3 generated_0.5 generated_0.7)"
-  attack mnist --untargeted --name robgan --eps 0.3 --n $((N / 5)) --steps 50 --queries $((QUERIES / 5)) --sweep 0.3 --models $robgan $rows
-  rows="$(over_seeds "$FEW" ../mnist_2000/{robgan_without,generated_0.3,generated_0.5,generated_0.7})"
-  attack mnist --untargeted --name robgan_2000 --eps 0.3 --n $((N / 5)) --steps 50 --queries $((QUERIES / 5)) --sweep 0.3 --models $rows
+  local how="--untargeted --eps 0.3 --n $((N / 5)) --steps 50 --queries $((QUERIES / 5)) --sweep 0.3"
+  attack mnist $how --name robgan --models $(over_seeds "$FEW" robgan robgan_without generated_0.5) $(over_seeds 42 $SHARES)
+  attack mnist $how --name robgan_2000 --models $(over_seeds "$FEW" ../mnist_2000/{robgan_without,generated_0.5} ${SHARES//generated/..\/mnist_2000\/generated})
   go "attack"
-  report
 }
 
 over_seeds() {  # "SEED..." NAME... to NAME_sSEED...
@@ -347,12 +326,11 @@ over_seeds() {  # "SEED..." NAME... to NAME_sSEED...
 }
 
 report() {  # tables and figures from the results that are there; one script at a time, for they fill the same files
-  [ $LIST = 0 ] || return 0
   local script
   for script in make_data.py train.py gradcam.py attack.py; do
     "$PYTHON" $script --dir "$DIR" --report > /dev/null || fail "$script --report failed; the reason is above"
   done
-  echo "$STAGE: tables and figures of $DIR are up to date, $((SECONDS / 60)) min $((SECONDS % 60)) s so far"
+  echo "tables and figures of $DIR are up to date, $((SECONDS / 60)) min $((SECONDS % 60)) s in all"
 }
 
 tests() {  # format and lint, then the fast tests, one process a file, JOBS side by side
@@ -386,10 +364,12 @@ for STAGE in "$@"; do
   case $STAGE in test | report) TODO+=(0) ;; *) TODO+=($(LIST=1 && "$STAGE" | wc -l)) ;; esac
   [ "${TODO[${#TODO[@]} - 1]}" = 0 ] || TOTAL=$((TOTAL + $(minutes "$STAGE")))
 done
-BEGAN=$SECONDS
+BEGAN=$SECONDS NEW=0
 for STAGE in "$@"; do
   STEPS=${TODO[0]} K=0
   TODO=("${TODO[@]:1}")
-  case $STAGE in test) tests ;; report) alone; report ;; *) alone; "$STAGE" ;; esac
+  case $STAGE in test) tests ;; *) alone; NEW=1 ;; esac
+  case $STAGE in test | report) ;; *) "$STAGE" ;; esac
   [ "$STEPS" = 0 ] || PAST=$((PAST + $(minutes "$STAGE")))
 done
+[ $NEW = 0 ] || report

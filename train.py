@@ -75,98 +75,88 @@ NOT_SETTINGS = ("dir", "device", "threads", "overwrite", "report", "eval", "name
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     yes_no = argparse.BooleanOptionalAction
     rate, share, weight = number(float, 1e-8, 10), number(float, 0, 1), number(float, 0, 1e6)
     count, some = number(int, 0, 10_000), number(int, 1, 100_000)
 
-    g = p.add_argument_group("method")
-    g.add_argument("--method", choices=METHODS, default="baseline", help="default: baseline")
+    add = p.add_argument_group("method").add_argument
+    add("--method", choices=METHODS, default="baseline", help="default: baseline")
 
-    g = p.add_argument_group("cures: jitter, combined")
-    g.add_argument("--alpha", type=weight, default=2.0, help="weight of the KL term (2)")
-    g.add_argument("--jitter", choices=JITTERS, default="mix", help="kind of recolouring (mix)")
-    g.add_argument("--classify", choices=("recoloured", "image"), default="recoloured")
-    g.add_argument("--grain", type=share, default=0.1, help="mix: largest sd of pixel noise (0.1)")
-    g.add_argument("--fade", action=yes_no, default=True, help="let alpha fall to 0 (yes)")
+    add = p.add_argument_group("cures: jitter, combined").add_argument
+    add("--alpha", type=weight, default=2.0, help="weight of the KL term (2)")
+    add("--jitter", choices=JITTERS, default="mix", help="kind of recolouring (mix)")
+    add("--classify", choices=("recoloured", "image"), default="recoloured")
+    add("--grain", type=share, default=0.1, help="mix: largest sd of pixel noise (0.1)")
+    add("--fade", action=yes_no, default=True, help="let alpha fall to 0 (yes)")
 
-    g = p.add_argument_group("cures: grl, combined, lntl")
-    g.add_argument("--gamma", type=weight, default=0.1, help="final weight of the reversal (0.1)")
-    g.add_argument(
-        "--conditional", action=yes_no, default=True, help="grl: correct for how they go together"
-    )
-    g.add_argument(
-        "--entropy", type=weight, default=0.01, help="lntl: weight of the entropy (0.01)"
-    )
+    add = p.add_argument_group("cures: grl, combined, lntl").add_argument
+    add("--gamma", type=weight, default=0.1, help="final weight of the reversal (0.1)")
+    add("--conditional", action=yes_no, default=True, help="grl: correct for how they go together")
+    add("--entropy", type=weight, default=0.01, help="lntl: weight of the entropy (0.01)")
 
-    g = p.add_argument_group("groups: what uses colours, and jtt")
-    g.add_argument(
-        "--balance", action="store_true", help="jitter, at, robgan: --method balance's draws"
-    )
+    add = p.add_argument_group("groups: what uses colours, and jtt").add_argument
+    add("--balance", action="store_true", help="jitter, at, robgan: --method balance's draws")
     text = "colours: the answers of a first net, not the true ones"
-    g.add_argument("--infer-groups", action="store_true", help=text)
-    g.add_argument("--first-epochs", type=some, default=1, help="of the first net (1)")
-    g.add_argument("--first-loss", choices=FIRST_LOSSES, default="gce", help="of that net (gce)")
+    add("--infer-groups", action="store_true", help=text)
+    add("--first-epochs", type=some, default=1, help="of the first net (1)")
+    add("--first-loss", choices=FIRST_LOSSES, default="gce", help="of that net (gce)")
 
-    g = p.add_argument_group("adversarial training: at, robgan")
-    g.add_argument("--attack", choices=("pgd", "fgsm"), default="pgd", help="on batches (pgd)")
-    g.add_argument("--eps", type=rate, default=0.05, help="L-inf, pixels in [0, 1] (0.05)")
-    g.add_argument("--steps", type=some, default=5, help="of pgd (5)")
-    g.add_argument("--step-size", type=rate, help="at full eps (0.35 eps; 1.25 eps for fgsm)")
-    g.add_argument("--clean-epochs", type=count, default=0, help="plain epochs at first (0)")
-    g.add_argument(
-        "--eps-ramp", type=share, default=0.0, help="share of epochs with growing eps (0)"
-    )
-    g.add_argument("--beta", type=weight, default=0.0, help="weight of TRADES' KL term (0: no)")
-    g.add_argument("--generator", metavar="NAME", help="at: learn pictures of this robgan run, too")
-    g.add_argument("--generated", type=share, default=0.5, help="their share of a batch (0.5)")
-    g.add_argument("--judge", default="baseline_s42", help="robgan: independent classifier")
+    add = p.add_argument_group("adversarial training: at, robgan").add_argument
+    add("--attack", choices=("pgd", "fgsm"), default="pgd", help="on batches (pgd)")
+    add("--eps", type=rate, default=0.05, help="L-inf, pixels in [0, 1] (0.05)")
+    add("--steps", type=some, default=5, help="of pgd (5)")
+    add("--step-size", type=rate, help="at full eps (0.35 eps; 1.25 eps for fgsm)")
+    add("--clean-epochs", type=count, default=0, help="plain epochs at first (0)")
+    add("--eps-ramp", type=share, default=0.0, help="share of epochs with growing eps (0)")
+    add("--beta", type=weight, default=0.0, help="weight of TRADES' KL term (0: no)")
+    add("--generator", metavar="NAME", help="at: learn pictures of this robgan run, too")
+    add("--generated", type=share, default=0.5, help="their share of a batch (0.5)")
+    add("--judge", default="baseline_s42", help="robgan: independent classifier")
 
     text = "augmentation, one draw per image (none): at, robgan; --crop also baseline, balance"
-    g = p.add_argument_group(text)
-    g.add_argument("--crop", type=count, default=0, metavar="PIXELS", help="shift by up to this")
-    g.add_argument("--flip", action="store_true", help="mirror half of the images")
-    g.add_argument("--rotation", type=number(float, 0, 180), default=0.0, metavar="DEGREES")
-    g.add_argument("--recolour", choices=JITTERS, help="as --jitter, with its --grain")
-    g.add_argument("--cutout", type=count, default=0, metavar="SIDE", help="a black square")
-    g.add_argument("--mixup", type=number(float, 0, 100), default=0.0, metavar="ALPHA")
-    g.add_argument("--label-smoothing", type=share, default=0.0)
-    g.add_argument("--clip-grad", type=weight, default=0.0, metavar="NORM")
+    add = p.add_argument_group(text).add_argument
+    add("--crop", type=count, default=0, metavar="PIXELS", help="shift by up to this")
+    add("--flip", action="store_true", help="mirror half of the images")
+    add("--rotation", type=number(float, 0, 180), default=0.0, metavar="DEGREES")
+    add("--recolour", choices=JITTERS, help="as --jitter, with its --grain")
+    add("--cutout", type=count, default=0, metavar="SIDE", help="a black square")
+    add("--mixup", type=number(float, 0, 100), default=0.0, metavar="ALPHA")
+    add("--label-smoothing", type=share, default=0.0)
+    add("--clip-grad", type=weight, default=0.0, metavar="NORM")
 
-    g = p.add_argument_group("budget, data, net")
-    g.add_argument("--epochs", type=some, default=10, help="passes over the training split (10)")
-    g.add_argument("--lr", type=rate, default=1e-3, help="of AdamW, onecycle's peak (0.001)")
-    g.add_argument("--schedule", choices=("constant", "onecycle", "cosine"), default="constant")
-    g.add_argument("--batch", type=some, default=128, help="images per step (128)")
-    g.add_argument("--shuffle-labels", action="store_true", help="a null model: permuted labels")
-    g.add_argument("--model", choices=MODELS, default="simplecnn", help="default: simplecnn")
-    g.add_argument("--width", type=number(int, 1, 1024), default=4, help="of SimpleCNN (4)")
-    g.add_argument("--grayscale", action="store_true", help="the net sees brightness only")
+    add = p.add_argument_group("budget, data, net").add_argument
+    add("--epochs", type=some, default=10, help="passes over the training split (10)")
+    add("--lr", type=rate, default=1e-3, help="of AdamW, onecycle's peak (0.001)")
+    add("--schedule", choices=("constant", "onecycle", "cosine"), default="constant")
+    add("--batch", type=some, default=128, help="images per step (128)")
+    add("--shuffle-labels", action="store_true", help="a null model: permuted labels")
+    add("--model", choices=MODELS, default="simplecnn", help="default: simplecnn")
+    add("--width", type=number(int, 1, 1024), default=4, help="of SimpleCNN (4)")
+    add("--grayscale", action="store_true", help="the net sees brightness only")
 
-    g = p.add_argument_group("files")
-    g.add_argument("--name", help="of the files in --dir (default: METHOD_WHATDIFFERS_sSEED)")
-    g.add_argument("--init", metavar="NAME", help="start from the weights of DIR/NAME.pt")
-    g.add_argument("--resume", action="store_true", help="continue after the last whole epoch")
-    g.add_argument("--eval", metavar="NAME", help="score DIR/NAME.pt again; no training")
+    add = p.add_argument_group("files").add_argument
+    add("--name", help="of the files in --dir (default: METHOD_WHATDIFFERS_sSEED)")
+    add("--init", metavar="NAME", help="start from the weights of DIR/NAME.pt")
+    add("--resume", action="store_true", help="continue after the last whole epoch")
+    add("--eval", metavar="NAME", help="score DIR/NAME.pt again; no training")
     common_args(p, seed_of="weights, batches and jitter")
     args, usual = p.parse_args(argv), p.parse_args([])
     nothing = argparse.Namespace(**dict.fromkeys(vars(usual)))
     check_args(p, args, p.parse_args(argv, nothing))
     if args.name is None:
-        args.name = name_of(args.method, args, usual, ("method", "name", "resume", "eval"))
+        args.name = name_of(args.method, args, usual, ("method", *NOT_SETTINGS))
     return args
 
 
 def check_args(p, args, given):
     """Refuse what cannot work before any work is done; `given` is None where argv is silent."""
-    for method in METHODS.values():
-        for flag in set(method.flags) - set(METHODS[args.method].flags):
-            if getattr(given, flag) is not None:
-                hint = "use --method balance" if flag == "balance" else "leave it out"
-                flag = flag.replace("_", "-")
-                p.error(f"--{flag} means nothing for --method {args.method}; {hint}")
+    for flag in sorted(foreign_flags(args)):
+        if getattr(given, flag) is not None:
+            hint = "use --method balance" if flag == "balance" else "leave it out"
+            flag = flag.replace("_", "-")
+            p.error(f"--{flag} means nothing for --method {args.method}; {hint}")
     if args.infer_groups and not uses_colours(args):
         p.error(f"--infer-groups means nothing for --method {args.method} without --balance")
     if (given.first_epochs or given.first_loss) and not (args.infer_groups or args.method == "jtt"):
@@ -177,7 +167,7 @@ def check_args(p, args, given):
         p.error("--generated means nothing without --generator")
     if args.clean_epochs >= args.epochs:
         p.error(f"--epochs {args.epochs} counts all phases and leaves none for the attack")
-    for name in (args.name, args.init, args.eval, args.generator):
+    for name in (args.name, args.init, args.eval, args.generator, args.judge):
         if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
             p.error(f"the name {name!r} may hold letters, digits and _ . + - only")
     if re.match(rf"(meta|published|gradcam|attack|{'|'.join(SPLITS)})(_|$)", args.name or ""):
@@ -186,12 +176,17 @@ def check_args(p, args, given):
         p.error(f"--name {args.name}: leave the ending out, it is added")
 
 
+def foreign_flags(args):
+    """Flags of other methods, which mean nothing for this one."""
+    own = METHODS[args.method].flags
+    return {flag for method in METHODS.values() for flag in method.flags if flag not in own}
+
+
 def settings(args):
     """What decides the result: no argument that says where or how to run, no other method's."""
-    of_methods = {flag for method in METHODS.values() for flag in method.flags}
-    skip = {*NOT_SETTINGS, *(of_methods - {*METHODS[args.method].flags})}
-    if not args.infer_groups:
-        skip |= {"first_loss"} if args.method == "jtt" else {"first_epochs", "first_loss"}
+    skip = {*NOT_SETTINGS, *foreign_flags(args)}
+    if not args.infer_groups and args.method != "jtt":
+        skip |= {"first_epochs", "first_loss"}
     if args.generator is None:
         skip.add("generated")
     return {key: value for key, value in vars(args).items() if key not in skip}
@@ -212,7 +207,7 @@ def main(argv=None):
         score_again(args, device)
         return
     guard(args.dir / f"{args.name}.json", settings(args), args.overwrite)
-    if WORLD > 1:
+    if PROCESSES > 1:
         init_distributed(args, device)
     splits = {name: load_split(args.dir, name, device) for name in SPLITS}
     classes = int(splits["train"].labels.max()) + 1
@@ -232,7 +227,7 @@ def main(argv=None):
     if args.infer_groups:
         splits["train"], facts["groups"] = infer_groups(splits, args)
     epochs, kept = train(model, splits, args, device, args.dir / f"{args.name}.part.pt")
-    if WORLD > 1:
+    if PROCESSES > 1:
         dist.destroy_process_group()
     if RANK == 0:
         facts["run"] = {
@@ -240,7 +235,7 @@ def main(argv=None):
             "cpu_seconds": round(time.process_time(), 1),
             "torch": torch.__version__,
             "threads": args.threads,
-            "processes": WORLD,
+            "processes": PROCESSES,
             "device": str(device),
         }
         shape = {"classes": classes, "size": size}
@@ -250,8 +245,8 @@ def main(argv=None):
 def print_start(model, args, device):
     """What runs, with the settings that differ from the defaults or are the method's own."""
     usual, given = get_args([]), settings(args)
-    own = [f for f in METHODS[args.method].flags if f not in AUGMENTATIONS]
-    shown = [f for f in given if f in own and given[f] or given[f] != getattr(usual, f)]
+    own = METHODS[args.method].flags
+    shown = [f for f in given if given[f] != getattr(usual, f) or (f in own and given[f])]
     params = sum(p.numel() for p in model.parameters())
     print(
         f"{args.name}: {args.epochs} epochs on {args.dir}, {args.model} with {params:,} parameters,"
@@ -353,7 +348,7 @@ def check_splits(splits, classes, size, args):
 class Batch(NamedTuple):
     x: torch.Tensor  # float (B,3,H,W) in [0, 1]
     y: torch.Tensor  # int64 (B,)
-    colour: torch.Tensor | None  # int64 (B,): the class that owns the background colour
+    colour: torch.Tensor | None  # int64 (B,): the class that owns the image's colour
     index: torch.Tensor  # int64 (B,): which training images these are
     progress: float  # share of the training that is over, 0 to 1
     epoch: int = 1  # counted from 1
@@ -433,7 +428,7 @@ def update(optimiser, loss, weight=1.0, clip=0.0):
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    if WORLD > 1:
+    if PROCESSES > 1:
         all_reduce([p.grad.mul_(weight) for p in parameters if p.grad is not None])
     if clip:
         nn.utils.clip_grad_norm_(parameters, clip)
@@ -442,10 +437,9 @@ def update(optimiser, loss, weight=1.0, clip=0.0):
 
 
 def draw_order(data, args, gen):
-    """Which image comes when in an epoch, int64 (N,): each once, or groups equally often.
+    """Which image comes when in an epoch, int64 (N,): each once.
 
-    Balanced, images are drawn with replacement so that every (digit, colour) group is equally
-    likely (Idrissi et al., 2022).
+    Balanced, images are drawn with replacement, every (digit, colour) group equally likely.
     """
     if not (args.balance or METHODS[args.method].balanced):
         return torch.randperm(len(data.labels), generator=gen)
@@ -462,7 +456,7 @@ def batch_sizes(n, args):
         sizes[-1] += 1
     elif left:
         sizes.append(left)
-    if args.model.startswith("resnet") and min(sizes) < 2 * WORLD:
+    if args.model.startswith("resnet") and min(sizes) < 2 * PROCESSES:
         die(f"--batch {args.batch} makes a batch of {min(sizes)}", "choose another --batch")
     return sizes
 
@@ -521,7 +515,7 @@ def copy_of(weights):
 
 def this_run(args):
     """What must be the same for --resume to continue a run."""
-    return {**settings(args), "world": world_of(args.dir), "processes": WORLD}
+    return {**settings(args), "world": world_of(args.dir), "processes": PROCESSES}
 
 
 def restore(part, state, args):
@@ -542,7 +536,7 @@ def restore(part, state, args):
         for name, thing in state.items():
             thing.load_state_dict(saved[name])
         epochs, kept = list(saved["epochs"]), dict(saved["kept"])
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+    except Exception as e:  # whatever a foreign file makes of it
         die(f"{part} does not fit this run ({type(e).__name__})", hint)
     print(f"--resume: continuing after epoch {len(epochs)}", flush=True)
     return epochs, kept
@@ -551,14 +545,14 @@ def restore(part, state, args):
 # ---- one model in several processes, started by torchrun
 
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1  # processes that train this model
+PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1  # processes that train this model
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # which of them this is
 
 
 def init_distributed(args, device):
     """Meet the other processes: gloo on CPUs, nccl on GPUs, one each."""
-    if not METHODS[args.method].spreads:
-        able = ", ".join(name for name, method in METHODS.items() if method.spreads)
+    if not METHODS[args.method].can_shard:
+        able = ", ".join(name for name, method in METHODS.items() if method.can_shard)
         die(f"--method {args.method} needs whole batches in one process", f"torchrun can do {able}")
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if device.type != "cpu" and gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
@@ -571,7 +565,7 @@ def init_distributed(args, device):
 
 def shard(index):
     """This process's part of a batch, int64 (b,), and its weight; an idle one gets weight 0."""
-    mine = index.tensor_split(WORLD)[RANK]
+    mine = index.tensor_split(PROCESSES)[RANK]
     if len(mine) == 0:
         return index[:1], 0.0
     return mine, len(mine) / len(index)
@@ -579,7 +573,7 @@ def shard(index):
 
 def all_reduce(tensors):
     """Replace each tensor by its sum over all processes, in one message."""
-    if WORLD == 1:
+    if PROCESSES == 1:
         return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
@@ -597,7 +591,7 @@ class Method(nn.Module):
     wants_colours = False  # of the training images, true or inferred
     balanced = False  # are all (digit, colour) groups drawn equally often
     flags = ()  # of the command line that mean nothing for other methods
-    spreads = False  # may torchrun share a batch: a mean over images, and nothing kept of them
+    can_shard = False  # may torchrun share a batch: a mean over images, and nothing kept of them
     lr_scale, betas = 1, (0.9, 0.999)  # for the method's own weights, if it has any
 
     def __init__(self, model, splits, args):
@@ -610,7 +604,8 @@ class Method(nn.Module):
 
     def step(self, model, batch, optimiser, gen):
         """One update of all weights; returns the loss to be shown."""
-        return update(optimiser, self.loss(model, batch, gen), batch.weight)
+        loss = self.loss(model, batch, gen)
+        return update(optimiser, loss, batch.weight, self.args.clip_grad)
 
     def facts(self, model):
         """More numbers for the epoch's record."""
@@ -629,7 +624,7 @@ class Baseline(Method):
     """Empirical risk minimisation: the row that every other row is compared with."""
 
     flags = ("crop",)
-    spreads = True
+    can_shard = True
 
     def loss(self, model, batch, gen):
         x = moved(batch.x, self.args, gen) if self.args.crop else batch.x
@@ -674,7 +669,7 @@ class Jitter(Method):
     knows = "the kind of bias"
     shared = ("alpha", "jitter", "grain", "classify", "fade")  # with combined
     flags = (*shared, "balance", *GROUP_FLAGS)
-    spreads = True
+    can_shard = True
 
     def loss(self, model, batch, gen):
         recoloured = JITTERS[self.args.jitter](batch.x, self.args.grain, gen)
@@ -757,16 +752,16 @@ class BiasBal(Method):
     logits. The table is counted on the training labels; a pair never seen counts as one image.
     """
 
-    wants_colours = spreads = True
+    wants_colours = can_shard = True
     flags = GROUP_FLAGS
 
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
-        count = self.count(splits["train"], model.fc.out_features)  # (digit, colour)
+        count = count_groups(splits["train"], model.fc.out_features).clamp(min=1)
+        if not args.conditional:  # of grl and combined
+            count = torch.ones_like(count)
         self.register_buffer("digit_given_colour", (count / count.sum(0)).log().T.contiguous())
-
-    def count(self, split, classes):
-        return count_groups(split, classes).clamp(min=1)
+        self.register_buffer("colour_given_digit", (count / count.sum(1, keepdim=True)).log())
 
     def loss(self, model, batch, gen):
         return self.digit_loss(model(batch.x), batch)
@@ -788,6 +783,23 @@ class Reverse(torch.autograd.Function):
         return -ctx.scale * grad, None
 
 
+class InputOf:
+    """Inside `with`, .value is what this layer of a model was fed in its last call."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __enter__(self):
+        self.hook = self.layer.register_forward_pre_hook(self.keep)
+        return self
+
+    def keep(self, _, inputs):
+        self.value = inputs[0]
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+
 class GRL(BiasBal):
     """Gradient reversal (Ganin & Lempitsky, 2015): a head names the colour, the features hide it.
 
@@ -804,16 +816,9 @@ class GRL(BiasBal):
 
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
-        count = self.count(splits["train"], model.fc.out_features)
-        given_digit = (count / count.sum(1, keepdim=True)).log()
-        self.register_buffer("colour_given_digit", given_digit)
         self.head = nn.Sequential(
             nn.Linear(model.fc.in_features, 64), nn.ReLU(), nn.Linear(64, model.fc.out_features)
         )
-
-    def count(self, split, classes):
-        count = super().count(split, classes)
-        return count if self.args.conditional else torch.ones_like(count)
 
     def step(self, model, batch, optimiser, gen):
         with InputOf(model.fc) as features:
@@ -841,6 +846,95 @@ class Combined(GRL):
         recoloured = JITTERS[self.args.jitter](batch.x, self.args.grain, gen)
         image, copy = model(torch.cat([batch.x, recoloured])).chunk(2)
         return jitter_loss(image, copy, batch, self.args) + self.digit_loss(image, batch)
+
+
+class LNTL(Method):
+    """Learning Not to Learn (Kim et al., 2019): heads guess pixel colours, the features hide them.
+
+    (i) Digit cross-entropy and --entropy times the negative entropy of the guesses, with the heads
+    frozen; (ii) the heads' cross-entropy, whose gradient enters the features times -gamma. A colour
+    is cut into 8 bins a channel; where a feature sees black only, it is ignored. Departures: one
+    update for both; AdamW at the rate of every row, three times that for the heads, instead of SGD;
+    the reversal grows linearly from 0 to --gamma; the heads see one feature at a time, 4,096 of a
+    batch at most, normalised so that these cannot hide by shrinking; the colour is the lightest in
+    a feature's view, where the paper takes one pixel of it.
+
+    The defaults are the paper's weights. In our nets it is the entropy that unlearns colour, at
+    --entropy 20, and it takes --model saturatedcnn: what one convolution and ReLU say grows with
+    the colour, so they can only hide it together with the stroke.
+    """
+
+    knows = "the kind of bias"
+    flags = ("entropy", "gamma")
+    lr_scale = 3
+    bins = 8
+    most = 4_096  # features of a batch that the heads see, drawn anew every step
+
+    def __init__(self, model, splits, args):
+        super().__init__(model, splits, args)
+        with InputOf(early_layer(model)) as early, torch.no_grad():
+            model.eval()(splits["train"].x(slice(1)))
+        self.size = early.value.shape[2:]
+        channels = early.value.shape[1]
+        self.register_buffer("tally", torch.zeros(2), persistent=False)  # right, seen
+        self.head = nn.Sequential(
+            nn.BatchNorm1d(channels, affine=False, track_running_stats=False),
+            nn.Linear(channels, 64),
+            nn.ReLU(),
+            nn.Linear(64, 3 * self.bins),
+        )
+
+    def step(self, model, batch, optimiser, gen):
+        with InputOf(early_layer(model)) as early:
+            loss = F.cross_entropy(model(batch.x), batch.y)
+        colour, seen = self.colour(batch.x, gen)
+        if len(seen) < 2:
+            return update(optimiser, loss)  # nothing but black
+        features = self.pixels(early.value, seen)
+        frozen = {name: p.detach() for name, p in self.head.named_parameters()}
+        guesses = torch.func.functional_call(self.head, frozen, features).reshape(-1, self.bins)
+        minus_entropy = (guesses.softmax(1) * guesses.log_softmax(1)).sum(1).mean()
+        hiding = loss + self.args.entropy * minus_entropy
+        reversed_features = Reverse.apply(features, self.args.gamma * batch.progress)
+        guesses = self.head(reversed_features).reshape(-1, self.bins)  # (3P,bins)
+        update(optimiser, hiding + F.cross_entropy(guesses, colour))
+        right = (guesses.argmax(1) == colour).sum()
+        self.tally += torch.stack([right, colour.new_tensor(colour.numel())])
+        return loss.detach()
+
+    def facts(self, model):
+        """How often the heads named a pixel's red, green or blue bin in this epoch."""
+        right, seen = self.tally.tolist()
+        self.tally.zero_()
+        return {"head_colour": right / max(seen, 1)}
+
+    def pixels(self, maps, seen):
+        """Rows (P,C) of maps (B,C,h,w) for the places that are `seen`, int64 (P,)."""
+        return maps.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, seen)
+
+    def colour(self, x, gen):
+        """Bins int64 (3P,), red, green, blue, of what each seen feature sees; which these are (P,).
+
+        The lightest value of the window, where that is not black. A feature of SimpleCNN sees
+        windows twice as wide as their distance; with less, the rim of a stroke would go unguarded.
+        """
+        stride = [large // small for large, small in zip(x.shape[2:], self.size, strict=True)]
+        window, padding = [2 * s for s in stride], [s // 2 for s in stride]
+        small = F.adaptive_max_pool2d(F.max_pool2d(x, window, stride, padding), self.size)
+        seen = (small.amax(1) > 0).flatten().nonzero()[:, 0]
+        if len(seen) > self.most:
+            some = torch.randperm(len(seen), generator=gen, device=seen.device)[: self.most]
+            seen = seen[some]
+        bins = (self.pixels(small, seen) * self.bins).long().clamp(max=self.bins - 1)
+        return bins.flatten(), seen
+
+
+def early_layer(model):
+    """What this layer is fed are the early features: conv2 of SimpleCNN, layer1 of a ResNet."""
+    for name, layer in model.named_children():
+        if name in ("conv2", "layer1"):
+            return layer
+    die("--method lntl needs a net with feature maps", "choose --model simplecnn")
 
 
 class GroupDRO(Method):
@@ -940,9 +1034,13 @@ class JTT(Method):
         return (weight * losses).sum() / weight.sum()
 
 
+def fresh_net(args, classes, size):
+    return build_model(args.model, args.width, classes, size, args.grayscale)
+
+
 def train_plain(splits, args, method="baseline", **changes):
     """Another net, trained by plain ERM with the same settings but for `changes`."""
-    plain = {"method": method, "balance": False, "infer_groups": False, "crop": 0}
+    plain = {"method": method, "balance": False, "infer_groups": False, "crop": 0, "clip_grad": 0}
     plain = argparse.Namespace(**{**vars(args), **plain, **changes})
     data, device = splits["train"], splits["train"].images.device
     net = fresh_net(plain, int(data.labels.max()) + 1, data.images.shape[2:]).to(device)
@@ -985,118 +1083,7 @@ def infer_groups(splits, args):
     return data._replace(colors=answers), facts
 
 
-class LNTL(Method):
-    """Learning Not to Learn (Kim et al., 2019): heads guess pixel colours, the features hide them.
-
-    (i) Digit cross-entropy and --entropy times the negative entropy of the guesses, with the heads
-    frozen; (ii) the heads' cross-entropy, whose gradient enters the features times -gamma. A colour
-    is cut into 8 bins a channel; where a feature sees black only, it is ignored. Departures: one
-    update for both; AdamW at the rate of every row, three times that for the heads, instead of SGD;
-    the reversal grows linearly from 0 to --gamma; the heads see one feature at a time, 4,096 of a
-    batch at most, normalised so that these cannot hide by shrinking; the colour is the lightest in
-    a feature's view, where the paper takes one pixel of it.
-
-    The defaults are the paper's weights. In our nets it is the entropy that unlearns colour, at
-    --entropy 20, and it takes --model saturatedcnn: what one convolution and ReLU say grows with
-    the colour, so they can only hide it together with the stroke.
-    """
-
-    knows = "the kind of bias"
-    flags = ("entropy", "gamma")
-    lr_scale = 3
-    bins = 8
-    most = 4_096  # features of a batch that the heads see, drawn anew every step
-
-    def __init__(self, model, splits, args):
-        super().__init__(model, splits, args)
-        with InputOf(early_layer(model)) as early, torch.no_grad():
-            model.eval()(splits["train"].x(slice(1)))
-        self.size = early.value.shape[2:]
-        channels = early.value.shape[1]
-        self.register_buffer("tally", torch.zeros(2), persistent=False)  # right, seen
-        self.head = nn.Sequential(
-            nn.BatchNorm1d(channels, affine=False, track_running_stats=False),
-            nn.Linear(channels, 64),
-            nn.ReLU(),
-            nn.Linear(64, 3 * self.bins),
-        )
-
-    def step(self, model, batch, optimiser, gen):
-        with InputOf(early_layer(model)) as early:
-            loss = F.cross_entropy(model(batch.x), batch.y)
-        colour, seen = self.colour(batch.x, gen)
-        if len(seen) < 2:
-            return update(optimiser, loss)  # nothing but black
-        features = self.pixels(early.value, seen)
-        frozen = {name: p.detach() for name, p in self.head.named_parameters()}
-        guesses = torch.func.functional_call(self.head, frozen, features).reshape(-1, self.bins)
-        minus_entropy = (guesses.softmax(1) * guesses.log_softmax(1)).sum(1).mean()
-        hiding = loss + self.args.entropy * minus_entropy
-        reversed_features = Reverse.apply(features, self.args.gamma * batch.progress)
-        guesses = self.head(reversed_features).reshape(-1, self.bins)  # (3P,bins)
-        update(optimiser, hiding + F.cross_entropy(guesses, colour))
-        right = (guesses.argmax(1) == colour).sum()
-        self.tally += torch.stack([right, colour.new_tensor(colour.numel())])
-        return loss.detach()
-
-    def facts(self, model):
-        """How often the heads named a pixel's red, green or blue bin in this epoch."""
-        right, seen = self.tally.tolist()
-        self.tally.zero_()
-        return {"head_colour": right / max(seen, 1)}
-
-    def pixels(self, maps, seen):
-        """Rows (P,C) of maps (B,C,h,w) for the places that are `seen`, int64 (P,)."""
-        return maps.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, seen)
-
-    def colour(self, x, gen):
-        """Bins int64 (3P,), red, green, blue, of what each seen feature sees; which these are (P,).
-
-        The lightest value of the window, where that is not black. A feature of SimpleCNN sees
-        windows twice as wide as their distance; with less, the rim of a stroke would go unguarded.
-        """
-        stride = [large // small for large, small in zip(x.shape[2:], self.size, strict=True)]
-        window, padding = [2 * s for s in stride], [s // 2 for s in stride]
-        small = F.adaptive_max_pool2d(F.max_pool2d(x, window, stride, padding), self.size)
-        seen = (small.amax(1) > 0).flatten().nonzero()[:, 0]
-        if len(seen) > self.most:
-            some = torch.randperm(len(seen), generator=gen, device=seen.device)[: self.most]
-            seen = seen[some]
-        bins = (self.pixels(small, seen) * self.bins).long().clamp(max=self.bins - 1)
-        return bins.flatten(), seen
-
-
-class InputOf:
-    """Inside `with`, .value is what this layer of a model was fed in its last call."""
-
-    def __init__(self, layer):
-        self.layer = layer
-
-    def __enter__(self):
-        self.hook = self.layer.register_forward_pre_hook(self.keep)
-        return self
-
-    def keep(self, _, inputs):
-        self.value = inputs[0]
-
-    def __exit__(self, *_):
-        self.hook.remove()
-
-
-def fresh_net(args, classes, size):
-    return build_model(args.model, args.width, classes, size, args.grayscale)
-
-
-def early_layer(model):
-    name = getattr(model, "early", "layer1")  # layer1: a ResNet's first stage
-    if name not in dict(model.named_children()):
-        die("--method lntl needs a net with feature maps", "choose --model simplecnn")
-    return model.get_submodule(name)
-
-
 # ---- adversarial training
-
-AUGMENTATIONS = ("crop", "flip", "rotation", "recolour", "cutout", "mixup")
 
 
 def augment(batch, classes, args, gen):
@@ -1191,11 +1178,11 @@ class AT(Method):
     shared = (  # with robgan
         *("attack", "eps", "steps", "step_size", "clean_epochs", "eps_ramp", "beta", "grain"),
         *("balance", *GROUP_FLAGS),
-        *AUGMENTATIONS,
+        *("crop", "flip", "rotation", "recolour", "cutout", "mixup"),
         *("label_smoothing", "clip_grad"),
     )
     flags = (*shared, "generator", "generated")
-    spreads = True
+    can_shard = True
     watched = 500  # images of val that are attacked after every epoch
 
     def __init__(self, model, splits, args):
@@ -1206,17 +1193,12 @@ class AT(Method):
             images = splits["train"].images
             self.source = load_generator(args, self.classes, images.shape[2:]).to(images.device)
 
-    def step(self, model, batch, optimiser, gen):
-        if self.source is not None and self.radius(batch) > 0:
-            n = round(self.args.generated * len(batch.y))
-            with torch.no_grad():
-                made = self.source.draw(batch.y[:n], gen)
-            batch = batch._replace(x=torch.cat([made, batch.x[n:]]))
-        loss = self.loss(model, batch, gen)
-        return update(optimiser, loss, batch.weight, self.args.clip_grad)
-
     def loss(self, model, batch, gen):
         args, eps = self.args, self.radius(batch)
+        if self.source is not None and eps > 0:
+            n = round(args.generated * len(batch.y))
+            made = self.source.draw(batch.y[:n], gen)
+            batch = batch._replace(x=torch.cat([made, batch.x[n:]]))
         x, soft = augment(batch, self.classes, args, gen)
         if eps == 0:
             return self.cross_entropy(model(x), soft)
@@ -1240,8 +1222,6 @@ class AT(Method):
         args = self.args
         if batch.epoch <= args.clean_epochs:
             return 0
-        if args.eps_ramp == 0:
-            return args.eps
         past = batch.progress * args.epochs - args.clean_epochs  # adversarial epochs so far
         share = past / (args.epochs - args.clean_epochs)
         return args.eps * min(1, max(share, 1e-3) / max(args.eps_ramp, 1e-3))
@@ -1330,7 +1310,7 @@ class RobGAN(AT):
     """
 
     flags = (*AT.shared, "judge")
-    spreads = False
+    can_shard = False
     lr_scale, betas = 1, (0.0, 0.99)  # of the generator and the discriminator's own head
     decay = 0.998  # of the averaged weights
     penalty = 0.1  # weight of R1 + R2; with 1 the discriminator lost track of the classes
@@ -1416,48 +1396,38 @@ class RobGAN(AT):
         """AT's, both losses, and what the judge says of samples."""
         y = self.some.labels
         gen = stream(self.args.seed, "samples to watch", y.device)
-        said, z = self.judge(self.sample(y, gen))
-        diversity = within_class(z, self.some, self.classes) / self.spread
         against, towards, steps = self.tally.tolist()
         self.tally.zero_()
         losses = {"loss_d": against / steps, "loss_g": towards / steps} if steps else {}
         return {
             **super().facts(model),
             **losses,
-            "agreement": (said == y.cpu()).double().mean().item(),
-            "diversity": diversity.mean().item(),
-            "diversity_worst": diversity.min().item(),
+            **compare(self.sample(y, gen), self.spread, self.judge, self.classes),
         }
 
     def finish(self, model, splits, weights):
         """What the samples are worth beside real and collapsed ones; the generator and pictures."""
         model.load_state_dict(weights)
-        args, train_split, test = self.args, splits["train"], splits["test_unbiased"]
-        n = min(10_000, len(test.labels), len(train_split.labels))
+        args, data, test = self.args, splits["train"], splits["test_unbiased"]
+        n = min(10_000, len(test.labels), len(data.labels))
         gen = stream(args.seed, "samples", test.labels.device)
-        reference = train_split.take(slice(n))
-        sources = {  # the same classes in each
-            "generated": self.sample(reference.labels, gen),
-            "real": test.take(slice(n)),
-            "collapsed": collapsed(train_split, self.classes, reference.labels),
+        few = data.take(slice(n))
+        sources = {  # n pictures to look at, and as many as there are to train on
+            "generated": [self.sample(split.labels, gen) for split in (few, data)],
+            "real": [test.take(slice(n)), data],
+            "collapsed": [collapsed(data, self.classes, split.labels) for split in (few, data)],
         }
-        z = self.judge(reference)[1]
-        measured = {
-            name: compare(pictures, reference, z, self.judge, self.classes)
-            for name, pictures in sources.items()
-        }
-        worlds = {
-            "generated": self.sample(train_split.labels, gen),
-            "real": train_split,
-            "collapsed": collapsed(train_split, self.classes, train_split.labels),
-        }
-        for name, data in worlds.items():
-            measured[name]["trained_on"] = accuracy_when_trained_on(data, name, splits, args)
-            measured[name]["nearest"] = nearest(sources[name], train_split)
+        spread, measured = within_class(self.judge(few)[1], few, self.classes), {}
+        for name, (pictures, many) in sources.items():
+            measured[name] = {
+                **compare(pictures, spread, self.judge, self.classes),
+                "trained_on": accuracy_when_trained_on(many, name, splits, args),
+                "nearest": nearest(pictures, data),
+            }
         params = sum(p.numel() for p in self.generator.parameters())
         facts = {"params": params, "n": n, "judge": args.judge, "measured": measured}
         half = copy_of(self.average.half().state_dict())  # the training is over
-        kept = {"generator": half, **self.shown(model, reference, sources["generated"], gen)}
+        kept = {"generator": half, **self.shown(model, few, sources["generated"][0], gen)}
         return {"record": {"generator": facts}, "checkpoint": kept}
 
     def shown(self, model, reference, pictures, gen):
@@ -1537,12 +1507,11 @@ def knows(args):
 
 def evaluate(model, splits):
     """What a run's JSON says of the model: scores of every split, linear probes."""
-    shown = splits["test_unbiased"]
-    said, z = judged(model, shown)
-    answers = {name: predict(model, splits[name]) for name in EVAL_SPLITS[:-1]}
-    answers["test_unbiased"] = said
-    final = {name: score(answers[name], splits[name]) for name in EVAL_SPLITS}
-    return {"final": final, "probe": probe(z, shown)}
+    final = {}
+    for name in EVAL_SPLITS:  # test_unbiased is the last
+        said, z = judged(model, splits[name])
+        final[name] = score(said, splits[name])
+    return {"final": final, "probe": probe(z, splits["test_unbiased"])}
 
 
 def score(predicted, split):
@@ -1571,9 +1540,7 @@ def score_by_colour(predicted, right, y, colour):
         return record
     colour = colour.cpu()
     groups, member = (y * 1000 + colour).unique(return_inverse=True)
-    size = torch.zeros(len(groups), dtype=torch.double)
-    hits = size.index_add(0, member, right)
-    size.index_add_(0, member, torch.ones_like(right))
+    size, hits = member.bincount(), member.bincount(right)
     worst = int((hits / size).argmin())
     record["worst_group"] = {
         "acc": (hits / size)[worst].item(),
@@ -1664,14 +1631,14 @@ def within_class(z, split, classes):
     return torch.stack([d.mean() if len(d) else d.new_zeros(()) for d in pairs])
 
 
-def compare(made, real, z_real, judge, classes):
-    """How pictures compare with real ones of the same classes, in a judge's features (N,F)."""
+def compare(made, spread, judge, classes):
+    """What a judge says of pictures; `spread` (classes,): `within_class` of real ones."""
     said, z = judge(made)
-    spread = within_class(z, made, classes) / within_class(z_real, real, classes)
+    diversity = (within_class(z, made, classes) / spread).double()
     return {
         "agreement": (said == made.labels.cpu()).double().mean().item(),
-        "diversity": spread.double().mean().item(),
-        "diversity_worst": spread.double().min().item(),
+        "diversity": diversity.mean().item(),
+        "diversity_worst": diversity.min().item(),
     }
 
 
@@ -1714,11 +1681,6 @@ MEASURES = {  # of pictures that a generator made; features are a judge's
 }
 
 
-class World(NamedTuple):
-    about: dict  # what meta.json says of the painting
-    rows: dict  # {row: [records of its runs, by seed]}
-
-
 class Sweep(NamedTuple):
     """Worlds that differ in one number, and what others published about them."""
 
@@ -1742,14 +1704,14 @@ def report(args):
     """Fill the tables and draw the figures of every run in --dir; trains and scores nothing."""
     worlds = read_worlds(args.dir)
     rows = with_oracle(worlds)
-    if not worlds[""].rows:
+    if not worlds[""]:
         die(f"{args.dir} holds no results of train.py", f"run: python train.py --dir {args.dir}")
     hint = "git checkout results/published.json restores it"
     published = load_json(ROOT / "results" / "published.json", hint)
     files = fill(args.dir, make_tables(worlds, rows, published))
     files.append(write_csv(worlds, args.dir / "summary.csv"))
     files += draw_figures(args.dir, worlds, rows, published)
-    print(f"{sum(map(len, worlds[''].rows.values()))} runs in {args.dir}; wrote")
+    print(f"{sum(map(len, worlds[''].values()))} runs in {args.dir}; wrote")
     for path in files:
         print(f"  {path}")
 
@@ -1762,7 +1724,7 @@ def make_tables(worlds, rows, published):
         "summary": table(rows, SUMMARY, ("val", "test_hard")),
         "lazy": table(rows, lazy, lazy_columns),
         "cures": cures_table(rows),
-        "lazy_artist": lazy_artist_table(rows, worlds[""].about, published["lazy_artist"]),
+        "lazy_artist": lazy_artist_table(rows, published["lazy_artist"]),
         "parts": parts_table(rows),
         "first_net": first_net_table(first_nets(worlds)),
         "robust_training": robust_table(robust_rows(worlds)),
@@ -1776,10 +1738,10 @@ def make_tables(worlds, rows, published):
 
 
 def read_worlds(folder):
-    """{name: World} of a folder, "" for itself, and of the worlds inside it."""
+    """{world: {row: runs by seed}} of a folder, "" for itself, and of the worlds inside it."""
     inside = sorted(path.parent.name for path in folder.glob("*/meta.json"))
     names = ["", *(name for name in inside if name != "quick")]  # QUICK has a report of its own
-    return {name: World(world_of(folder / name), read_runs(folder / name)) for name in names}
+    return {name: read_runs(folder / name) for name in names}
 
 
 def read_runs(folder):
@@ -1815,11 +1777,17 @@ def in_order(rows, run_of=lambda runs: runs[0]):
 
 def with_oracle(worlds):
     """The rows of the headline world, and those named oracle of the unbiased one."""
-    rows = dict(worlds[""].rows)
-    if "unbiased" in worlds:
-        unbiased = worlds["unbiased"].rows
-        rows |= {row: runs for row, runs in unbiased.items() if row.startswith("oracle")}
-    return rows
+    unbiased = worlds.get("unbiased", {}).items()
+    return worlds[""] | {row: runs for row, runs in unbiased if row.startswith("oracle")}
+
+
+def all_rows(worlds):
+    """{row, or world/row: runs} of the headline world, and of those inside it."""
+    return {
+        f"{world}/{row}" if world else row: runs
+        for world, rows in worlds.items()
+        for row, runs in rows.items()
+    }
 
 
 def trained(record):
@@ -1854,17 +1822,14 @@ def over_seeds(runs, column):
     return mean_sd([get(record, column) for record in runs])
 
 
-def pairs(runs, others):
-    """[(run, other)] of the seeds that both rows have, without those that did not train."""
-    other_of = {other["args"]["seed"]: other for other in others if trained(other)}
-    mine = {record["args"]["seed"]: record for record in runs if trained(record)}
-    return [(mine[seed], other_of[seed]) for seed in mine if seed in other_of]
-
-
 def differences(runs, others, column):
-    """Of one number, seed by seed."""
-    both = [(get(record, column), get(other, column)) for record, other in pairs(runs, others)]
-    return [mine - theirs for mine, theirs in both if None not in (mine, theirs)]
+    """Of one number, over the seeds that both rows have, without those that did not train."""
+    mine, theirs = (
+        {record["args"]["seed"]: get(record, column) for record in row if trained(record)}
+        for row in (runs, others)
+    )
+    seeds = [seed for seed in mine if None not in (mine[seed], theirs.get(seed))]
+    return [mine[seed] - theirs[seed] for seed in seeds]
 
 
 def table(rows, names, columns, more=None):
@@ -1896,14 +1861,12 @@ def cures_table(rows):
     return table(rows, CURES, columns, {"change of val": cost})
 
 
-def lazy_artist_table(rows, about, published):
+def lazy_artist_table(rows, published):
     """Our runs of the published recipes, in the published world, beside the published figures."""
-    if not published["world"].items() <= about.items():
-        return None
     lines = []
     for theirs in published["rows"]:
         runs = rows.get(theirs["row"], [])
-        if runs:
+        if runs and published["world"].items() <= runs[0]["world"].items():
             line = [f"`{theirs['row']}`{note(runs)}"]
             for split in ("val", "test_hard"):
                 line += [over_seeds(runs, split), f"{theirs[split]:.3f}"]
@@ -1912,19 +1875,16 @@ def lazy_artist_table(rows, about, published):
     return markdown(header, lines)
 
 
-def changed(runs, others):
-    """The settings in which two rows differ."""
-    mine, theirs = runs[0]["args"], others[0]["args"]
-    return {key for key in mine.keys() & theirs.keys() if mine[key] != theirs[key]} - {"seed"}
-
-
 def parts(rows):
     """{row: differences of test_hard to `jitter`} of rows that change one part, best first."""
-    found = {}
+    if "jitter" not in rows:
+        return {}
+    found, jitter = {}, rows["jitter"]
     for row, runs in rows.items():
-        flags = changed(runs, rows["jitter"]) if "jitter" in rows else ()
-        if len(flags) == 1 and flags <= {*METHODS["jitter"].flags}:
-            found[row] = differences(runs, rows["jitter"], "test_hard")
+        mine, usual = runs[0]["args"], jitter[0]["args"]
+        changed = {key for key in mine.keys() & usual.keys() if mine[key] != usual[key]} - {"seed"}
+        if len(changed) == 1 and changed <= {*METHODS["jitter"].flags}:
+            found[row] = differences(runs, jitter, "test_hard")
     return dict(sorted(found.items(), key=lambda item: -fmean(item[1] or [-math.inf])))
 
 
@@ -1946,11 +1906,11 @@ def parts_table(rows):
 def sweep_rows(worlds, recipe):
     """{row: {number of the world: runs}} of the worlds of one recipe."""
     key, found = SWEEPS[recipe].key, {}
-    for name, world in worlds.items():
-        if name in ("", "unbiased") or world.about.get("recipe") != recipe:
-            continue
-        for row, runs in world.rows.items():
-            found.setdefault(row, {})[world.about[key]] = runs
+    for name, rows in worlds.items():
+        for row, runs in rows.items():
+            world = runs[0]["world"]
+            if name not in ("", "unbiased") and world.get("recipe") == recipe:
+                found.setdefault(row, {})[world[key]] = runs
     return in_order(found, lambda by_value: next(iter(by_value.values()))[0])
 
 
@@ -1999,13 +1959,13 @@ class FirstNet(NamedTuple):
 def first_nets(worlds):
     """{(recipe, world, row): FirstNet} of the rows that balance by a first net's answers."""
     found = {}
-    for name, world in worlds.items():
-        for row, runs in world.rows.items():
-            args, groups = runs[0]["args"], runs[0].get("groups", {})
+    for name, rows in worlds.items():
+        for row, runs in rows.items():
+            args, world, groups = runs[0]["args"], runs[0]["world"], runs[0].get("groups", {})
             if args["method"] == "balance" and "equal_colour_conflicting" in groups:
-                share = 1 - world.about.get("corr", math.nan)  # unknown for one's own data
-                net = FirstNet(share, args["first_loss"], runs, world.rows.get("baseline", []))
-                found[world.about.get("recipe", "own"), name or "results", row] = net
+                share = 1 - world.get("corr", math.nan)  # unknown for one's own data
+                net = FirstNet(share, args["first_loss"], runs, rows.get("baseline", []))
+                found[world.get("recipe", "own"), name or "results", row] = net
     return dict(sorted(found.items(), key=lambda item: (item[0][0], item[1].conflicting)))
 
 
@@ -2026,11 +1986,10 @@ def first_net_table(found):
 def robust_rows(worlds):
     """{row: runs} of adversarial training, here and in the worlds of plain MNIST inside."""
     found = {}
-    for name, world in worlds.items():
-        if name == "" or world.about.get("recipe") == "gray":
-            for row, runs in world.rows.items():
-                if "val_pgd" in runs[0]["epochs"][0] and "phase" not in runs[0]["args"]:
-                    found[f"{name}/{row}" if name else row] = runs
+    for row, runs in all_rows(worlds).items():
+        here = "/" not in row or runs[0]["world"].get("recipe") == "gray"
+        if here and "val_pgd" in runs[0]["epochs"][0] and "phase" not in runs[0]["args"]:
+            found[row] = runs
     return found
 
 
@@ -2054,12 +2013,7 @@ def robust_table(rows):
 
 def generators(worlds):
     """{world/row: runs} that trained a generator."""
-    return {
-        f"{name}/{row}" if name else row: runs
-        for name, world in worlds.items()
-        for row, runs in world.rows.items()
-        if "generator" in runs[0]
-    }
+    return {row: runs for row, runs in all_rows(worlds).items() if "generator" in runs[0]}
 
 
 def robgan_table(rows):
@@ -2092,7 +2046,7 @@ def write_csv(worlds, path):
     lines = csv.writer(text, lineterminator="\n")
     columns = [column.replace(" ", "_") for column in NUMBERS]
     lines.writerow(["world", "name", "method", "seed", "knows", "trained", "params", *columns])
-    for world, (_, rows) in worlds.items():
+    for world, rows in worlds.items():
         for record in itertools.chain(*rows.values()):
             args = record["args"]
             about = [world or ".", record["name"], args["method"], args["seed"], record["knows"]]
@@ -2135,7 +2089,7 @@ def ink(record):
     return INK.get("oracle" if is_oracle else record["args"]["method"], "0.4")
 
 
-def spread(values):
+def mean_low_high(values):
     """Mean, lowest, highest."""
     return fmean(values), min(values), max(values)
 
@@ -2149,7 +2103,8 @@ def curves(rows):
             epochs = min(len(record["epochs"]) for record in runs)
             by_split = {
                 split: [
-                    spread([record["epochs"][i][split] for record in runs]) for i in range(epochs)
+                    mean_low_high([record["epochs"][i][split] for record in runs])
+                    for i in range(epochs)
                 ]
                 for split in ("val", "test_hard")
             }
@@ -2177,16 +2132,21 @@ def by_epoch(ax, title):
     ax.grid(alpha=0.3)
 
 
+def band(ax, points, colour, **style):
+    """The means of {x: (mean, lowest, highest)} as a line, the ranges as a band."""
+    mean, low, high = zip(*points.values(), strict=True)
+    ax.plot(points.keys(), mean, color=colour, **style)
+    ax.fill_between(points.keys(), low, high, color=colour, alpha=0.15, lw=0)
+
+
 def draw_learning_curves(curves):
     fig, axes = panels(2, 4.1, 3.9)
     titles = {"val": "val: biased like the training data", "test_hard": "test_hard: conflicting"}
     for ax, (split, title) in zip(axes, titles.items(), strict=True):
         for row, (colour, by_split) in curves.items():
-            mean, low, high = zip(*by_split[split], strict=True)
-            x = range(1, len(mean) + 1)
             style = "--" if row == "oracle" else ":" if row in INFERRED else "-"
-            ax.plot(x, mean, color=colour, marker="o", ms=3, ls=style, label=row)
-            ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+            points = dict(enumerate(by_split[split], start=1))
+            band(ax, points, colour, marker="o", ms=3, ls=style, label=row)
         by_epoch(ax, title)
     axes[0].set_ylabel("accuracy, mean and range of seeds")
     axes[0].legend(fontsize=8, loc="lower right")
@@ -2231,12 +2191,10 @@ def draw_first_nets(found):
     lines = {}
     for (recipe, *_), net in found.items():
         named = [record["groups"]["equal_colour_conflicting"] for record in net.runs]
-        lines.setdefault((recipe, net.loss), {})[net.conflicting] = spread(named)
-    for (recipe, loss), points in lines.items():
-        mean, low, high = zip(*points.values(), strict=True)
+        lines.setdefault((recipe, net.loss), {})[net.conflicting] = mean_low_high(named)
+    for k, ((recipe, loss), points) in enumerate(lines.items()):
         style = {"marker": "s", "ls": "--"} if loss == "ce" else {"marker": "o"}
-        (line,) = ax.plot(points.keys(), mean, label=f"{recipe}, {loss}", **style)
-        ax.fill_between(points.keys(), low, high, color=line.get_color(), alpha=0.15, lw=0)
+        band(ax, points, f"C{k}", label=f"{recipe}, {loss}", **style)
     shares = sorted({share for points in lines.values() for share in points})
     ax.set(xscale="log", ylim=(0, 1.02), xlabel="share of conflicting training images")
     ax.set_xticks(shares, [f"{share:.3g}" for share in shares])
@@ -2256,7 +2214,7 @@ def sweep_lines(sweep, ours, published):
             for value, runs in by_value.items():
                 accs = [get(record, "test_unbiased") for record in runs if trained(record)]
                 if accs:
-                    points[value] = spread(accs)
+                    points[value] = mean_low_high(accs)
                 else:
                     failed[value] = get(runs[0], "test_unbiased")
             lines[row] = ink(runs[0]), points, failed
@@ -2275,13 +2233,10 @@ def draw_sweep(data):
         ax.plot(x, y, color="0.6", ls="--", lw=0.8, marker=marker, ms=5, label=row)
     seen = set()
     for row, (colour, points, failed) in lines.items():
-        shown = [value for value in values if value in points]
-        if shown:
-            x = [place[value] for value in shown]
-            mean, low, high = zip(*(points[value] for value in shown), strict=True)
+        if points:
             inside = "white" if colour in seen else colour  # the second row of a method
-            ax.plot(x, mean, color=colour, marker="o", mfc=inside, label=row)
-            ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+            at = {place[value]: points[value] for value in values if value in points}
+            band(ax, at, colour, marker="o", mfc=inside, label=row)
             seen.add(colour)
         if failed:
             x, label = [place[value] for value in failed], f"{row} (did not train)"
@@ -2312,9 +2267,9 @@ def draw_robust_training(rows):
 
 def load_samples(folder, worlds):
     """What a checkpoint with a generator shows, of the first run whose checkpoint is there."""
-    for name, world in worlds.items():
-        for record in itertools.chain(*generators({name: world}).values()):
-            path = folder / name / f"{record['name']}.pt"
+    for row, runs in generators(worlds).items():
+        for record in runs:
+            path = (folder / row).with_name(f"{record['name']}.pt")
             if path.exists() and "shown" in (checkpoint := load_pt(path, "train it again")):
                 return checkpoint
     return None

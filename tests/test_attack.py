@@ -144,6 +144,10 @@ def test_the_judge_sees_the_ball_the_box_and_the_answer():
     assert not attack.judge(nn.Flatten(), x, ones(x), 0.1, x_adv, lambda z, y: y == 0).any()
 
 
+def in_no_steps(x_adv):
+    return attack.Attacked(x_adv, torch.zeros(len(x_adv), dtype=torch.long), None)
+
+
 def test_chunks_keep_images_radii_and_more_together(monkeypatch):
     monkeypatch.setattr(attack, "CHUNK", 2)
     x, eps = torch.linspace(0.1, 0.5, 5).view(5, 1, 1, 1), torch.linspace(0.01, 0.05, 5)
@@ -151,7 +155,7 @@ def test_chunks_keep_images_radii_and_more_together(monkeypatch):
 
     def add(x, y, eps, step):
         sizes.append(len(x))
-        return attack.in_no_steps(x + eps.view(-1, 1, 1, 1) * step.view(-1, 1, 1, 1))
+        return in_no_steps(x + eps.view(-1, 1, 1, 1) * step.view(-1, 1, 1, 1))
 
     step = torch.tensor([1.0, 1, 2, 1, 0])  # the third leaves its ball
     y = torch.arange(5)
@@ -373,7 +377,8 @@ def test_square_stays_in_the_ball_and_fools_without_gradients(linear):
     assert (a.x - x).abs().max() <= 0.05 + 1e-6 and a.x.min() >= 0 and a.x.max() <= 1
     assert a.done.float().mean() > 0.5 and torch.equal(a.done, model(a.x).argmax(1) == 1)
     assert a.steps.max() <= 100
-    first = attack.corner(x, torch.full((len(x),), 0.05), (len(x), 3, 1, 8), stream(0, "t"))
+    signs = attack.random_signs(x, (len(x), 3, 1, 8), stream(0, "t"))
+    first = attack.moved(x, torch.full((len(x),), 0.05), signs)
     assert (model.margin(a.x) >= model.margin(first)).all(), "a query never makes it worse"
 
 
@@ -391,7 +396,7 @@ def test_squares_shrink_on_the_authors_schedule(linear, monkeypatch):
 
 def test_corners_and_runs():
     x, eps = torch.tensor([0.5, 0.95]).view(2, 1, 1, 1).repeat(1, 3, 4, 4), torch.tensor([0.1, 0.2])
-    found = attack.corner(x, eps, (2, 3, 1, 4), stream(0, "t"))
+    found = attack.moved(x, eps, attack.random_signs(x, (2, 3, 1, 4), stream(0, "t")))
     assert found[0].unique().tolist() == pytest.approx([0.4, 0.6])
     assert found[1].unique().tolist() == pytest.approx([0.75, 1.0])
     assert (found == found[:, :, :1]).all(), "stripes"
@@ -442,7 +447,7 @@ def test_square_gets_queries_and_the_others_steps(monkeypatch):
             attack.ATTACKS,
             name,
             lambda net, x, y, eps, steps, gen, name=name: (
-                seen.update({name: steps}) or attack.in_no_steps(x)
+                seen.update({name: steps}) or in_no_steps(x)
             ),
         )
         x, args = torch.zeros(2, 3, 2, 2), types.SimpleNamespace(steps=5, queries=70)
@@ -503,10 +508,10 @@ HEALTHY = {
 )
 def test_each_claim_fails_by_its_own_number_alone(claim, change):
     rows = attack.claims({**HEALTHY, **change})
-    assert [i for i, (_, held, _) in enumerate(rows) if not held] == (
-        [] if claim is None else [claim]
-    )
-    assert rows[2][2].keys() >= {"eps 0.1"} and rows[7][2].keys() == {"eps", "APGD", "Square"}
+    failed = [i for i, row in enumerate(rows) if not row["pass"]]
+    assert failed == ([] if claim is None else [claim])
+    by_eps, square = dict(rows[2]["numbers"]), dict(rows[7]["numbers"])
+    assert by_eps.keys() >= {"eps 0.1"} and square.keys() == {"eps", "APGD", "Square"}
 
 
 def mirrored(model, x):
@@ -536,7 +541,7 @@ def test_strays_are_counted_beyond_the_ball_and_the_box(linear, monkeypatch, ste
     x[:, 0, 0, 0] = pixel
 
     def stray(net, x, y, eps, steps, gen):
-        return attack.in_no_steps(x + step)
+        return in_no_steps(x + step)
 
     monkeypatch.setitem(attack.ATTACKS, "FGSM", stray)
     found = attack.measure(attack.Loaded(linear[0], {}, 2), x, y, args)
@@ -730,7 +735,9 @@ def test_lists_are_parallel_and_the_worst_case_is_the_worst(world, call):
 
 
 def test_a_failed_check_is_told_by_the_exit_code(world, call, monkeypatch):
-    monkeypatch.setattr(attack, "claims", lambda v: [("never", False, {"n": 1})])
+    monkeypatch.setattr(
+        attack, "claims", lambda v: [{"claim": "never", "pass": False, "numbers": [["n", 1]]}]
+    )
     code, said, _ = call(f"attack.py --dir {world} --check --steps 2 --n 10")
     assert code == 1 and "1 of 1 checks fail" in said and "never: n 1" in said
 
@@ -803,10 +810,15 @@ def test_a_digit_that_is_not_there(world, call):
 
 def test_the_evidence_is_the_result_with_most_images_at_that_eps(tmp_path):
     for name, n, eps in (("7to3", 9, 0.05), ("7to3_n2", 12, 0.05), ("7to3_eps1", 20, 0.1)):
-        record = {"mode": "targeted", "args": {"eps": eps, "models": []}, "models": {}}
+        record = {
+            "mode": "targeted",
+            "args": {"eps": eps, "models": []},
+            "models": {},
+            "name": name,
+        }
         save_json({**record, "index": [0] * n}, tmp_path / f"attack_{name}.json")
-    assert attack.evidence(tmp_path, "7to3*", 0.05)["name"] == "attack_7to3_n2"
-    assert attack.evidence(tmp_path, "7to3*")["name"] == "attack_7to3_eps1"
+    assert attack.evidence(tmp_path, "7to3*", 0.05)["name"] == "7to3_n2"
+    assert attack.evidence(tmp_path, "7to3*")["name"] == "7to3_eps1"
     assert attack.evidence(tmp_path, "pairs*", 0.05) is None
 
 
@@ -816,14 +828,20 @@ def measured(accuracy, own=True):
 
 
 def test_what_did_not_train_is_marked_and_what_follows_others_says_so():
-    attacks = {"clean": measured(0.9)["own"], "APGD": measured(0.5), "Square": measured(0.4, False)}
+    attacks = {"clean": measured(0.9)["own"], "FGSM": measured(0.8), "PGD": measured(0.7)}
+    attacks |= {"APGD": measured(0.5), "APGD-T": measured(0.45, False)}
+    attacks["Square"] = measured(0.4, False)
     m = {"method": "at", "seed": 1, "attacks": attacks, "robust": measured(0.4)["own"]}
+    m["follows_colour"] = None
     models = {"at_s1": m, "b_s1": {**m, "method": "b", "trained": False}}
     args = {"steps": 100, "queries": 5000, "eps": 0.1}
     table = attack.untargeted_table({"args": args, "models": models, "n": 9}).splitlines()
-    header = "| model | n | clean | APGD, 100 steps | then Square, 5,000 queries | worst case |"
-    assert table[0] == header
-    assert table[2] == "| at | 9 | 0.900 | 0.500 | 0.400 | 0.400 (0.300 to 0.500) |"
+    header = (
+        "| model | n | clean | FGSM | PGD, 100 steps | APGD, 100 steps | then APGD-T, 100 steps"
+    )
+    assert table[0] == f"{header} | then Square, 5,000 queries | worst case |"
+    rates = "0.900 | 0.800 | 0.700 | 0.500 | 0.450 | 0.400 | 0.400 (0.300 to 0.500)"
+    assert table[2] == f"| at | 9 | {rates} |"
     assert table[3].startswith("| b (did not train) | 9 |")
 
 

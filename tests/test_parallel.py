@@ -51,7 +51,7 @@ def test_two_processes_learn_what_one_learns(tiny, call, together, tmp_path):
 
 def test_a_batch_is_shared_out_whole_and_its_weights_add_up(monkeypatch):
     for n, processes in ((128, 1), (128, 3), (5, 2), (2, 4)):
-        monkeypatch.setattr(train, "WORLD", processes)
+        monkeypatch.setattr(train, "PROCESSES", processes)
         parts = []
         for rank in range(processes):
             monkeypatch.setattr(train, "RANK", rank)
@@ -64,7 +64,7 @@ def test_a_batch_is_shared_out_whole_and_its_weights_add_up(monkeypatch):
 
 
 def test_a_method_that_needs_whole_batches_is_refused_in_one_line(tiny, mistake, monkeypatch):
-    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train, "PROCESSES", 2)
     for method in ("lff", "jtt", "lntl", "groupdro"):
         mistake(f"train.py --method {method}", f"--method {method} needs whole batches")
 
@@ -79,7 +79,7 @@ def test_variables_that_are_not_torchruns_change_nothing(cli):
 def test_a_run_of_two_processes_is_not_continued_by_one(tiny, call, mistake, tmp_path, monkeypatch):
     tiny(tmp_path / "results", n=100)
     with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(train, "WORLD", 2)
+        patch.setattr(train, "PROCESSES", 2)
         patch.setattr(train, "init_distributed", lambda args, device: None)
         patch.setattr(train, "all_reduce", lambda tensors: None)
         patch.setattr(train.dist, "destroy_process_group", lambda: None)

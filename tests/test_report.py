@@ -222,10 +222,14 @@ def test_published_recipes_stand_beside_the_published_figures():
         "jitter": [record("jitter_s1", "jitter", 1)],
         "jitter_hsv_image_nofade": [record("jitter_hsv_image_nofade_s1", "jitter", 1, hard=0.61)],
     }
-    table = cells(train.lazy_artist_table(rows, WORLD, published))
+    table = cells(train.lazy_artist_table(rows, published))
     assert list(table)[2:] == ["`jitter_hsv_image_nofade`"]  # never beside our changed recipe
     assert table["`jitter_hsv_image_nofade`"] == ["0.900", "0.960", "0.610", "0.613"]
-    assert train.lazy_artist_table(rows, {**WORLD, "limit": 6000}, published) is None
+    small = {
+        row: [{**run, "world": {**WORLD, "limit": 6000}} for run in runs]
+        for row, runs in rows.items()
+    }
+    assert train.lazy_artist_table(small, published) is None
 
 
 def test_a_sweep_puts_each_world_in_its_column(tmp_path):
@@ -310,9 +314,9 @@ def test_a_generator_stands_beside_real_and_collapsed_pictures():
     kinds = {"generated": measured(0.5), "real": measured(0.75), "collapsed": measured(0.25)}
     del kinds["collapsed"]["nearest"]
     run = record("robgan_s1", "robgan", 1, generator={"measured": kinds})
-    worlds = {"": train.World({}, {"jtt": [record("jtt_s1", "jtt", 1)]})}
+    worlds = {"": {"jtt": [record("jtt_s1", "jtt", 1)]}}
     assert train.robgan_table(train.generators(worlds)) is None
-    worlds["mnist"] = train.World({}, {"robgan": [run]})
+    worlds["mnist"] = {"robgan": [run]}
     table = cells(train.robgan_table(train.generators(worlds)))
     assert table["measure"] == ["`mnist/robgan`", "real", "collapsed"]
     assert table["label agreement"] == ["0.500", "0.750", "0.250"]
@@ -337,11 +341,11 @@ def test_first_nets_stand_by_world_and_row():
         "balance_infergroups_ce": [first_net_record(0.6, loss="ce", colour=0.7)],
         "grl_infergroups": [{**runs[0], "args": {**runs[0]["args"], "method": "grl"}}],
     }
-    own = train.World({}, {"balance_infergroups": [first_net_record(0.9)]})  # without meta.json
+    own = {"balance_infergroups": [{**first_net_record(0.9), "world": {}}]}  # without meta.json
     worlds = {
-        "": train.World({**WORLD}, {"balance_infergroups": [first_net_record(0.95)]}),
-        "weak": train.World({**WORLD, "corr": 0.6}, weak),
-        "plain": train.World({**WORLD, "corr": 0.9}, {"baseline": [plain]}),
+        "": {"balance_infergroups": [first_net_record(0.95)]},
+        "weak": weak,
+        "plain": {"baseline": [plain]},
     }
     table = train.first_net_table(train.first_nets(worlds))
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
@@ -373,9 +377,7 @@ def test_first_nets_stand_by_world_and_row():
 
 def test_all_runs_shows_the_worst_group_of_all_seeds():
     runs = [record(f"jtt_s{s}", "jtt", s, hard=h) for s, h in ((1, 0.8), (2, 0.6))]
-    table = cells(
-        train.make_tables({"": train.World({}, {})}, {"jtt": runs}, PUBLISHED)["all_runs"]
-    )
+    table = cells(train.make_tables({"": {}}, {"jtt": runs}, PUBLISHED)["all_runs"])
     assert table["method"][-1] == "worst group" and table["`jtt`"][-1] == "0.300 of 7"
     assert table["`jtt`"][3] == "0.720 ± 0.141 (2)"  # test_unbiased
 

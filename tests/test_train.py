@@ -219,7 +219,7 @@ def test_the_gradients_of_all_shards_are_that_of_the_batch(splits, net, monkeypa
     optimiser = torch.optim.SGD(net.parameters(), lr=0.0)
     train.update(optimiser, F.cross_entropy(net(data.x(index)), data.labels[index]))
     whole = [p.grad.clone() for p in net.parameters()]
-    monkeypatch.setattr(train, "WORLD", 3)
+    monkeypatch.setattr(train, "PROCESSES", 3)
     monkeypatch.setattr(train, "all_reduce", lambda grads: sums.append([g.clone() for g in grads]))
     for rank in range(3):
         monkeypatch.setattr(train, "RANK", rank)
@@ -242,7 +242,7 @@ def test_all_reduce_is_one_message(monkeypatch):
     monkeypatch.setattr(train.dist, "all_reduce", reduce)
     train.all_reduce(tensors)
     assert messages == [] and tensors[1] == 5
-    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train, "PROCESSES", 2)
     train.all_reduce(tensors)
     assert messages[0].tolist() == [1] * 6 + [5, 0, 1]
     assert [t.tolist() for t in tensors] == [[[10] * 3] * 2, 50, [0, 10]]
@@ -250,7 +250,7 @@ def test_all_reduce_is_one_message(monkeypatch):
 
 def test_each_process_draws_alone_and_the_loss_is_of_all(splits, net, spy, monkeypatch):
     """As process 1 of 2: the second half of every batch, draws of its own, its share of the sum."""
-    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train, "PROCESSES", 2)
     monkeypatch.setattr(train, "RANK", 1)
     monkeypatch.setattr(train, "all_reduce", lambda tensors: None)
     losses = []
@@ -269,11 +269,9 @@ def test_each_process_draws_alone_and_the_loss_is_of_all(splits, net, spy, monke
 
 
 def test_torchrun_is_for_methods_that_can_share_a_batch(mistake_of):
-    spreads = [name for name, method in train.METHODS.items() if method.spreads]
-    assert spreads == [
-        *("baseline", "gce", "at", "jitter", "grl", "combined", "biasbal", "balance")
-    ]
-    with mistake_of("--method lff needs whole batches", ", ".join(spreads)):
+    able = [name for name, method in train.METHODS.items() if method.can_shard]
+    assert able == [*("baseline", "gce", "at", "jitter", "grl", "combined", "biasbal", "balance")]
+    with mistake_of("--method lff needs whole batches", ", ".join(able)):
         train.init_distributed(args_of("--method lff"), CPU)
 
 
@@ -665,7 +663,7 @@ def test_other_sizes_and_a_resnet_work(tiny, call, mistake, tmp_path):
 def test_each_process_of_a_resnet_needs_two_images(mistake_of, monkeypatch):
     args = args_of("--model resnet18 --batch 4")
     assert train.batch_sizes(10, args) == [4, 4, 2]
-    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train, "PROCESSES", 2)
     with mistake_of("makes a batch of 2"):
         train.batch_sizes(10, args)
 
@@ -720,7 +718,7 @@ def test_only_the_first_process_speaks_and_saves(world, monkeypatch, capfd):
     monkeypatch.chdir(world.parent)
     before = {*world.iterdir()}
     monkeypatch.setattr(train, "RANK", 1)
-    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train, "PROCESSES", 2)
     met = []
     monkeypatch.setattr(train, "init_distributed", lambda *_: met.append("met"))
     monkeypatch.setattr(train, "all_reduce", lambda tensors: None)

@@ -1665,6 +1665,10 @@ STRONGER = ("baseline_width16", "baseline_epochs30", "baseline_lr0.01_onecycle")
 CURES = (*METHODS, *INFERRED, "baseline_crop1", "oracle", "oracle_crop1")
 CURVES = ("baseline", "balance_infergroups", "jitter", "combined", "oracle")
 CONFUSION = ("baseline", "balance_infergroups", "jitter", "oracle")
+ROBUST = (
+    *("at", "at_wide", "at_balanced", "mnist/at", "mnist/trades", "mnist/fgsm"),
+    *("mnist_27000/resnet50", "mnist_27000/resnet50_student"),
+)
 NUMBERS = {  # column: where the number stands in the record of a run
     **{split: ("final", split, "acc") for split in EVAL_SPLITS},
     "worst digit": ("final", "test_hard", "worst_digit"),
@@ -2062,12 +2066,13 @@ def write_csv(worlds, path):
 
 def draw_figures(folder, worlds, rows, published):
     """Every figure that has results; returns the files."""
+    robust = robust_rows(worlds)
     figures = {
         "learning_curves": (draw_learning_curves, curves(rows)),
         "confusion": (draw_confusion, {row: rows[row][0] for row in CONFUSION if row in rows}),
         "parts": (draw_parts, {row: gains for row, gains in parts(rows).items() if gains}),
         "first_net": (draw_first_nets, first_nets(worlds)),
-        "robust_training": (draw_robust_training, robust_rows(worlds)),
+        "robust_training": (draw_robust_training, {k: robust[k] for k in ROBUST if k in robust}),
         "robgan_samples": (draw_samples, load_samples(folder, worlds)),
     }
     for recipe, sweep in SWEEPS.items():

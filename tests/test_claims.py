@@ -16,6 +16,7 @@ from common import row_of
 RESULTS = ROOT / "results"
 CURES = ("jtt", "lff", "jitter", "grl", "combined", "biasbal", "groupdro")
 CMNIST = ("995", "99", "98", "95")
+CAMS = ("gradcam", "hirescam")
 PAIRS = [(images, kind) for images in ("all", "both_right") for kind in ("argmax", "confidence")]
 
 
@@ -165,21 +166,17 @@ def test_wider_or_faster_it_still_falls_well_short_of_its_oracle(setting):
 
 
 def test_val_ranks_the_plain_network_among_the_best_and_test_hard_the_worst():
-    shown = ("jtt", "jitter", "combined", "oracle")  # in learning_curves.png
+    shown = ("balance_infergroups", "jitter", "combined", "oracle")  # in learning_curves.png
     assert all(fmean(of("baseline", val)) > fmean(of(row, val)) for row in shown)
     assert all(max(of("baseline", hard)) < min(of(row, hard)) for row in shown)
 
 
-def test_the_lazy_networks_mistakes_fill_more_cells_than_the_others():
-    def cells(row):
-        confusion = runs(row)[42]["final"]["test_hard"]["confusion"]
-        shares = [[n / sum(line) for n in line] for line in confusion]
-        pairs = [(i, j) for i in range(10) for j in range(10) if i != j]
-        return sum(shares[i][j] >= 0.02 for i, j in pairs)
-
-    assert cells("baseline") > 60
-    assert max(cells("jtt"), cells("jitter"), cells("oracle")) < cells("baseline")
-    assert max(cells("jitter"), cells("oracle")) < 30
+def test_the_lazy_network_makes_far_more_mistakes_and_most_pairs_of_digits_have_some():
+    confusion = runs("baseline")[42]["final"]["test_hard"]["confusion"]
+    some = [n > 0 for i, line in enumerate(confusion) for j, n in enumerate(line) if i != j]
+    assert sum(some) > 0.8 * len(some)
+    for row in ("balance_infergroups", "jitter", "oracle"):  # in confusion.png
+        assert 1 - hard(runs("baseline")[42]) > 3 * (1 - hard(runs(row)[42]))
 
 
 # ---- where does it look?
@@ -202,25 +199,32 @@ def test_the_lifts_of_lazy_and_cured_networks_overlap(cam):
     assert max(looks(cam, "baseline", lift)) > min(looks(cam, "jitter", lift))
 
 
-def test_on_average_gradcam_lifts_separate_them_but_not_for_grl():
-    lazy = fmean(looks("gradcam", "baseline", lift))
-    for row in ("jitter", "combined", "oracle"):
-        assert fmean(looks("gradcam", row, lift)) > lazy + 0.2
-    assert abs(fmean(looks("gradcam", "grl", lift)) - lazy) < 0.1
+def by_seed(cam, row, number):
+    """{seed: one number} of every model of a row that has maps."""
+    return {seed: number(m) for seed, m in compared_models(gradcam(cam), f"{row}_s0").items()}
 
 
-def test_lifts_of_hirescam_go_along_with_the_flips_a_little_more():
-    def correlation(cam, row):
-        return fmean(looks(cam, row, lambda model: model["lift_flip_correlation"]))
+def test_gradcam_lifts_do_not_separate_them():
+    lazy, cured, grl = (by_seed("gradcam", row, lift) for row in ("baseline", "jitter", "grl"))
+    assert fmean(cured.values()) > fmean(lazy.values()) + 0.2
+    assert sum(cured[seed] < lazy[seed] for seed in lazy) == 2 and len(lazy) == 5
+    assert abs(fmean(grl.values()) - fmean(lazy.values())) < 0.1
 
+
+def test_in_five_of_six_networks_hirescam_goes_along_with_fewer_flips_more_than_gradcam():
+    more = 0
     for row in ("baseline", "jitter"):
-        assert correlation("hirescam", row) < correlation("gradcam", row) < 0
-        assert correlation("hirescam", row) > -0.3
+        rho = [by_seed(cam, row, lambda m: m["lift_flip_correlation"]) for cam in CAMS]
+        assert len(rho[1]) == 3
+        more += sum(rho[1][seed] < min(rho[0][seed], 0) for seed in rho[1])
+    assert more == 5
 
 
-def test_by_hirescam_even_lazy_networks_look_at_the_digit_more_than_chance():
+def test_by_hirescam_even_lazy_networks_score_above_one_but_so_do_random_layers():
     assert min(looks("hirescam", "baseline", lift)) > 1
     assert min(looks("hirescam", "baseline", flip("background"))) > 0.5
+    for step in gradcam("hirescam")["null"]["cascade"]:
+        assert fmean(step["lift"]) > 1
 
 
 def test_within_a_network_lift_says_little_about_flips():
@@ -354,8 +358,25 @@ def test_the_answers_of_the_cured_seldom_use_the_colour(row):
     assert max(of(row, follows)) < 0.05
 
 
-def test_those_of_jitter_use_it_a_little_more_often_than_the_oracles():
+def test_those_of_jitter_and_groupdro_use_it_a_little_more_often_than_the_oracles():
     assert min(gains("jitter", "oracle", follows)) > 0
+    assert fmean(gains("groupdro", "oracle", follows)) > 0
+
+
+@pytest.mark.parametrize("row", ["jtt", "lff"])
+def test_those_of_jtt_and_lff_still_use_it_on_average(row):
+    assert fmean(of(row, follows)) > 3 * fmean(of("oracle", follows))
+
+
+def worst_pair(record):
+    return record["final"]["test_hard"]["worst_group"]["acc"]
+
+
+def test_a_mean_hides_the_worst_pairs_of_digit_and_colour():
+    for row in ("grl", "biasbal", "jtt", "lff"):
+        assert min(of(row, worst_pair)) == 0, row
+    assert max(of("baseline", worst_pair)) < 0.02
+    assert max(gains("jitter", "oracle", worst_pair)) < 0
 
 
 def test_a_network_that_learned_nothing_has_features_that_show_the_colour():
@@ -396,8 +417,12 @@ def test_the_first_network_names_nearly_every_pictures_colour_conflicting_ones_t
     assert min(named("balance_infergroups", "equal_colour_conflicting")) > 0.98
 
 
-def test_balancing_by_its_answers_is_as_good_as_by_the_true_colours():
-    assert abs(fmean(gains("balance_infergroups", "balance"))) < 0.02
+def test_in_two_of_three_seeds_its_answers_are_the_colours_and_both_trainings_one():
+    inferred, told = runs("balance_infergroups"), runs("balance")
+    same = [inferred[seed]["final"] == told[seed]["final"] for seed in told]
+    all_named = [inferred[seed]["groups"]["equal_colour"] == 1 for seed in told]
+    assert same == all_named and sum(same) == 2 and len(told) == 3
+    assert max(map(abs, gains("balance_infergroups", "balance"))) < 0.02
 
 
 def test_every_seed_of_it_stands_above_every_seed_of_jtt_and_lff():
@@ -417,11 +442,11 @@ def test_jitter_on_balanced_batches_gains_over_jitter_on_average():
 @pytest.mark.parametrize("row", ["balance_infergroups_crop1", "jitter_balance_infergroups"])
 def test_both_are_on_average_no_worse_than_combined_and_below_the_oracle(row):
     assert fmean(gains(row, "combined")) > 0 > fmean(gains(row, "oracle"))
+    assert max(gains(row, "oracle")) > 0, "though not in every seed"
 
 
 @pytest.mark.parametrize("row", ["biasbal", "groupdro"])
-def test_biasbal_and_groupdro_do_as_well_as_with_true_colours_and_end_below_balance(row):
-    assert max(map(abs, gains(f"{row}_infergroups", row))) < 0.02
+def test_biasbal_and_groupdro_end_below_balance_with_either_colours(row):
     assert max(gains(f"{row}_infergroups", "balance_infergroups")) < 0
     assert fmean(gains(row, "balance")) < 0
 
@@ -523,10 +548,15 @@ def test_jitter_stands_above_every_published_row_at_999_of_1000():
     assert in_world("flat_999", "jitter") > best
 
 
-def test_who_stays_up_at_999_of_1000_was_told_of_colour():
-    for row in load(RESULTS / "published.json")["biased_mnist"]:
-        assert row["accuracy"]["0.999"] < 0.5 or row["knows"] != "nothing", row["row"]
-    assert max(in_world("flat_999", "baseline"), in_world("flat_999", "lff")) < 0.5
+def test_the_highest_lines_at_999_of_1000_were_told_of_colour():
+    told = [
+        row["accuracy"]["0.999"]
+        for row in load(RESULTS / "published.json")["biased_mnist"]
+        if row["knows"] != "nothing"
+    ]
+    highest = sorted([*told, in_world("flat_999", "jitter")])[-4:]
+    untold = [in_world("flat_999", row) for row in ("baseline", "lff", "balance_infergroups")]
+    assert max(untold) < min(highest)
 
 
 def test_told_nothing_balance_beats_the_published_in_the_two_hardest_worlds_only():
@@ -630,16 +660,36 @@ def test_at_eps_005_hardly_a_picture_survives_in_any_network_of_the_usual_traini
     assert max(worst(record, model) for model in record["models"]) < 0.01
 
 
-def test_under_tiny_changes_the_cured_keep_more_than_the_lazy_and_none_under_larger_ones():
+def kept_within(eps, row):
+    """Accuracy under APGD of each seed of a row, from the robust curve of the main world."""
     record = attacks("untargeted", "grl_s42")
-    tiny, large = record["radii"].index(0.01), record["radii"].index(0.05)
-    lazy, cured = [], []
+    at = record["radii"].index(eps)
+    return [m["curve"][at]["rate"] for m in compared_models(record, f"{row}_s0").values()]
+
+
+def test_under_tiny_changes_jitter_keeps_more_than_the_lazy_and_fewer_under_somewhat_larger_ones():
+    assert len(kept_within(0.01, "jitter")) == len(kept_within(0.01, "baseline")) == 3
+    assert min(kept_within(0.01, "jitter")) > max(kept_within(0.01, "baseline"))
+    assert fmean(kept_within(0.025, "jitter")) < fmean(kept_within(0.025, "baseline"))
+    assert max(kept_within(0.05, row)[0] for row in ("jitter", "grl", "combined")) < 0.01
+
+
+def test_the_first_coloured_pictures_are_harder_than_the_rest_and_the_first_grey_ones_easier():
+    record = attacks("untargeted", "grl_s42")
     for name, model in record["models"].items():
-        kept = cured if row_of(name) in ("jitter", "grl", "combined") else lazy
-        if row_of(name) != "oracle":
-            kept.append(model["curve"][tiny]["rate"])
-            assert model["curve"][large]["rate"] < 0.01
-    assert len(lazy) >= 3 and min(cured) > max(lazy)
+        seed = int(name.rsplit("_s", 1)[1])
+        assert model["attacks"]["clean"]["rate"] < hard(runs(row_of(name))[seed]), name
+    record = attacks("untargeted", "robgan_without_s42", "mnist")
+    for seed, model in compared_models(record, "robgan_without_s0").items():
+        whole = hard(rows("mnist")["robgan_without"][seed])
+        assert record["n"] == 200 and model["attacks"]["clean"]["rate"] > whole
+
+
+def test_square_fools_a_few_that_gradients_had_left_on_plain_mnist():
+    models = attacks("untargeted", "at_s42", "mnist")["models"]
+    for name in ("at_s42", "trades_s42"):
+        left = [models[name]["attacks"][attack]["so_far"]["k"] for attack in ("APGD-T", "Square")]
+        assert 0 < left[0] - left[1] < 20
 
 
 def test_our_attacks_pass_every_check():
@@ -662,7 +712,13 @@ def test_four_wide_rows_had_one_budget_and_three_seeds():
     assert len(budget) == 1
 
 
-def test_adversarial_training_deepens_the_shortcut_in_every_seed():
+def test_both_kinds_were_still_unlearning_the_colour_when_the_training_ended():
+    for row in ("baseline_wide", "at_wide"):
+        for run in runs(row).values():
+            assert run["epochs"][-1]["test_hard"] == max(e["test_hard"] for e in run["epochs"])
+
+
+def test_adversarial_training_leaves_more_of_the_shortcut_in_every_seed():
     assert max(gains("at_wide", "baseline_wide")) < -0.1
     plain = runs("baseline_wide")
     assert all(follows(run) > 1.5 * follows(plain[seed]) for seed, run in runs("at_wide").items())
@@ -677,8 +733,9 @@ def test_the_shortcut_takes_robustness_away_too():
     assert len(robust) == 3 and all(robust[seed] < 0.5 * free[seed] for seed in robust)
 
 
-def test_at_balanced_reads_conflicting_pictures_about_as_well_as_the_oracle_of_its_width():
-    assert abs(fmean(of("at_balanced", hard)) - fmean(of("oracle_width16", hard))) < 0.01
+@pytest.mark.parametrize("row", ["oracle_width16", "oracle_wide"])
+def test_at_balanced_reads_conflicting_pictures_about_as_well_as_the_oracles_of_its_width(row):
+    assert abs(fmean(of(row, hard)) - fmean(of("at_balanced", hard))) < 0.015
 
 
 def test_at_balanced_alone_keeps_most_of_its_answers_under_attack():
@@ -719,6 +776,14 @@ def test_the_robustness_of_fgsm_did_not_collapse():
     assert watched("fgsm") == sorted(watched("fgsm"))
 
 
+def test_no_network_lost_its_robustness_in_training():
+    shown = [(".", "at"), (".", "at_wide"), (".", "at_balanced"), ("mnist_27000", "resnet50")]
+    for world, row in [*shown, ("mnist", "at"), ("mnist", "trades"), ("mnist", "fgsm")]:
+        for run in rows(world)[row].values():
+            under_pgd = [epoch["val_pgd"] for epoch in run["epochs"]]
+            assert under_pgd[-1] > max(under_pgd) - 0.05, (world, row)
+
+
 def test_the_resnet_keeps_two_in_three_nothing_before_and_was_still_rising():
     record = attacks("untargeted", "../mnist_27000/resnet50_s42", "mnist")
     assert 0.6 < worst(record, "../mnist_27000/resnet50_s42") < 0.72
@@ -740,12 +805,13 @@ def test_the_generator_draws_what_was_asked_and_varies_almost_as_much_as_real_di
     assert max(measured("collapsed", "diversity")) < 0.1
 
 
-def test_its_digits_lie_further_from_the_training_pictures_than_real_test_digits():
+def test_the_median_picture_lies_further_from_the_training_pictures_than_real_test_digits():
     assert min(measured("generated", "nearest")) > max(measured("real", "nearest"))
 
 
-def test_a_classifier_trained_on_them_alone_reads_real_digits_nearly_as_well():
-    assert fmean(measured("real", "trained_on")) - fmean(measured("generated", "trained_on")) < 0.05
+def test_a_classifier_trained_on_them_alone_makes_more_mistakes_though_still_few():
+    assert max(measured("generated", "trained_on")) < min(measured("real", "trained_on"))
+    assert min(measured("generated", "trained_on")) > 0.95
 
 
 def test_with_2000_pictures_its_digits_vary_less_and_teach_clearly_worse():

@@ -106,8 +106,8 @@ one() {  # one step; what it printed is shown if it fails
   fi
 }
 
-minutes() {  # what a stage takes on two cores; the time left follows from these and the pace so far
-  case $1 in lazy) echo 12 ;; evidence) echo 6 ;; cures) echo 5 ;; groups | ablations) echo 30 ;; robust) echo 70 ;; robgan) echo 40 ;; *) echo 14 ;; esac
+minutes() {  # what a stage takes on two slow cores; the time left follows from these and the pace so far
+  case $1 in lazy | lntl) echo 20 ;; evidence | biased) echo 15 ;; cures) echo 8 ;; groups) echo 50 ;; robust) echo 130 ;; *) echo 55 ;; esac
 }
 
 left() {  # after the K-th of the STEPS steps of this stage

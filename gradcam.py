@@ -901,8 +901,9 @@ def say(cells, keys):
     """The first eight rows of a table on the terminal."""
     lines = [("", *keys)]
     lines += [(row, *(mean_sd(numbers[key]) for key in keys)) for row, numbers in cells.items()]
+    wide = max(len(row) for row, *_ in lines[:9])
     for row, *shown in lines[:9]:
-        print(f"{row:20s}" + "".join(f"  {text:>20s}" for text in shown))
+        print(f"{row:{wide}s}" + "".join(f"  {text:>20s}" for text in shown))
 
 
 # ---- what each answer wants to see

@@ -140,7 +140,8 @@ def fetch():
             try:
                 return read_raw(download(Path(temporary))), source
             except Exception as e:  # a mirror can fail in any way; the next one is tried
-                print(f"no MNIST from {source}: {str(e)[:160] or type(e).__name__}", flush=True)
+                why = " ".join(str(e).split())[:120] or type(e).__name__
+                print(f"no MNIST from {source}: {why}", flush=True)
     die(
         "MNIST could not be fetched", "check the network, or give the four IDX files by --mnist DIR"
     )

@@ -521,9 +521,9 @@ def test_plain_augmentation_brings_most_of_the_gain():
     assert min(gains("jitter_alpha0", "baseline")) > 0.8 * fmean(gains("jitter", "baseline"))
 
 
-def test_without_the_grain_the_one_seed_is_a_little_lower():
-    (loss,) = gains("jitter_grain0", "jitter")
-    assert -0.06 < loss < 0
+def test_without_the_grain_every_seed_is_a_little_lower():
+    losses = gains("jitter_grain0", "jitter")
+    assert len(losses) > 1 and -0.1 < min(losses) <= max(losses) < 0
 
 
 def test_with_its_own_recipe_we_find_about_what_the_lazy_artist_found_but_for_the_reversal():
@@ -777,19 +777,36 @@ def test_the_robustness_of_fgsm_did_not_collapse():
 
 
 def test_no_network_lost_its_robustness_in_training():
-    shown = [(".", "at"), (".", "at_wide"), (".", "at_balanced"), ("mnist_27000", "resnet50")]
-    for world, row in [*shown, ("mnist", "at"), ("mnist", "trades"), ("mnist", "fgsm")]:
+    shown = [(".", row) for row in ("at", "at_wide", "at_balanced")]
+    shown += [("mnist", row) for row in ("at", "trades", "fgsm")]
+    shown += [("mnist_27000", row) for row in ("resnet50", "resnet50_student")]
+    for world, row in shown:
         for run in rows(world)[row].values():
             under_pgd = [epoch["val_pgd"] for epoch in run["epochs"]]
             assert under_pgd[-1] > max(under_pgd) - 0.05, (world, row)
 
 
-def test_the_resnet_keeps_two_in_three_nothing_before_and_was_still_rising():
+def test_both_resnets_keep_most_answers_nothing_before_and_were_still_rising():
     record = attacks("untargeted", "../mnist_27000/resnet50_s42", "mnist")
-    assert 0.6 < worst(record, "../mnist_27000/resnet50_s42") < 0.72
-    assert worst(record, "../mnist_27000/resnet50_clean_s42") == 0
-    risen = watched("resnet50", "mnist_27000")
-    assert risen[-1] == max(risen)
+    ours, plain, theirs = (
+        record["models"][f"../mnist_27000/resnet50{name}_s42"]
+        for name in ("", "_clean", "_student")
+    )
+    assert record["n"] == 200 and plain["robust"]["k"] == 0
+    assert theirs["attacks"]["clean"]["k"] < ours["attacks"]["clean"]["k"]
+    assert theirs["robust"]["k"] > ours["robust"]["k"] > 0.5 * ours["attacks"]["clean"]["k"]
+    (project,) = load(RESULTS / "published.json")["robust_mnist"]["0.1"]
+    assert project["PGD"] < 0.01
+    for row in ("resnet50", "resnet50_student"):
+        risen = watched(row, "mnist_27000")
+        assert risen == sorted(risen) and len(risen) == 4
+
+
+def test_both_resnets_had_the_same_net_pictures_epochs_and_attack():
+    ours, theirs = (rows("mnist_27000")[row][42] for row in ("resnet50", "resnet50_student"))
+    assert ours["params"] == theirs["params"] and ours["world"] == theirs["world"]
+    same = ("epochs", "batch", "lr", "eps", "steps", "step_size", "clean_epochs")
+    assert all(ours["args"][key] == theirs["args"][key] for key in same)
 
 
 # ---- does a generator help?

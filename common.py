@@ -167,9 +167,9 @@ def predict(model, split):
     return torch.cat([model(split.x(part)).argmax(1) for part in chunks(len(split.labels))])
 
 
-def chunks(n):
-    """Slices of n images, each as many as a core's cache holds in front of a net."""
-    return [slice(low, low + 250) for low in range(0, n, 250)]
+def chunks(n, size=250):
+    """Slices of n images; 250 are what a core's cache holds in front of a tiny net."""
+    return [slice(low, low + size) for low in range(0, n, size)]
 
 
 def stream(seed, purpose, device="cpu"):

@@ -39,6 +39,7 @@ from common import (
     SimpleCNN,
     Split,
     build_model,
+    chunks,
     common_args,
     die,
     fill,
@@ -200,17 +201,13 @@ class Heat(NamedTuple):
 def heat_of(subject, split, cam, targets=None):
     """Heat maps of a split, gathered on the CPU; `targets` (N,), None explains the prediction."""
     parts = []
-    for index in slices(len(split.labels)):
+    for index in chunks(len(split.labels), BATCH):
         target = None if targets is None else targets[index].to(split.images.device)
         e = explain(subject.model, subject.target_layer, split.x(index), target)
         confidence, predicted = e.logits.softmax(1).max(1)
         maps = CAMS[cam](e.activation, e.gradient).relu()
         parts.append(Heat(maps, predicted, confidence))
     return Heat(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
-
-
-def slices(n):
-    return [slice(i, i + BATCH) for i in range(0, n, BATCH)]
 
 
 def upsample(maps, size):
@@ -283,7 +280,7 @@ def heat_scores(maps, gray):
     maps float (N,h,w), rectified; gray uint8 (N,H,W). No tolerance around the hottest pixel.
     """
     parts = []
-    for index in slices(len(maps)):
+    for index in chunks(len(maps), BATCH):
         heat = upsample(maps[index], gray.shape[1:]).double()
         digit = gray[index] > 255 * DIGIT_PIXEL
         total, area = heat.sum((1, 2)), digit.double().mean((1, 2))
@@ -340,7 +337,7 @@ def completeness(subject, split):
     HiResCAM leaves nothing over where a linear head follows the layer, as in SimpleCNN.
     """
     left, bias = {"gradcam": [], "hirescam": []}, subject.model.fc.bias.detach()
-    for index in slices(len(split.labels)):
+    for index in chunks(len(split.labels), BATCH):
         e = explain(subject.model, subject.target_layer, split.x(index))
         wanted = e.logits.gather(1, e.target[:, None])[:, 0] - bias[e.target]
         for cam, parts in left.items():

@@ -293,7 +293,7 @@ robust() {  # adversarial training: the published problem, a ResNet from end to 
 }
 
 robgan() {  # a generator beside adversarial training: the same net and number of steps in all rows of a world
-  local row seeds mix net="--width 16 --eps 0.3 --eps-ramp 0.3 --batch 64 --schedule cosine --lr 0.002"
+  local row seeds mix rows=../mnist_2000/robgan_without net="--width 16 --eps 0.3 --eps-ramp 0.3 --batch 64 --schedule cosine --lr 0.002"
   local small="$net ${SHORT:---epochs 40}" judge="--width 16 --lr 0.01 --schedule onecycle"
   net="$net ${SHORT:---epochs 3}"
   paint mnist --recipe gray
@@ -312,11 +312,12 @@ robgan() {  # a generator beside adversarial training: the same net and number o
     [ $row != generated_0.5 ] || seeds=$FEW
     train mnist $row "$seeds" $mix $net
     train mnist_2000 $row "$FEW" $mix $small
+    rows="$rows ../mnist_2000/$row"
   done
   go "train"
   local how="--untargeted --eps 0.3 --n $((N / 5)) --steps 50 --queries $((QUERIES / 5)) --sweep 0.3"
   attack mnist $how --name robgan --models $(over_seeds "$FEW" robgan robgan_without generated_0.5) $(over_seeds 42 $SHARES)
-  attack mnist $how --name robgan_2000 --models $(over_seeds "$FEW" ../mnist_2000/{robgan_without,generated_0.5} ${SHARES//generated/..\/mnist_2000\/generated})
+  attack mnist $how --name robgan_2000 --models $(over_seeds "$FEW" $rows)
   go "attack"
 }
 

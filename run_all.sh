@@ -166,7 +166,7 @@ evidence() {  # what a sceptic asks for: nulls, ceilings, all seeds, other attac
   attack . --n $((N / 2)) --models $few $others  # min-eps, paired
   fit baseline_shufflelabels 42 --shuffle-labels  # a null model for the heat maps
   fit grl_gamma1 42 --method grl --gamma 1
-  attack . --untargeted --n $((2 * N)) --models $few $others
+  attack . --untargeted --n $((2 * N)) --queries $QUERIES --models $few $others
   attack . --pairs --n $((N / 20))
   go "train the null row and another weight, attack"
   step "gradcam.py --dir $DIR --name all --models $all"  # lift and flips, null rows

@@ -1708,14 +1708,15 @@ def report(args):
     """Fill the tables and draw the figures of every run in --dir; trains and scores nothing."""
     worlds = read_worlds(args.dir)
     rows = with_oracle(worlds)
-    if not worlds[""]:
+    if not any(worlds.values()):
         die(f"{args.dir} holds no results of train.py", f"run: python train.py --dir {args.dir}")
     hint = "git checkout results/published.json restores it"
     published = load_json(ROOT / "results" / "published.json", hint)
     files = fill(args.dir, make_tables(worlds, rows, published))
     files.append(write_csv(worlds, args.dir / "summary.csv"))
     files += draw_figures(args.dir, worlds, rows, published)
-    print(f"{sum(map(len, worlds[''].values()))} runs in {args.dir}; wrote")
+    count = sum(len(runs) for rows in worlds.values() for runs in rows.values())
+    print(f"{count} runs in {args.dir}; wrote")
     for path in files:
         print(f"  {path}")
 

@@ -84,6 +84,14 @@ def report(folder):
     train.report(train.get_args(["--dir", str(folder)]))
 
 
+def test_a_world_inside_is_enough_for_a_report(tmp_path, capsys):
+    put(tmp_path / "mnist", record("judge_s42", "baseline", 42, colours=False))
+    report(tmp_path)
+    assert "1 runs in" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        report(tmp_path / "mnist" / "nothing")
+
+
 def test_rows_are_names_without_their_seed(tmp_path):
     put(
         tmp_path,

@@ -107,7 +107,7 @@ one() {  # one step; what it printed is shown if it fails
 }
 
 minutes() {  # what a stage takes on two slow cores; the time left follows from these and the pace so far
-  case $1 in lazy) echo 27 ;; lntl) echo 20 ;; evidence | biased) echo 15 ;; cures) echo 8 ;; groups) echo 50 ;; robust) echo 130 ;; robgan) echo 75 ;; *) echo 55 ;; esac
+  case $1 in lazy) echo 27 ;; lntl) echo 20 ;; evidence | biased) echo 15 ;; cures) echo 12 ;; groups) echo 50 ;; robust) echo 130 ;; robgan) echo 75 ;; *) echo 55 ;; esac
 }
 
 left() {  # after the K-th of the STEPS steps of this stage

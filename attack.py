@@ -33,6 +33,7 @@ from common import (
     INK,
     ROOT,
     SPLITS,
+    chunks,
     common_args,
     die,
     fill,
@@ -221,8 +222,7 @@ def carry_out(attack, model, reached, x, y, eps, **more):
     """
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
     parts = []
-    for low in range(0, max(len(x), 1), CHUNK):
-        i = slice(low, low + CHUNK)
+    for i in chunks(max(len(x), 1), CHUNK):  # no images: one empty part
         a = attack(x[i], y[i], eps[i], **{key: value[i] for key, value in more.items()})
         parts.append(a._replace(done=judge(model, x[i], y[i], eps[i], a.x, reached)))
     return Attacked(*map(torch.cat, zip(*parts, strict=True)))
@@ -231,7 +231,7 @@ def carry_out(attack, model, reached, x, y, eps, **more):
 @torch.no_grad()
 def answer(model, x):
     """Predicted classes int64 (N,) of pictures (N,3,H,W)."""
-    return torch.cat([model(x[low : low + 1000]).argmax(1) for low in range(0, len(x), 1000)])
+    return torch.cat([model(x[i]).argmax(1) for i in chunks(len(x), 1000)])
 
 
 # ---- targeted: from src to tgt

@@ -85,8 +85,7 @@ def paint(gray, colours, gen, recipe="background", sigma2=None):
     rgb = [list(bytes.fromhex(mean[1:])) for mean in PALETTES[recipe].values()]
     means = torch.tensor(rgb, dtype=torch.float32)[:, :, None, None] / 255
     images = torch.empty(len(gray), 3, *gray.shape[1:], dtype=torch.uint8)
-    for low in range(0, len(gray), 160):  # fits the cache; torch draws its normals by sixteens
-        i = slice(low, low + 160)
+    for i in chunks(len(gray), 160):  # fits the cache; torch draws its normals by sixteens
         picture = PAINTERS[recipe](gray[i, None].float() / 255, means[colours[i]], gen, sigma2)
         images[i] = picture.mul(255).round_().to(torch.int16)  # int16 halves the time
     return images

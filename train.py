@@ -1645,8 +1645,8 @@ def compare(made, spread, judge, classes):
 def nearest(made, train_split, n=2000):
     """Median L2 distance to the nearest training image: are the pictures copies of those?"""
     a, found = made.x(slice(n)).mean(1).flatten(1), []  # (n,HW), pixels in [0, 1]
-    for low in range(0, len(train_split.labels), 6000):
-        b = train_split.x(slice(low, low + 6000)).mean(1).flatten(1)
+    for part in chunks(len(train_split.labels), 6000):
+        b = train_split.x(part).mean(1).flatten(1)
         found.append(torch.cdist(a, b).amin(1))
     return torch.stack(found).amin(0).median().item()
 
@@ -1715,7 +1715,7 @@ def report(args):
     files = fill(args.dir, make_tables(worlds, rows, published))
     files.append(write_csv(worlds, args.dir / "summary.csv"))
     files += draw_figures(args.dir, worlds, rows, published)
-    count = sum(len(runs) for rows in worlds.values() for runs in rows.values())
+    count = sum(len(runs) for world in worlds.values() for runs in world.values())
     print(f"{count} runs in {args.dir}; wrote")
     for path in files:
         print(f"  {path}")

@@ -867,11 +867,7 @@ def test_with_few_pictures_no_share_differs_by_as_much_as_its_seeds():
 
 
 def test_on_val_under_a_weaker_attack_a_small_share_came_out_above():
-    def kept(row):
-        run = rows("mnist")[row][42]
-        return run["epochs"][run["selected_epoch"] - 1]["val_pgd"]
-
-    assert kept("generated_0.3") > kept("robgan_without")
+    assert max(watched("generated_0.3")) > max(watched("robgan_without"))  # the epoch that is kept
 
 
 def test_both_got_the_same_network_and_number_of_epochs():

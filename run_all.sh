@@ -106,8 +106,11 @@ one() {  # one step; what it printed is shown if it fails
   fi
 }
 
-minutes() {  # what a stage takes on two slow cores; the time left follows from these and the pace so far
-  case $1 in lazy) echo 27 ;; lntl) echo 20 ;; evidence | biased) echo 15 ;; cures) echo 12 ;; groups) echo 50 ;; robust) echo 130 ;; robgan) echo 75 ;; *) echo 55 ;; esac
+minutes() {  # what a stage took on two cores of a recent server; the time left follows from these and the pace so far
+  case $1 in
+    lazy) echo 9 ;; evidence) echo 5 ;; cures) echo 5 ;; groups) echo 24 ;; ablations) echo 25 ;;
+    biased) echo 9 ;; lntl) echo 12 ;; robust) echo 60 ;; robgan) echo 33 ;;
+  esac
 }
 
 left() {  # after the K-th of the STEPS steps of this stage

@@ -206,18 +206,20 @@ def by_seed(cam, row, number):
 
 def test_gradcam_lifts_do_not_separate_them():
     lazy, cured, grl = (by_seed("gradcam", row, lift) for row in ("baseline", "jitter", "grl"))
-    assert fmean(cured.values()) > fmean(lazy.values()) + 0.2
-    assert sum(cured[seed] < lazy[seed] for seed in lazy) == 2 and len(lazy) == 5
-    assert abs(fmean(grl.values()) - fmean(lazy.values())) < 0.1
+    assert len(lazy) == 5
+    for row in (cured, grl):
+        assert fmean(row.values()) > fmean(lazy.values()) + 0.1
+        assert sum(row[seed] < lazy[seed] for seed in lazy) == 2
+    assert min(grl.values()) < 0.6 and max(grl.values()) > 2
 
 
-def test_in_five_of_six_networks_hirescam_goes_along_with_fewer_flips_more_than_gradcam():
+def test_in_four_of_six_networks_hirescam_goes_along_with_fewer_flips_more_than_gradcam():
     more = 0
     for row in ("baseline", "jitter"):
         rho = [by_seed(cam, row, lambda m: m["lift_flip_correlation"]) for cam in CAMS]
         assert len(rho[1]) == 3
         more += sum(rho[1][seed] < min(rho[0][seed], 0) for seed in rho[1])
-    assert more == 5
+    assert more == 4
 
 
 def test_by_hirescam_even_lazy_networks_score_above_one_but_so_do_random_layers():
@@ -239,12 +241,12 @@ def test_a_net_of_shuffled_labels_has_learned_nothing_and_seldom_flips():
     assert max(looks("gradcam", row, flip("digit"))) < 0.2
 
 
-def test_nearly_half_of_the_gradcam_maps_of_grl_are_empty_and_no_row_has_more():
+def test_about_half_of_the_gradcam_maps_of_grl_are_empty_and_no_row_has_more():
     empty = {
         row: fmean(looks("gradcam", row, zero_maps))
         for row in ("baseline", "jitter", "grl", "combined", "oracle")
     }
-    assert 0.4 < empty["grl"] < 0.5 and max(empty, key=empty.get) == "grl"
+    assert 0.4 < empty["grl"] < 0.6 and max(empty, key=empty.get) == "grl"
 
 
 def test_hirescam_maps_are_not_empty():
@@ -386,7 +388,8 @@ def test_a_network_that_learned_nothing_has_features_that_show_the_colour():
 def test_grl_and_biasbal_alone_cannot_be_told_apart_but_by_the_colour_probe():
     assert len(gains("grl", "biasbal")) == 3 and min(gains("grl", "biasbal")) < 0
     assert max(gains("grl", "biasbal")) > 0
-    assert max(gains("grl", "biasbal", colour_probe)) < 0
+    falls = [gain < 0 for gain in gains("grl", "biasbal", colour_probe)]
+    assert sorted(falls) == [False, True, True]
 
 
 def test_combined_is_as_good_without_the_reversal():
@@ -397,8 +400,8 @@ def test_without_the_correction_the_reversal_hardly_cures():
     assert max(gains("grl_noconditional", "baseline")) < 0.1
 
 
-def test_with_ten_times_its_weight_the_reversal_did_not_train():
-    assert max(of("grl_gamma1", val)) < 0.2
+def test_with_ten_times_its_weight_the_reversal_hardly_trained():
+    assert max(of("grl_gamma1", val)) < 0.5
 
 
 def test_the_row_at_answers_by_colour_and_does_not_train_where_colour_says_nothing_either():
@@ -642,12 +645,10 @@ def test_it_is_easier_to_fool_than_the_lazy_network(row, images, criterion):
     assert found["min_eps"]["high"] < 0 and found["needs_less"]["low"] > 0.5
 
 
-def test_the_oracle_needs_less_by_confidence_and_by_argmax_cannot_be_told_apart():
-    assert all(
-        compared("oracle")[images]["confidence"]["min_eps"]["high"] < 0 for images, _ in PAIRS
-    )
-    argmax = compared("oracle")["both_right"]["argmax"]["min_eps"]
-    assert argmax["low"] < 0 < argmax["high"]
+def test_the_oracle_needs_less_too_by_argmax_only_just():
+    for images, criterion in PAIRS:
+        assert compared("oracle")[images][criterion]["min_eps"]["high"] < 0
+    assert compared("oracle")["both_right"]["argmax"]["min_eps"]["high"] > -0.002
 
 
 def test_7_to_3_is_no_special_case():
@@ -696,7 +697,14 @@ def test_square_fools_a_few_that_gradients_had_left_on_plain_mnist():
 
 
 def test_our_attacks_pass_every_check():
-    for record in (attacks("check", "jitter_s42"), attacks("check", "at_s42", "mnist")):
+    checked = [
+        (".", "baseline_s42"),
+        (".", "jitter_s42"),
+        (".", "at_balanced_s42"),
+        ("mnist", "at_s42"),
+    ]
+    for world, model in checked:
+        record = attacks("check", model, world)
         assert all(check["pass"] for m in record["models"].values() for check in m["checks"])
 
 

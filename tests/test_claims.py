@@ -583,12 +583,16 @@ def test_our_lff_stays_below_its_published_figures_everywhere():
         assert in_world(f"flat_{corr[2:]}", "lff") < theirs[corr]
 
 
-def test_biasbal_trained_longer_comes_close_in_the_easiest_world_and_did_not_train_in_the_hardest():
+def test_biasbal_trained_longer_comes_close_in_the_easiest_world_and_hardly_trains_in_the_hardest():
     theirs = published("biased_mnist", "BiasBal")
     assert abs(in_world("flat_99", "biasbal_long") - theirs["0.99"]) < 0.02
-    for record in rows("flat_999")["biasbal"].values():
-        answers = [sum(column) for column in zip(*record["final"]["val"]["confusion"], strict=True)]
-        assert max(answers) > 0.9 * sum(answers)
+    for world, few in (
+        ("flat_999", 1),
+        ("flat_997", 2),
+    ):  # nearly all pictures get one of so few answers
+        confusion = rows(world)["biasbal"][42]["final"]["val"]["confusion"]
+        answers = sorted(sum(column) for column in zip(*confusion, strict=True))
+        assert sum(answers[-few:]) > 0.9 * sum(answers)
 
 
 def test_lntl_gains_little_with_its_papers_weights_and_much_with_both_changes():

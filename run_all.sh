@@ -106,7 +106,7 @@ one() {  # one step; what it printed is shown if it fails
   fi
 }
 
-minutes() {  # what a stage took on two cores of a recent server; the time left follows from these and the pace so far
+minutes() {  # what a stage took on two cores of a recent server (robgan: an estimate); for the time left
   case $1 in
     lazy) echo 9 ;; evidence) echo 5 ;; cures) echo 5 ;; groups) echo 24 ;; ablations) echo 25 ;;
     biased) echo 9 ;; lntl) echo 12 ;; robust) echo 60 ;; robgan) echo 33 ;;

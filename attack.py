@@ -23,6 +23,7 @@ import re
 import sys
 import time
 from functools import partial
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ from common import (
     mean_sd,
     name_of,
     number,
+    progress,
     row_of,
     run,
     save_figure,
@@ -339,12 +341,12 @@ def targeted(models, split, args):
     x, y = split.x(index), torch.full((len(index),), args.tgt, device=index.device)
     entries, adversarial = {}, {}
     for name, m in models.items():
-        progress(name, models, f"attack within eps {args.eps:g} on {len(x):,} images")
+        working_on(name, models, f"attack within eps {args.eps:g} on {len(x):,} images")
         steps, adversarial[name] = headline(m.net, x, y, args, stream(args.seed, "targeted"))
-        progress(name, models, "search for the smallest eps of each image")
+        working_on(name, models, "search for the smallest eps of each image")
         gen = stream(args.seed, "min-eps")
         min_eps = search_min_eps(m.net, x, y, RADII, gen, SEARCH_STEPS)
-        progress(name, models, "the same with four times the steps on a few")
+        working_on(name, models, "the same with four times the steps on a few")
         gen, few = stream(args.seed, "min-eps"), slice(min(len(x) // 10 + 1, 50))
         longer = search_min_eps(m.net, x[few], y[few], RADII, gen, 4 * SEARCH_STEPS)
         entries[name] = {**m.about, "clean": answer(m.net, x).tolist()}
@@ -408,7 +410,7 @@ def pairs(models, split, args):
 
     On images that every model reads correctly.
     """
-    classes = next(iter(models.values())).classes
+    classes = min(m.classes for m in models.values())
     x = split.x(slice(None))
     right = torch.stack([answer(m.net, x) == split.labels for m in models.values()]).all(0)
     chosen = [i[right[i]][: args.n] for i in (digits(split, d) for d in range(classes))]
@@ -423,7 +425,7 @@ def pairs(models, split, args):
         fooled = torch.ones(len(index), dtype=torch.bool, device=index.device)
         for criterion in CRITERIA:
             i = fooled.nonzero()[:, 0]  # who resists the first criterion is not tried for the next
-            progress(name, models, f"{criterion}: {len(i):,} attacks")
+            working_on(name, models, f"{criterion}: {len(i):,} attacks")
             x = split.x(index[i])
             eps, start = x.new_full((len(x),), args.eps), random_start(x, args.eps, gen)
             fooled[i] = strongest(m.net, CRITERIA[criterion], x, y[i], eps, start, args.steps).done
@@ -581,7 +583,8 @@ def square(model, x, y, eps, steps, gen):
     From vertical stripes of +-eps; each query sets a random square to +-eps per channel, kept
     where the margin falls. The squares shrink on the authors' schedule, compressed to `steps`
     queries.
-    One departure: all images of a batch share the size of the square.
+    Two departures: a square may keep the colours that it had (the authors draw again until it
+    changes the picture), and may touch the last row and column.
     """
     b, c, h, w = x.shape
     best = moved(x, eps, random_signs(x, (b, c, 1, w), gen))
@@ -594,8 +597,8 @@ def square(model, x, y, eps, steps, gen):
             found[alive], done[alive] = best, ~standing
             batch = (alive, x, y, eps, best, score)
             alive, x, y, eps, best, score = (t[standing] for t in batch)
-            if len(alive) == 0:
-                break
+        if len(alive) == 0:
+            break
         halvings = sum(query / steps * 10_000 > at for at in SQUARE_SCHEDULE)
         side = min(max(round(math.sqrt(0.8 * 0.5**halvings * h * w)), 1), min(h, w) - 1)
         rows, columns = covered(x, h, side, gen), covered(x, w, side, gen)
@@ -690,9 +693,9 @@ def untargeted(models, split, args):
     radii = args.sweep or [round(args.eps * f, 6) for f in CURVE if args.eps * f <= 1]
     radii, entries = [0.0, *radii], {}
     for name, m in models.items():
-        progress(name, models, f"{len(ATTACKS)} attacks within eps {args.eps:g} on {len(x):,}")
+        working_on(name, models, f"{len(ATTACKS)} attacks within eps {args.eps:g} on {len(x):,}")
         found, standing = worst_case(m, x, y, args)
-        progress(name, models, f"{len(radii)} radii on {len(sample):,} images")
+        working_on(name, models, f"{len(radii)} radii on {len(sample):,} images")
         entries[name] = {
             **m.about,
             "follows_colour": follows(m, x, y, split),
@@ -767,9 +770,10 @@ def measure(m, x, y, args):
 
     clean = share(right)
     radii = sorted({*(min(args.eps * f, 0.5) for f in (0.125, 0.25, 0.5, 1, 2, 4)), 0.5})
-    curve = {eps: share(left(STRONG, eps)) for eps in radii}
+    standing = {eps: left(STRONG, eps) for eps in radii}
+    curve = {eps: share(hits) for eps, hits in standing.items()}
     eps = min(radii, key=lambda r: abs(curve[r] - clean / 2))
-    restarts = [left(STRONG, eps, seed=k) for k in range(5)]
+    restarts = [standing[eps], *(left(STRONG, eps, seed=k) for k in range(1, 5))]
     # an image is not led to its own class
     each = [left([name], eps) | right & (y == k) for k, name in enumerate(goals)]
     return {
@@ -784,7 +788,7 @@ def measure(m, x, y, args):
         "APGD": curve[eps],
         "twice": share(left(STRONG, eps, 2 * args.steps)),
         "five restarts": share(torch.stack(restarts).all(0)),
-        "each class": share(torch.stack([left(STRONG, eps), *each]).all(0)),
+        "each class": share(torch.stack([standing[eps], *each]).all(0)),
         "Square": share(left(["Square"], eps, QUERIES)),
         "eps 0.5": curve[0.5],
         "chance": 1 / m.classes,
@@ -833,7 +837,7 @@ def check(models, split, args):
     x, y = split.x(index), split.labels[index]
     entries = {}
     for name, m in models.items():
-        progress(name, models, f"nine checks on {len(y):,} images")
+        working_on(name, models, f"nine checks on {len(y):,} images")
         entries[name] = {**m.about, "checks": claims(measure(m, x, y, args))}
     passed = all(c["pass"] for m in entries.values() for c in m["checks"])
     return {"models": entries, "n": len(y), "passed": passed}
@@ -988,7 +992,7 @@ def evidence(folder, name, eps=None):
         record = load_json(path, hint)
         if not {"mode", "args", "models"} <= record.keys():
             die(f"{path} is no result of attack.py", hint)
-        if eps in (None, record["args"]["eps"]):
+        if record["args"]["split"] == "test_hard" and eps in (None, record["args"]["eps"]):
             record["models"] = {name: record["models"][name] for name in record["args"]["models"]}
             found.append(record)
     return max(found, key=images_of, default=None)
@@ -1081,7 +1085,7 @@ def pairs_table(record):
     lines = []
     for row, seeds in by_method(record["models"]).items():
         found = [record["models"][name] for name in seeds.values()]
-        line = [row, f"{found[0]['argmax_mean']['n']:,}"]
+        line = [label(row, found), f"{found[0]['argmax_mean']['n']:,}"]
         lines.append(line + [rates([m[f"{c}_mean"] for m in found]) for c in CRITERIA])
     eps = record["args"]["eps"]
     return markdown(["model", "n", *(f"{c}: fooled at eps {eps:g}" for c in CRITERIA)], lines)
@@ -1099,7 +1103,7 @@ def untargeted_table(record, others=()):
     for name in ATTACKS:
         then = "" if name in ALONE else "then "
         header.append(f"{then}{name}{effort.get(name, '')}")
-    header.append("worst case")
+    header.append(f"worst case, eps {a['eps']:g}")
     lines = []
     for row, seeds in by_method(models).items():
         found = [models[name] for name in seeds.values()]
@@ -1263,7 +1267,7 @@ def draw_pairs(record, path):
 
 
 def draw_robust_curve(record, path):
-    """The mean of several seeds' accuracy by eps, with the Wilson band of their pooled images."""
+    """Accuracy by eps: the mean of a row's seeds, and their range as a band."""
     import matplotlib.pyplot as plt
 
     groups, a = by_method(record["models"]), record["args"]
@@ -1271,11 +1275,10 @@ def draw_robust_curve(record, path):
     fig, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
     for row, seeds in groups.items():
         curves = [record["models"][name]["curve"] for name in seeds.values()]
-        k = [sum(r["k"] for r in point) for point in zip(*curves, strict=True)]
-        n = sum(curve[0]["n"] for curve in curves)
-        bands = zip(*(wilson(hits, n) for hits in k), strict=True)
-        ax.plot(eps, [hits / n for hits in k], color=ink[row], marker="o", ms=3, label=row)
-        ax.fill_between(eps, *bands, color=ink[row], alpha=0.15, lw=0)
+        points = [[at["rate"] for at in point] for point in zip(*curves, strict=True)]
+        ax.plot(eps, [fmean(p) for p in points], color=ink[row], marker="o", ms=3, label=row)
+        low, high = ([end(p) for p in points] for end in (min, max))
+        ax.fill_between(eps, low, high, color=ink[row], alpha=0.15, lw=0)
     ax.axvline(a["eps"], color="grey", lw=0.8, ls=":")
     ax.set(xlabel="eps (L-inf, pixels in [0, 1])", ylabel="robust accuracy", ylim=(0, 1))
     ax.set_title(f"Accuracy left under attack ({a['split']}, n = {record['sample']:,})")
@@ -1331,13 +1334,9 @@ def report(args):
 # ---- what the terminal says
 
 
-def progress(name, models, phase):
+def working_on(name, models, phase):
     """One line that a terminal rewrites and a file keeps."""
-    text = f"{name} ({list(models).index(name) + 1} of {len(models)}): {phase}"
-    if sys.stdout.isatty():
-        print(f"\r\033[K{text}", end="", flush=True)
-    else:
-        print(text, flush=True)
+    progress(f"{name} ({list(models).index(name) + 1} of {len(models)}): {phase}")
 
 
 def tell(record):
@@ -1488,9 +1487,9 @@ def main(argv=None):
     device = setup(args)
     path = args.dir / f"{result_name(args)}.json"
     settings = {key: getattr(args, key) for key in ("models", "split", "seed", *MODES[args.mode])}
-    guard(path, settings, args.overwrite)
+    guard(path, {**settings, "mode": args.mode}, args.overwrite)
     models, split = load(args, device)
-    shown = [f"{key} {settings[key]}" for key in MODES[args.mode] if settings[key]]
+    shown = [f"{key} {settings[key]}" for key in MODES[args.mode] if settings[key] is not None]
     print(
         f"{args.mode} attack on {' '.join(args.models)} in {args.dir}: {', '.join(shown)}",
         flush=True,
@@ -1506,8 +1505,7 @@ def main(argv=None):
     record = {**head, "args": settings, **record, "run": facts}
     save_json(record, path)
     drawn = draw(record, args.dir, path.stem)
-    if sys.stdout.isatty():
-        print("\r\033[K", end="")
+    progress("")
     tell(record)
     print(f"wrote {path}", *drawn, f"in {facts['seconds']:.0f} s")
     if drawn:

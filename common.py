@@ -221,6 +221,14 @@ def die(what, hint):
     sys.exit(2)
 
 
+def progress(text):
+    """A line that the next one replaces on a terminal, a plain line in a file; "" clears it."""
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K{text}", end="", flush=True)
+    elif text:
+        print(text, flush=True)
+
+
 def run(main, hint="finished files are whole; run the same command again"):
     """Call a script's `main`; Ctrl-C and a file that cannot be used get one line."""
     try:
@@ -258,7 +266,8 @@ def row_of(name):
 def guard(path, settings, overwrite):
     """Stop before a result of other settings is replaced; the same command may run again."""
     if path.exists() and not overwrite:
-        old = load_json(path, "delete it").get("args", {})
+        record = load_json(path, "delete it")
+        old = record | record.get("args", {})
         if was := [f"{k} {old[k]}" for k in settings if k in old and old[k] != settings[k]]:
             hint = "choose another --name or --dir, or give --overwrite"
             die(f"{path} holds a result of other settings, {', '.join(was)[:150]}", hint)
@@ -347,7 +356,8 @@ def load_split(folder, name, device="cpu"):
         t = record.get(key)
         if t is not None or key == "labels":
             ours = torch.is_tensor(t) and t.shape == shape and not t.is_floating_point()
-            if not ours or not n or int(t.min()) < 0 or int(t.max()) > 999:
+            most = 255 if key == "gray" else 999
+            if not ours or not n or int(t.long().min()) < 0 or int(t.long().max()) > most:
                 die(f"{path}: {key} must be whole numbers from 0, {shape}", "see README.md")
             t = t.to(device, torch.uint8 if key == "gray" else torch.int64)
         parts[key] = t

@@ -23,7 +23,6 @@ import copy
 import itertools
 import math
 import re
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +53,7 @@ from common import (
     number,
     paint,
     predict,
+    progress,
     row_of,
     run,
     save_figure,
@@ -475,7 +475,7 @@ def cascade(subject, split, cam, seed):
     ]
     for draw in range(SANITY_DRAWS):
         fresh = random_net(subject.checkpoint, stream(seed, f"random weights {draw}"))
-        fresh.to(split.images.device)
+        fresh.to(split.images.device).eval()
         hybrid = subject._replace(model=copy.deepcopy(subject.model))
         for step in steps:
             layer = step["randomised"][-1]
@@ -574,7 +574,9 @@ def draw_rows(rows, path):
     for part, (title, cells) in zip(parts, rows, strict=True):
         part.suptitle(title, fontsize=10.5, weight="bold")
         axes = part.subplots(1, columns, squeeze=False)[0]
-        for ax, (pixels, gray, below) in zip(axes, cells, strict=True):
+        for ax in axes[len(cells) :]:
+            ax.axis("off")
+        for ax, (pixels, gray, below) in zip(axes, cells, strict=False):
             if pixels.ndim == 3:
                 ax.imshow(pixels.permute(1, 2, 0).numpy())
             else:
@@ -616,7 +618,7 @@ def draw_lift_flip(record, path):
             look = {"s": 50, "marker": marker, "edgecolor": "white", "zorder": 3, "label": row}
             ax.scatter(cells["background flip"], lifts, color=INK.get(row, "#777777"), **look)
     ax.axhline(1, color="black", lw=1, ls="--")
-    ax.annotate("chance", (1, 1), (-4, 4), textcoords="offset points", fontsize=9, ha="right")
+    ax.annotate("uniform map", (1, 1), (-4, 4), textcoords="offset points", fontsize=9, ha="right")
     ax.set_xlabel("background flip rate: new backgrounds that change the prediction", fontsize=9)
     ax.set_ylabel(f"lift ({TITLES[record['args']['cam']]}): heat on the digit / its area")
     ax.set_title(f"What the maps show, what the model does ({record['split']})")
@@ -806,14 +808,6 @@ def facts(args, device, start):
     return {"seconds": seconds, **versions}
 
 
-def progress(text):
-    """A line that the next one replaces on a terminal, a plain line in a file."""
-    if sys.stdout.isatty():
-        print(f"\r\x1b[K{text}", end="", flush=True)
-    else:
-        print(text, flush=True)
-
-
 def look(args, device):
     """Measure all models, write it down and draw it."""
     start, stem = time.time(), stem_of(args)
@@ -845,7 +839,7 @@ def look(args, device):
     if obstacle:
         print(f"no flip rates: {obstacle}")
     print("share of answers that change when only the background does, or only the digit;")
-    print("lift: heat on the digit over the digit's share of the picture, 1 is chance")
+    print("lift: heat on the digit over the digit's share of the picture, 1 is a uniform map")
     say(looks(record), ("background flip", "digit flip", "lift"))
     print(f"wrote {path}, its .pt and {len(drawn)} figures in {record['run']['seconds']:.0f} s")
     print(f"open  {drawn[len(scenes) - 1]}")
@@ -880,8 +874,8 @@ def measure(subjects, split, recipe, args):
             rho = spearman(scores.lift[scored], changed[scored]).item()
         linear_head = isinstance(subject.model, SimpleCNN) and subject.layer == "relu"
         models[name] = {
-            "method": subject.checkpoint["args"]["method"],
-            "seed": subject.checkpoint["args"]["seed"],
+            "method": subject.checkpoint["args"].get("method"),
+            "seed": subject.checkpoint["args"].get("seed"),
             "trained": subject.checkpoint.get("trained", True),
             "layer": subject.layer,
             "map_size": list(subject.size),
@@ -976,7 +970,7 @@ def look_for(args, device):
     checkpoint = found[args.models[0]][1]
     found["null"] = random_net(checkpoint, stream(args.seed, "random weights 0")), checkpoint
     reader = reader_among(args)
-    oracle = reader and load_model(args.dir, reader, device)[0]
+    oracle, about = load_model(args.dir, reader, device) if reader else (None, None)
     palette = palette_of(args.dir, checkpoint["classes"], device)
     measured, pictures = {}, {}
     for name, (model, checkpoint) in found.items():
@@ -984,7 +978,8 @@ def look_for(args, device):
         label = torch.arange(checkpoint["classes"], device=device).repeat(STARTS)
         gen = stream(args.seed, "maximise")
         x = maximise(model.to(device).eval(), label, checkpoint["size"], gen)
-        measured[name], sure = wants_of(model, x, label, palette, oracle)
+        can_read = oracle and about["size"] == checkpoint["size"]
+        measured[name], sure = wants_of(model, x, label, palette, oracle if can_read else None)
         few = slice(checkpoint["classes"])  # the first start
         images = (x[few] * 255).round().byte()
         pictures[name] = {"images": images.cpu(), "confidence": sure[few].cpu()}
@@ -1049,7 +1044,8 @@ def read_picture(path):
         pixels = torch.tensor(plt.imread(path))
     except (OSError, SyntaxError, ValueError) as e:
         die(f"--image {path} is no picture ({type(e).__name__})", "give the path of a PNG file")
-    pixels = pixels if pixels.is_floating_point() else pixels / 255
+    if not pixels.is_floating_point():
+        pixels = pixels / torch.iinfo(pixels.dtype).max
     pixels = pixels.float().reshape(*pixels.shape[:2], -1)  # (H,W,channels)
     pixels = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., :1].expand(-1, -1, 3)
     return pixels.permute(2, 0, 1)[None]

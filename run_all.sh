@@ -90,7 +90,7 @@ mark() {  # the file that says this command was run by this code: every script u
 
 one() {  # one step; what it printed is shown if it fails
   local began=$SECONDS again= log=$DONE/log.${HOSTNAME:-here}.$$.$K mark child=
-  trap 'kill $child 2> /dev/null || :; rm -f "$log"; exit 143' TERM
+  trap 'kill $child 2> /dev/null || :; rm -f "$log"; exit 143' TERM INT
   mark=$(mark "$1") || return 1
   [ "${FRESH:-0}" != 1 ] || again=--overwrite
   "$PYTHON" $1 $again > "$log" 2>&1 &
@@ -106,10 +106,10 @@ one() {  # one step; what it printed is shown if it fails
   fi
 }
 
-minutes() {  # what a stage took on two cores of a recent server (robgan: an estimate); for the time left
+minutes() {  # what a stage took on two cores of a recent server; for the time left
   case $1 in
     lazy) echo 9 ;; evidence) echo 5 ;; cures) echo 5 ;; groups) echo 24 ;; ablations) echo 25 ;;
-    biased) echo 9 ;; lntl) echo 12 ;; robust) echo 60 ;; robgan) echo 33 ;;
+    biased) echo 9 ;; lntl) echo 12 ;; robust) echo 60 ;; robgan) echo 29 ;;
   esac
 }
 
@@ -318,7 +318,7 @@ robgan() {  # a generator beside adversarial training: the same net and number o
     rows="$rows ../mnist_2000/$row"
   done
   go "train"
-  local how="--untargeted --eps 0.3 --n $((N / 5)) --steps 50 --queries $((QUERIES / 5)) --sweep 0.3"
+  local how="--untargeted --eps 0.3 --n $((N / 2)) --steps 50 --queries $((QUERIES / 5)) --sweep 0.3"
   attack mnist $how --name robgan --models $(over_seeds "$FEW" robgan robgan_without generated_0.5) $(over_seeds 42 $SHARES)
   attack mnist $how --name robgan_2000 --models $(over_seeds "$FEW" $rows)
   go "attack"
@@ -365,6 +365,7 @@ trap 'kill $(jobs -p) 2> /dev/null; wait; echo "run_all.sh: interrupted; run the
 setup
 TODO=()  # how many steps each stage has to do
 for STAGE in "$@"; do
+  [ "$STAGE" = test ] || alone
   case $STAGE in test | report) TODO+=(0) ;; *) TODO+=($(LIST=1 && "$STAGE" | wc -l)) ;; esac
   [ "${TODO[${#TODO[@]} - 1]}" = 0 ] || TOTAL=$((TOTAL + $(minutes "$STAGE")))
 done
@@ -372,8 +373,7 @@ BEGAN=$SECONDS NEW=0
 for STAGE in "$@"; do
   STEPS=${TODO[0]} K=0
   TODO=("${TODO[@]:1}")
-  case $STAGE in test) tests ;; *) alone; NEW=1 ;; esac
-  case $STAGE in test | report) ;; *) "$STAGE" ;; esac
+  case $STAGE in test) tests ;; report) NEW=1 ;; *) NEW=1; "$STAGE" ;; esac
   [ "$STEPS" = 0 ] || PAST=$((PAST + $(minutes "$STAGE")))
 done
 [ $NEW = 0 ] || report

@@ -798,6 +798,16 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert said.startswith("attack.py: ") and "; " in said and wrong in said
 
 
+def test_pairs_go_as_far_as_every_model_has_classes(world, call):
+    for name in ("train", "val", "test_hard", "test_unbiased"):
+        split = torch.load(world / f"{name}.pt")
+        save_pt({k: v[split["labels"] < 5] for k, v in split.items()}, world / f"{name}.pt")
+    code, said, _ = call(
+        f"attack.py --dir {world} --pairs --n 1 --steps 1 --models jitter_s42 odd_s1"
+    )
+    assert code == 0 and "odd_s1" in said
+
+
 def test_a_digit_that_is_not_there(world, call):
     val = torch.load(world / "val.pt")
     save_pt({k: v[val["labels"] != 9] for k, v in val.items()}, world / "val.pt")
@@ -809,10 +819,15 @@ def test_a_digit_that_is_not_there(world, call):
 
 
 def test_the_evidence_is_the_result_with_most_images_at_that_eps(tmp_path):
-    for name, n, eps in (("7to3", 9, 0.05), ("7to3_n2", 12, 0.05), ("7to3_eps1", 20, 0.1)):
+    for name, n, eps, split in (
+        ("7to3", 9, 0.05, "test_hard"),
+        ("7to3_n2", 12, 0.05, "test_hard"),
+        ("7to3_eps1", 20, 0.1, "test_hard"),
+        ("7to3_val_n30", 30, 0.05, "val"),
+    ):
         record = {
             "mode": "targeted",
-            "args": {"eps": eps, "models": []},
+            "args": {"eps": eps, "models": [], "split": split},
             "models": {},
             "name": name,
         }
@@ -839,7 +854,7 @@ def test_what_did_not_train_is_marked_and_what_follows_others_says_so():
     header = (
         "| model | n | clean | FGSM | PGD, 100 steps | APGD, 100 steps | then APGD-T, 100 steps"
     )
-    assert table[0] == f"{header} | then Square, 5,000 queries | worst case |"
+    assert table[0] == f"{header} | then Square, 5,000 queries | worst case, eps 0.1 |"
     rates = "0.900 | 0.800 | 0.700 | 0.500 | 0.450 | 0.400 | 0.400 (0.300 to 0.500)"
     assert table[2] == f"| at | 9 | {rates} |"
     assert table[3].startswith("| b (did not train) | 9 |")

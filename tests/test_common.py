@@ -280,6 +280,9 @@ def test_a_result_of_other_settings_is_not_replaced(tmp_path, refused):
     common.guard(path, {"lr": 1}, overwrite=True)
     with refused("a_s1.json", "lr 0.1", "--overwrite"):
         common.guard(path, {"lr": 1, "width": 4}, overwrite=False)
+    common.save_json({"mode": "pairs", "args": {}}, path)
+    with refused("mode pairs"):
+        common.guard(path, {"mode": "check"}, overwrite=False)
 
 
 def test_a_world_is_known_by_its_painting(tmp_path):
@@ -400,6 +403,8 @@ def test_a_split_is_pixels_classes_and_perhaps_colours(tmp_path):
         ({"colors": torch.zeros(5)}, "colors must be whole numbers"),
         ({"labels": torch.tensor([0, 1, 2, 3, -1])}, "labels must be whole numbers from 0"),
         ({"labels": torch.tensor([0, 1, 2, 3, 1000])}, "labels must be whole numbers"),
+        ({"labels": torch.tensor([0, 1, 2, 3, 1000], dtype=torch.uint16)}, "labels must be"),
+        ({"gray": torch.full((5, 8, 9), 256)}, "gray must be whole numbers"),
         ({"images": torch.zeros(0, 3, 8, 9).byte(), "labels": torch.zeros(0).long()}, "labels"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -269,6 +270,12 @@ def test_the_cascade_randomises_from_the_output_down_and_keeps_the_explained_cla
     assert [step["randomised"] for step in steps] == [order[: k + 1] for k in range(4)]
     assert [set(names) for names in fresh] == [set(order[:k]) for k in range(5)]
     assert all(-1 < step["rank_correlation"][0] < 1 and step["lift"][0] > 0 for step in steps)
+
+
+def test_random_weights_with_batch_norm_see_one_picture_at_a_time(monkeypatch):
+    monkeypatch.setattr(g, "SANITY_DRAWS", 1)
+    subject = a_subject("resnet18", layer="layer4")
+    g.cascade(subject, a_split(1), "gradcam", 42)  # in training mode one picture is too few
 
 
 def test_the_null_rows_score_noise_and_a_constant():
@@ -566,6 +573,24 @@ def test_a_palette_of_nine_colours_has_no_flips(world, call, monkeypatch):
     del meta["palette"]
     common.save_json(meta, world / "meta.json")  # of data that somebody else painted
     assert "the palette ends at 8" in call("gradcam.py --models baseline_s42")
+
+
+def test_a_net_of_fewer_classes_or_another_size_finds_its_pictures(world, call, monkeypatch):
+    monkeypatch.setattr(g.maximise, "__defaults__", (1, 0.05, 2, 0.05))
+    checkpoint(world / "fewer.pt", classes=5)
+    checkpoint(world / "larger.pt", size=32)
+    checkpoint(world / "unbiased/oracle_s42.pt")
+    call("gradcam.py --maximise --models jitter_s42 fewer larger")
+    models = measured(world, "gradcam_maximise")["models"]
+    assert models["fewer"]["read by an oracle"] is not None
+    assert models["larger"]["read by an oracle"] is None
+
+
+def test_sixteen_bits_a_pixel_are_read_like_eight(tmp_path):
+    from PIL import Image
+
+    Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(tmp_path / "own.tiff")
+    assert g.read_picture(tmp_path / "own.tiff").mean().item() == pytest.approx(0.5, abs=1e-3)
 
 
 def test_one_picture_of_ones_own(world, call, tmp_path, monkeypatch):

@@ -147,11 +147,11 @@ def test_the_oracle_comes_from_the_unbiased_world(tmp_path):
 @pytest.mark.parametrize(
     ("val", "answers", "trained"),
     [
-        (0.19, (50, 50), False),
-        (0.2, (50, 50), True),
-        (0.5, (91, 9), False),
-        (0.5, (9, 91), False),
-        (0.5, (90, 10), True),
+        (0.59, (50, 50), False),  # of two classes, so chance is a half
+        (0.6, (50, 50), True),
+        (0.9, (91, 9), False),
+        (0.9, (9, 91), False),
+        (0.9, (90, 10), True),
     ],
 )
 def test_who_did_not_train(val, answers, trained):
@@ -248,6 +248,9 @@ def test_a_sweep_puts_each_world_in_its_column(tmp_path):
         runs = [record("biasbal_s1", "biasbal", 1, hard=hard, val=val, world=world)]
         runs += [record("lff_s1", "lff", 1, hard=0.4, world=world)] if corr == 0.99 else []
         put(tmp_path / f"flat_{corr}", *runs, world=world)
+    world = {**world, "seed": 7}  # another painting with the same number: more runs of its rows
+    more = [record(f"biasbal_s{s}", "biasbal", s, hard=0.1, val=0.1, world=world) for s in (1, 2)]
+    put(tmp_path / "flat_again", *more, world=world)
     put(tmp_path / "quick", record("jtt_s1", "jtt", 1))  # another chain's
     published = [
         {"row": "A", "knows": "nothing", "how": "read", "accuracy": {"0.99": 0.5, "0.995": 0.25}},
@@ -261,7 +264,7 @@ def test_a_sweep_puts_each_world_in_its_column(tmp_path):
         "method": ["knows", "0.999", "0.995", "0.99"],  # the hardest first
         "---": ["---"] * 4,
         "`lff`": ["nothing", "-", "-", "0.420"],
-        "`biasbal`": ["colour labels", "0.120 (did not train)", "-", "0.720"],
+        "`biasbal`": ["colour labels", "0.120 ± 0.000 (3) (did not train)", "-", "0.720"],
         "A": ["nothing", "-", "0.250", "0.500"],
         "B, as reported": ["colour labels", "0.750", "-", "-"],
     }
@@ -324,11 +327,18 @@ def test_a_generator_stands_beside_real_and_collapsed_pictures():
     run = record("robgan_s1", "robgan", 1, generator={"measured": kinds})
     worlds = {"": {"jtt": [record("jtt_s1", "jtt", 1)]}}
     assert train.robgan_table(train.generators(worlds)) is None
-    worlds["mnist"] = {"robgan": [run]}
-    table = cells(train.robgan_table(train.generators(worlds)))
-    assert table["measure"] == ["`mnist/robgan`", "real", "collapsed"]
-    assert table["label agreement"] == ["0.500", "0.750", "0.250"]
-    assert table["distance to the nearest training image, median"] == ["0.500", "0.750", "-"]
+    few = {**kinds, "real": measured(0.9)}
+    few = record("robgan_s1", "robgan", 1, generator={"measured": few})
+    worlds |= {"mnist": {"robgan": [run]}, "mnist_2000": {"robgan": [few]}}
+    lines = train.robgan_table(train.generators(worlds)).splitlines()
+    table = [line.strip("| ").split(" | ") for line in lines]
+    assert table[0] == ["method", "pictures", *train.MEASURES]
+    assert [line[1:3] for line in table[2:5]] == [
+        ["generated", "0.500"],
+        ["real", "0.750"],
+        ["collapsed", "0.250"],
+    ]
+    assert table[4][-1] == "-" and table[6][2] == "0.900"  # each world's own real pictures
 
 
 def first_net_record(corr, seed=1, loss="gce", colour=0.8, hard=0.5):
@@ -393,8 +403,10 @@ def test_all_runs_shows_the_worst_group_of_all_seeds():
 def test_curves_show_mean_and_range_of_the_seeds():
     runs = [record(f"jitter_s{s}", "jitter", s, hard=h) for s, h in ((1, 0.2), (2, 0.6))]
     runs += [record("jitter_s3", "jitter", 3, hard=0.9, val=0.1)]  # did not train
-    colour, by_split = train.curves({"jitter": runs, "lff": runs})["jitter"]
-    assert colour == train.INK["jitter"] and by_split["test_hard"] == [(0.4, 0.2, 0.6)] * 2
+    found = train.curves({"jitter": runs, "lff": runs})
+    assert found == {"jitter": runs[:2]}
+    line = train.draw_learning_curves(found).axes[1].get_lines()[0]
+    assert line.get_color() == train.INK["jitter"] and [*line.get_ydata()] == [0.4, 0.4]
     assert train.ink(record("oracle_s1", "baseline", 1)) == train.INK["oracle"]
 
 

@@ -182,7 +182,9 @@ def test_a_single_image_joins_the_batch_before(n, batch, sizes):
     assert train.batch_sizes(n, args_of(f"--batch {batch}")) == sizes
 
 
-@pytest.mark.parametrize("flags", ["--method balance", "--method jitter --balance"])
+@pytest.mark.parametrize(
+    "flags", ["--method balance", "--method groupdro", "--method jitter --balance"]
+)
 def test_balanced_groups_come_equally_often(flags):
     data = split_of([0] * 20 + [1] * 4, [0] * 18 + [1] * 3 + [0] * 3)
     draws = [train.draw_order(data, args_of(flags), common.stream(k, "o")) for k in range(400)]
@@ -627,6 +629,11 @@ def test_what_resume_refuses(world, call, mistake, monkeypatch):
     mistake("train.py --epochs 2 --name mine --resume", "mine.part.pt is no dictionary")
 
 
+def test_the_clean_phase_replaces_no_other_run(world, call, mistake):
+    call("train.py --epochs 1 --name at_clean_s42")
+    mistake("train.py --method at --epochs 2 --clean-epochs 1 --name at_s42", "at_clean_s42.json")
+
+
 def change_all(folder, change):
     for name in common.SPLITS:
         path = folder / f"{name}.pt"
@@ -649,6 +656,18 @@ def test_a_world_of_one_s_own_trains_and_says_who_cannot(world, call, mistake):
     call("train.py --epochs 1 --method lntl")
     change_all(world, lambda r: {**r, "images": r["images"].permute(0, 2, 3, 1)})
     mistake("train.py --epochs 1", "images.permute(0, 3, 1, 2)")
+
+
+def test_two_classes_and_a_test_split_without_colours_are_enough(world, call):
+    """A first net that is right on most of two classes has learned something."""
+    change_all(world, lambda record: {**record, "labels": record["labels"] % 2})
+    change_all(world, lambda record: {**record, "colors": record["colors"] % 2})
+    record = common.load_pt(world / "test_unbiased.pt", "")
+    common.save_pt({**record, "colors": None}, world / "test_unbiased.pt")
+    flags = "--epochs 1 --lr 0.01 --batch 20 --infer-groups --first-epochs 9"
+    said = call(f"train.py --method balance {flags} --name two_s42")
+    assert "test_unbiased" in said and "a linear probe" not in said
+    assert 0.6 < outside_run(world / "two_s42.json")["groups"]["equal_label"] < 1
 
 
 def test_other_sizes_and_a_resnet_work(tiny, call, mistake, tmp_path):
@@ -684,6 +703,9 @@ def keep(n):
         ("--method jtt --first-loss ce", None, "--first-loss means nothing for --method jtt"),
         ("--method grl --balance", None, "--balance means nothing for --method grl"),
         ("--method at --clean-epochs 10", None, "--epochs 10 counts all phases"),
+        ("--method at --attack fgsm --steps 7", None, "--steps means nothing for --attack fgsm"),
+        ("--method at --recolour hsv --grain 0.3", None, "--grain means nothing"),
+        ("--method jitter --jitter hsv --grain 0.3", None, "--grain means nothing"),
         ("--method at --crop 28", None, "--crop 28 leaves nothing"),
         ("--name ../escape", None, "may hold letters"),
         ("--name val", None, "belongs to other files"),

@@ -213,15 +213,6 @@ def test_gradcam_lifts_do_not_separate_them():
     assert min(grl.values()) < 0.6 and max(grl.values()) > 2
 
 
-def test_in_four_of_six_networks_hirescam_goes_along_with_fewer_flips_more_than_gradcam():
-    more = 0
-    for row in ("baseline", "jitter"):
-        rho = [by_seed(cam, row, lambda m: m["lift_flip_correlation"]) for cam in CAMS]
-        assert len(rho[1]) == 3
-        more += sum(rho[1][seed] < min(rho[0][seed], 0) for seed in rho[1])
-    assert more == 4
-
-
 def test_by_hirescam_even_lazy_networks_score_above_one_but_so_do_random_layers():
     assert min(looks("hirescam", "baseline", lift)) > 1
     assert min(looks("hirescam", "baseline", flip("background"))) > 0.5
@@ -334,6 +325,14 @@ def test_where_the_shortcut_works_the_cured_make_at_least_twice_as_many_mistakes
 def test_knowing_nothing_jtt_beats_lff_on_average_and_both_stay_behind_every_seed_of_jitter():
     assert fmean(of("jtt", hard)) > fmean(of("lff", hard))
     assert max(of("jtt", hard) + of("lff", hard)) < min(of("jitter", hard))
+    assert max(of("lff", val)) < min(
+        number for row in CURES if row != "lff" for number in of(row, val)
+    )
+
+
+def test_at_a_higher_rate_with_a_schedule_biasbal_passes_jitter_on_average():
+    biasbal, jitter = (f"{row}_lr0.01_onecycle" for row in ("biasbal", "jitter"))
+    assert fmean(gains("biasbal", "jitter")) < 0 < fmean(gains(biasbal, jitter))
 
 
 def test_the_seeds_of_lff_differ_more_than_those_of_any_other_cure():
@@ -360,9 +359,13 @@ def test_the_answers_of_the_cured_seldom_use_the_colour(row):
     assert max(of(row, follows)) < 0.05
 
 
-def test_those_of_jitter_and_groupdro_use_it_a_little_more_often_than_the_oracles():
-    assert min(gains("jitter", "oracle", follows)) > 0
-    assert fmean(gains("groupdro", "oracle", follows)) > 0
+def test_on_average_the_others_follow_it_more_often_than_the_oracle_groupdro_most():
+    oracle = fmean(of("oracle", follows))
+    mean = {row: fmean(of(row, follows)) for row in ("jitter", "grl", "combined", "biasbal")}
+    mean |= {row: fmean(of(row, follows)) for row in ("balance", "balance_infergroups")}
+    assert oracle < 0.01 and all(1.2 * oracle < often < 3 * oracle for often in mean.values())
+    assert 3.5 * oracle < fmean(of("groupdro", follows)) < 5 * oracle
+    assert fmean(of("lntl", follows)) > 0.3
 
 
 @pytest.mark.parametrize("row", ["jtt", "lff"])
@@ -388,8 +391,8 @@ def test_a_network_that_learned_nothing_has_features_that_show_the_colour():
 def test_grl_and_biasbal_alone_cannot_be_told_apart_but_by_the_colour_probe():
     assert len(gains("grl", "biasbal")) == 3 and min(gains("grl", "biasbal")) < 0
     assert max(gains("grl", "biasbal")) > 0
-    falls = [gain < 0 for gain in gains("grl", "biasbal", colour_probe)]
-    assert sorted(falls) == [False, True, True]
+    falls = [gain < -0.01 for gain in gains("grl", "biasbal", colour_probe)]
+    assert sorted(falls) == [False, False, True]
 
 
 def test_combined_is_as_good_without_the_reversal():
@@ -425,7 +428,19 @@ def test_in_two_of_three_seeds_its_answers_are_the_colours_and_both_trainings_on
     same = [inferred[seed]["final"] == told[seed]["final"] for seed in told]
     all_named = [inferred[seed]["groups"]["equal_colour"] == 1 for seed in told]
     assert same == all_named and sum(same) == 2 and len(told) == 3
-    assert max(map(abs, gains("balance_infergroups", "balance"))) < 0.02
+    assert max(map(abs, gains("balance_infergroups", "balance"))) < 0.01
+    assert [missed(inferred[seed]) for seed in told] == [0, 0, 4]
+
+
+def missed(record):
+    """How many of the 54,000 training pictures the first network did not call by their colour."""
+    return round(54_000 * (1 - record["groups"]["equal_colour"]))
+
+
+def test_four_other_pictures_cost_one_seed_six_points():
+    other, told = runs("balance_infergroups_ce"), runs("balance")
+    lost = [hard(told[seed]) - hard(other[seed]) for seed in told if missed(other[seed]) == 4]
+    assert lost and 0.055 < max(lost) < 0.065
 
 
 def test_every_seed_of_it_stands_above_every_seed_of_jtt_and_lff():
@@ -433,7 +448,9 @@ def test_every_seed_of_it_stands_above_every_seed_of_jtt_and_lff():
 
 
 def test_shifts_lift_it_on_average_and_make_the_plain_network_lazier_in_each_of_three_seeds():
-    assert fmean(gains("balance_infergroups_crop1", "balance_infergroups")) > 0.01
+    lifts = gains("balance_infergroups_crop1", "balance_infergroups")
+    assert fmean(lifts) > 0.01 and sum(gain > 0.03 for gain in lifts) == 3
+    assert max(sorted(lifts)[:2]) < 0
     assert len(of("baseline_crop1", hard)) == 3 and max(gains("baseline_crop1", "baseline")) < 0
     assert min(gains("baseline_crop1", "baseline", follows)) > 0
 
@@ -677,6 +694,9 @@ def test_under_tiny_changes_jitter_keeps_more_than_the_lazy_and_fewer_under_some
     assert len(kept_within(0.01, "jitter")) == len(kept_within(0.01, "baseline")) == 3
     assert min(kept_within(0.01, "jitter")) > max(kept_within(0.01, "baseline"))
     assert fmean(kept_within(0.025, "jitter")) < fmean(kept_within(0.025, "baseline"))
+    for eps in attacks("untargeted", "grl_s42")["radii"]:
+        cured, lazy = (fmean(kept_within(eps, row)) for row in ("jitter", "baseline"))
+        assert cured >= lazy or max(cured, lazy) < 0.06  # hardly an answer is left in either
     assert max(kept_within(0.05, row)[0] for row in ("jitter", "grl", "combined")) < 0.01
 
 
@@ -685,10 +705,10 @@ def test_the_first_coloured_pictures_are_harder_than_the_rest_and_the_first_grey
     for name, model in record["models"].items():
         seed = int(name.rsplit("_s", 1)[1])
         assert model["attacks"]["clean"]["rate"] < hard(runs(row_of(name))[seed]), name
-    record = attacks("untargeted", "robgan_without_s42", "mnist")
-    for seed, model in compared_models(record, "robgan_without_s0").items():
-        whole = hard(rows("mnist")["robgan_without"][seed])
-        assert record["n"] == 200 and model["attacks"]["clean"]["rate"] > whole
+    record = attacks("untargeted", "../mnist_27000/resnet50_s42", "mnist")
+    for name, model in record["models"].items():
+        whole = hard(rows("mnist_27000")[row_of(name)][42])
+        assert record["n"] == 200 and model["attacks"]["clean"]["rate"] > whole, name
 
 
 def test_square_fools_a_few_that_gradients_had_left_on_plain_mnist():
@@ -814,6 +834,7 @@ def test_both_resnets_had_the_same_net_pictures_epochs_and_attack():
     assert ours["params"] == theirs["params"] and ours["world"] == theirs["world"]
     same = ("epochs", "batch", "lr", "eps", "steps", "step_size", "clean_epochs")
     assert all(ours["args"][key] == theirs["args"][key] for key in same)
+    assert ours["args"]["eps_ramp"] > theirs["args"]["eps_ramp"] == 0
 
 
 # ---- does a generator help?
@@ -839,9 +860,13 @@ def test_a_classifier_trained_on_them_alone_makes_more_mistakes_though_still_few
 
 
 def test_with_2000_pictures_its_digits_vary_less_and_teach_clearly_worse():
-    few = [measured("generated", key, "mnist_2000") for key in ("diversity", "trained_on")]
-    many = [measured("generated", key) for key in ("diversity", "trained_on")]
-    assert max(few[0]) < min(many[0]) - 0.05 and max(few[1]) < min(many[1]) - 0.1
+    def made_and_real(key):
+        return [measured(kind, key, "mnist_2000")[0] for kind in ("generated", "real")]
+
+    for key, least in (("diversity", 0.05), ("nearest", 0), ("trained_on", 0.1)):
+        made, real = made_and_real(key)
+        assert made < real - least, key
+    assert len(rows("mnist_2000")["robgan"]) == 1
 
 
 def test_the_network_beside_the_generator_is_less_robust_in_each_seed():
@@ -858,20 +883,24 @@ def test_generated_pictures_as_additional_data_are_no_gain():
     for row, seeds in zip(SHARES, ({42}, {42, 43, 44}, {42}), strict=True):
         found = survive(row, "mnist")
         assert found.keys() == seeds <= none.keys()
-        assert all(found[seed] < none[seed] for seed in found)
+        assert fmean(found.values()) < fmean(none[seed] for seed in found)
+    half = survive("generated_0.5", "mnist")
+    assert max(half[seed] - none[seed] for seed in half) > 0, "though not in every seed"
 
 
-def test_with_few_pictures_no_share_differs_by_as_much_as_its_seeds():
-    none = survive("../mnist_2000/robgan_without", "mnist")
-    for row in SHARES:
+def test_with_few_pictures_they_help_a_little_at_the_smaller_shares_in_each_seed():
+    without = "../mnist_2000/robgan_without"
+    none, clean = survive(without, "mnist"), {}
+    for row, times in zip(SHARES, (3, 3, 2), strict=True):
         found = survive(f"../mnist_2000/{row}", "mnist")
         assert found.keys() == none.keys() == {42, 43, 44}
-        spread = max(found.values()) - min(found.values())
-        assert abs(fmean(found.values()) - fmean(none.values())) < spread
-
-
-def test_on_val_under_a_weaker_attack_a_small_share_came_out_above():
-    assert max(watched("generated_0.3")) > max(watched("robgan_without"))  # the epoch that is kept
+        assert sum(found[seed] > none[seed] for seed in none) == times
+        if times == 3:
+            assert 0.015 < fmean(found.values()) - fmean(none.values()) < 0.035
+    models = attacks("untargeted", f"{without}_s42", "mnist")["models"]
+    for name, model in models.items():
+        clean.setdefault(row_of(name), []).append(model["attacks"]["clean"]["rate"])
+    assert max(clean, key=lambda row: fmean(clean[row])) == "robgan_without"
 
 
 def test_both_got_the_same_network_and_number_of_epochs():

@@ -978,8 +978,8 @@ def look_for(args, device):
         label = torch.arange(checkpoint["classes"], device=device).repeat(STARTS)
         gen = stream(args.seed, "maximise")
         x = maximise(model.to(device).eval(), label, checkpoint["size"], gen)
-        can_read = oracle and about["size"] == checkpoint["size"]
-        measured[name], sure = wants_of(model, x, label, palette, oracle if can_read else None)
+        fits = oracle and list(about["size"]) == list(checkpoint["size"])
+        measured[name], sure = wants_of(model, x, label, palette, oracle if fits else None)
         few = slice(checkpoint["classes"])  # the first start
         images = (x[few] * 255).round().byte()
         pictures[name] = {"images": images.cpu(), "confidence": sure[few].cpu()}

@@ -580,6 +580,8 @@ def test_a_net_of_fewer_classes_or_another_size_finds_its_pictures(world, call, 
     checkpoint(world / "fewer.pt", classes=5)
     checkpoint(world / "larger.pt", size=32)
     checkpoint(world / "unbiased/oracle_s42.pt")
+    fewer = common.load_pt(world / "fewer.pt", "")
+    common.save_pt({**fewer, "size": (28, 28)}, world / "fewer.pt")  # as in README.md
     call("gradcam.py --maximise --models jitter_s42 fewer larger")
     models = measured(world, "gradcam_maximise")["models"]
     assert models["fewer"]["read by an oracle"] is not None

@@ -314,8 +314,8 @@ def print_scores(record):
 def score_again(args, device):
     """Refresh the scores in DIR/NAME.json from DIR/NAME.pt."""
     path = args.dir / f"{args.eval}.json"
-    record = load_json(path, "train the model again under another --name")
     model, checkpoint = load_model(args.dir, args.eval, device)
+    record = load_json(path, "train the model again under another --name")
     splits = {name: load_split(args.dir, name, device) for name in SPLITS}
     check_splits(splits, checkpoint["classes"], checkpoint["size"], args)
     record |= evaluate(model, splits)

@@ -507,7 +507,7 @@ def test_eval_scores_a_saved_model_to_the_same_numbers(world, call, mistake):
     path.write_text(json.dumps({**json.loads(before), "final": None, "probe": None}))
     said = call("train.py --eval mine")
     assert path.read_bytes() == before and "epoch " not in said
-    mistake("train.py --eval nobody", "nobody.json is missing")
+    mistake("train.py --eval nobody", "nobody.pt is missing")
 
 
 def test_init_starts_from_an_earlier_run(world, call, mistake):

@@ -142,7 +142,7 @@ def published(table, start):
 
 
 def test_the_plain_network_is_nearly_perfect_on_val_and_right_less_than_half_on_test_hard():
-    assert fmean(of("baseline", val)) > 0.95 and fmean(of("baseline", hard)) < 0.5
+    assert fmean(of("baseline", val)) > 0.95 and max(of("baseline", hard)) < 0.5
 
 
 def test_after_one_epoch_it_answers_by_colour_alone():
@@ -362,9 +362,13 @@ def test_the_answers_of_the_cured_seldom_use_the_colour(row):
 def test_on_average_the_others_follow_it_more_often_than_the_oracle_groupdro_most():
     oracle = fmean(of("oracle", follows))
     mean = {row: fmean(of(row, follows)) for row in ("jitter", "grl", "combined", "biasbal")}
-    mean |= {row: fmean(of(row, follows)) for row in ("balance", "balance_infergroups")}
-    assert oracle < 0.01 and all(1.2 * oracle < often < 3 * oracle for often in mean.values())
-    assert 3.5 * oracle < fmean(of("groupdro", follows)) < 5 * oracle
+    mean |= {row: fmean(of(row, follows)) for row in ("balance", "biasbal_infergroups")}
+    balanced = ("balance_infergroups", "balance_infergroups_crop1", "jitter_balance_infergroups")
+    mean |= {row: fmean(of(row, follows)) for row in balanced}
+    assert oracle < 0.01 and all(oracle < often < 3 * oracle for often in mean.values())
+    assert min(mean.values()) < 1.3 * oracle
+    for row in ("groupdro", "groupdro_infergroups"):
+        assert 3.5 * oracle < fmean(of(row, follows)) < 4.2 * oracle
     assert fmean(of("lntl", follows)) > 0.3
 
 
@@ -388,7 +392,7 @@ def test_a_network_that_learned_nothing_has_features_that_show_the_colour():
     assert min(of("baseline_shufflelabels", colour_probe)) > 0.9
 
 
-def test_grl_and_biasbal_alone_cannot_be_told_apart_but_by_the_colour_probe():
+def test_grl_and_biasbal_alone_cannot_be_told_apart_and_the_probe_falls_in_one_seed_only():
     assert len(gains("grl", "biasbal")) == 3 and min(gains("grl", "biasbal")) < 0
     assert max(gains("grl", "biasbal")) > 0
     falls = [gain < -0.01 for gain in gains("grl", "biasbal", colour_probe)]
@@ -803,6 +807,12 @@ def test_the_robustness_of_fgsm_did_not_collapse():
     assert watched("fgsm") == sorted(watched("fgsm"))
 
 
+def test_a_high_val_under_pgd_is_not_yet_robustness():
+    assert max(of("at", hard)) < 0.01 and max(watched("at", ".")) > 0.9
+    for seed, kept in survive("at_wide").items():
+        assert kept < 0.5 * max(e["val_pgd"] for e in runs("at_wide")[seed]["epochs"])
+
+
 def test_no_network_lost_its_robustness_in_training():
     shown = [(".", row) for row in ("at", "at_wide", "at_balanced")]
     shown += [("mnist", row) for row in ("at", "trades", "fgsm")]
@@ -863,9 +873,11 @@ def test_with_2000_pictures_its_digits_vary_less_and_teach_clearly_worse():
     def made_and_real(key):
         return [measured(kind, key, "mnist_2000")[0] for kind in ("generated", "real")]
 
-    for key, least in (("diversity", 0.05), ("nearest", 0), ("trained_on", 0.1)):
+    for key, least in (("diversity", 0.05), ("trained_on", 0.1)):
         made, real = made_and_real(key)
         assert made < real - least, key
+    made, real = made_and_real("nearest")
+    assert abs(made / real - 1) < 0.03
     assert len(rows("mnist_2000")["robgan"]) == 1
 
 
@@ -886,6 +898,8 @@ def test_generated_pictures_as_additional_data_are_no_gain():
         assert fmean(found.values()) < fmean(none[seed] for seed in found)
     half = survive("generated_0.5", "mnist")
     assert max(half[seed] - none[seed] for seed in half) > 0, "though not in every seed"
+    spread = max(half.values()) - min(half.values())
+    assert fmean(none.values()) - fmean(half.values()) < spread
 
 
 def test_with_few_pictures_they_help_a_little_at_the_smaller_shares_in_each_seed():
@@ -897,10 +911,13 @@ def test_with_few_pictures_they_help_a_little_at_the_smaller_shares_in_each_seed
         assert sum(found[seed] > none[seed] for seed in none) == times
         if times == 3:
             assert 0.015 < fmean(found.values()) - fmean(none.values()) < 0.035
-    models = attacks("untargeted", f"{without}_s42", "mnist")["models"]
-    for name, model in models.items():
-        clean.setdefault(row_of(name), []).append(model["attacks"]["clean"]["rate"])
-    assert max(clean, key=lambda row: fmean(clean[row])) == "robgan_without"
+    record = attacks("untargeted", f"{without}_s42", "mnist")
+    for row in ("robgan_without", *SHARES):
+        models = compared_models(record, f"{row}_s0")
+        clean[row] = [models[seed]["attacks"]["clean"]["k"] for seed in (42, 43, 44)]
+    for row in SHARES:  # the cost
+        costs = [b - a for a, b in zip(clean[row], clean["robgan_without"], strict=True)]
+        assert min(costs) > 0, row
 
 
 def test_both_got_the_same_network_and_number_of_epochs():

@@ -717,7 +717,7 @@ def mix(x, grain, gen):
     matrix = F.normalize(torch.randn(b, 3, 3, **where), dim=2)
     noise = grain * torch.rand(b, 1, 1, **where) * torch.randn(b, 1, h * w, **where)
     mixed = torch.bmm(matrix, x.reshape(b, 3, h * w)) + noise  # (B,3,HW)
-    darkest, lightest = mixed.aminmax(dim=2, keepdim=True)
+    darkest, lightest = mixed.amin(2, keepdim=True), mixed.amax(2, keepdim=True)
     span = 0.1 + 0.9 * torch.rand(b, 3, 1, **where)
     low = (1 - span) * torch.rand(b, 3, 1, **where)
     scale = span / (lightest - darkest + 1e-6)

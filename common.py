@@ -356,8 +356,10 @@ def load_split(folder, name, device="cpu"):
         t = record.get(key)
         if t is not None or key == "labels":
             ours = torch.is_tensor(t) and t.shape == shape and not t.is_floating_point()
+            if ours and t.dtype != torch.uint8:
+                t = t.long()  # not every type has a minimum
             most = 255 if key == "gray" else 999
-            if not ours or not n or int(t.long().min()) < 0 or int(t.long().max()) > most:
+            if not ours or not n or int(t.min()) < 0 or int(t.max()) > most:
                 die(f"{path}: {key} must be whole numbers from 0, {shape}", "see README.md")
             t = t.to(device, torch.uint8 if key == "gray" else torch.int64)
         parts[key] = t

@@ -250,6 +250,15 @@ def test_all_reduce_is_one_message(monkeypatch):
     assert [t.tolist() for t in tensors] == [[[10] * 3] * 2, 50, [0, 10]]
 
 
+def test_all_processes_name_the_colours_as_the_first_does(splits, net, monkeypatch):
+    monkeypatch.setattr(train, "train_plain", lambda *_, **more: net)
+    own = train.first_answers(splits, args_of("--method jtt"), "baseline")
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    monkeypatch.setattr(train.dist, "broadcast", lambda answers, source: answers.add_(source + 1))
+    heard = train.first_answers(splits, args_of("--method jtt"), "baseline")
+    assert torch.equal(heard, own + 1)  # in place, from process 0
+
+
 def test_each_process_draws_alone_and_the_loss_is_of_all(splits, net, spy, monkeypatch):
     """As process 1 of 2: the second half of every batch, draws of its own, its share of the sum."""
     monkeypatch.setattr(train, "PROCESSES", 2)

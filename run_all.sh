@@ -90,7 +90,7 @@ mark() {  # the file that says this command was run by this code: every script u
 
 one() {  # one step; what it printed is shown if it fails
   local began=$SECONDS again= log=$DONE/log.${HOSTNAME:-here}.$$.$K mark child=
-  trap 'kill $child 2> /dev/null || :; rm -f "$log"; exit 143' TERM INT
+  trap 'kill $child 2> /dev/null || :; rm -f "$log"; exit 143' TERM
   mark=$(mark "$1") || return 1
   [ "${FRESH:-0}" != 1 ] || again=--overwrite
   "$PYTHON" $1 $again > "$log" 2>&1 &

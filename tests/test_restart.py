@@ -314,15 +314,3 @@ def test_ctrl_c_ends_run_all_and_its_steps_with_one_line(stages, tmp_path):
     time.sleep(0.5)
     assert contents(tmp_path) == before and len(stages.lines("ended")) < STEPS
     assert not list(tmp_path.glob("results/quick/.done/log.*"))
-
-
-def test_ctrl_c_ends_a_single_step_too(stages, tmp_path):
-    (tmp_path / "hold").touch()
-    run = stages("--step", "train.py", "--dir", "results/quick")
-    until(lambda: stages.lines("began"))
-    os.killpg(run.pid, signal.SIGINT)
-    run.communicate(timeout=60)
-    (tmp_path / "hold").unlink()
-    time.sleep(0.5)
-    assert run.returncode != 0 and stages.lines("ended") == [] and stages.marks() == 0
-    assert not list(tmp_path.glob("results/quick/.done/log.*"))

@@ -1082,7 +1082,7 @@ def infer_groups(splits, args):
         facts["equal_colour"] = named.double().mean().item()
         if against.any():
             facts["equal_colour_conflicting"] = named[against].double().mean().item()
-    if facts["equal_label"] < 1 / (int(data.labels.max()) + 1) + 0.1:
+    if near_chance(facts["equal_label"], int(labels.max()) + 1):
         die("the first net has learned nothing", "give it more --first-epochs or another --lr")
     print("its answers stand for colours:", *(f"{k} {v:.4f}" for k, v in facts.items()), flush=True)
     return data._replace(colors=answers), facts
@@ -1802,11 +1802,16 @@ def all_rows(worlds):
     }
 
 
+def near_chance(accuracy, classes):
+    """Did a net learn next to nothing? True below a tenth more than guessing gets."""
+    return accuracy < 1 / classes + 0.1
+
+
 def trained(record):
     """False for a run that ended near chance on val, or that gives nearly always one answer."""
     val = record["final"]["val"]
     answers = [sum(column) for column in zip(*val["confusion"], strict=True)]
-    return val["acc"] >= 1 / len(answers) + 0.1 and max(answers) <= 0.9 * sum(answers)
+    return not near_chance(val["acc"], len(answers)) and max(answers) <= 0.9 * sum(answers)
 
 
 def note(runs):

@@ -194,7 +194,7 @@ def test_a_new_digit_changes_a_cured_networks_answer_more_often_in_every_seed():
         assert max(lazy) < min(looks("gradcam", row, flip("digit")))
 
 
-@pytest.mark.parametrize("cam", ["gradcam", "hirescam"])
+@pytest.mark.parametrize("cam", CAMS)
 def test_the_lifts_of_lazy_and_cured_networks_overlap(cam):
     assert max(looks(cam, "baseline", lift)) > min(looks(cam, "jitter", lift))
 
@@ -250,7 +250,7 @@ def test_a_hirescam_map_adds_up_to_the_score_without_bias_and_a_gradcam_map_does
         assert residual["hirescam"]["max"] < 1e-4 < residual["gradcam"]["max"]
 
 
-@pytest.mark.parametrize("cam", ["gradcam", "hirescam"])
+@pytest.mark.parametrize("cam", CAMS)
 def test_random_weights_in_the_last_layer_leave_nothing_of_the_map(cam):
     assert abs(fmean(gradcam(cam)["null"]["cascade"][0]["rank_correlation"])) < 0.15
 
@@ -361,10 +361,9 @@ def test_the_answers_of_the_cured_seldom_use_the_colour(row):
 
 def test_on_average_the_others_follow_it_more_often_than_the_oracle_groupdro_most():
     oracle = fmean(of("oracle", follows))
-    mean = {row: fmean(of(row, follows)) for row in ("jitter", "grl", "combined", "biasbal")}
-    mean |= {row: fmean(of(row, follows)) for row in ("balance", "biasbal_infergroups")}
-    balanced = ("balance_infergroups", "balance_infergroups_crop1", "jitter_balance_infergroups")
-    mean |= {row: fmean(of(row, follows)) for row in balanced}
+    others = ("jitter", "grl", "combined", "biasbal", "balance", "biasbal_infergroups")
+    others += ("balance_infergroups", "balance_infergroups_crop1", "jitter_balance_infergroups")
+    mean = {row: fmean(of(row, follows)) for row in others}
     assert oracle < 0.01 and all(oracle < often < 3 * oracle for often in mean.values())
     assert min(mean.values()) < 1.3 * oracle
     for row in ("groupdro", "groupdro_infergroups"):

@@ -1,58 +1,46 @@
-"""What two scripts must agree on: palettes, the net, seeds, names, files and tables.
+"""What two scripts must agree on: palettes, the net, seeds, names, files and figures.
 
 Images are uint8 (N,3,H,W) in files and float in [0, 1] in front of a model.
 """
 
 import argparse
-import difflib
 import io
 import json
 import math
 import os
 import re
 import sys
+import time
 import zlib
 from collections import OrderedDict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-os.environ.setdefault("MPLBACKEND", "Agg")  # figures are drawn into files
+os.environ["MPLBACKEND"] = "Agg"  # figures are drawn into files, whatever a notebook has set
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test_hard", "test_unbiased")
+WHERE = ("dir", "device", "threads", "overwrite", "report")  # flags that decide no number
 
 
 def named(names, colours):
     return dict(zip(names.split(), colours.split(), strict=True))
 
 
-INK = named(  # one colour per method in every figure, distinct for colour-blind readers too
-    "baseline jitter grl combined biasbal groupdro lff jtt lntl at robgan oracle balance gce",
-    "#D55E00 #0072B2 #E69F00 #009E73 #CC79A7 #56B4E9"
-    " #7A4F00 #8C8C00 #6A3D9A #A6192E #1B7F79 #000000 #117733 #882255",
+INK = named(  # by how a row's name begins; distinct for colour-blind readers too
+    "baseline jitter grl combined biasbal groupdro lff jtt lntl"
+    " at at_balanced trades fgsm robgan oracle balance",
+    "#D55E00 #0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #7A4F00 #8C8C00 #6A3D9A"
+    " #A6192E #332288 #999999 #882255 #1B7F79 #000000 #117733",
 )
-PALETTES = {  # recipe: {colour: its mean}; digit d owns entry d
-    "background": named(  # The Lazy Artist
-        "red green blue yellow purple teal pink brown white black",
-        "#FF0000 #00C800 #0050FF #FFDC00 #C800C8 #00C8C8 #FF82B4 #8C6432 #FFFFFF #000000",
-    ),
-    "flat": named(  # Biased-MNIST (Bahng et al., 2020)
-        "red green blue yellow magenta cyan orange rose violet grey",
-        "#FF0000 #00FF00 #0000FF #E1E100 #E100E1 #00FFFF #FF8000 #FF0080 #8000FF #808080",
-    ),
-    "digit": named(  # Learning Not to Learn (Kim et al., 2019)
-        "crimson teal yellow cerulean orange purple cyan pink lime maroon",
-        "#DC143C #008080 #FDE910 #0095B6 #ED9121 #911EBC #46F0F0 #FAC5BB #D2F53C #800000",
-    ),
-    "cmnist": named(  # Coloured MNIST (Nam et al., 2020)
-        "tomato yellow mauve sage sky green blue purple olive crimson",
-        "#FB502B #FDE95A #AC7694 #C8D499 #16C6FA #52F572 #063CC1 #8E1AC2 #356405 #D53444",
-    ),
-}
+PALETTE = named(  # The Lazy Artist's, of the main world; digit d owns entry d
+    "red green blue yellow purple teal pink brown white black",
+    "#FF0000 #00C800 #0050FF #FFDC00 #C800C8 #00C8C8 #FF82B4 #8C6432 #FFFFFF #000000",
+)
 
 
 def paint_background(gray, mean, gen, sigma2):  # (B,1,H,W), (B,3,1,1) to (B,3,H,W), in [0, 1]
@@ -80,24 +68,25 @@ PAINTERS = {
 }
 
 
-def paint(gray, colours, gen, recipe="background", sigma2=None):
-    """gray uint8 (N,H,W), colours (N,) to uint8 (N,3,H,W); one state of `gen`, one texture."""
-    rgb = [list(bytes.fromhex(mean[1:])) for mean in PALETTES[recipe].values()]
-    means = torch.tensor(rgb, dtype=torch.float32)[:, :, None, None] / 255
+def paint(gray, mean, gen, recipe="background", sigma2=None):
+    """gray uint8 (N,H,W), mean colours (N,3) in [0, 1] to uint8 (N,3,H,W).
+
+    One state of `gen` is one texture, whatever the colours.
+    """
     images = torch.empty(len(gray), 3, *gray.shape[1:], dtype=torch.uint8)
     for i in chunks(len(gray), 160):  # fits the cache; torch draws its normals by sixteens
-        picture = PAINTERS[recipe](gray[i, None].float() / 255, means[colours[i]], gen, sigma2)
+        colour = mean[i, :, None, None]
+        picture = PAINTERS[recipe](gray[i, None].float() / 255, colour, gen, sigma2)
         images[i] = picture.mul(255).round_().to(torch.int16)  # int16 halves the time
     return images
 
 
-def max_pool(x):
-    """2x2 max pooling; where no gradient is kept as two maxima, which say the same in less time."""
-    if torch.is_grad_enabled():
-        return F.max_pool2d(x, 2)
-    h, w = (side // 2 * 2 for side in x.shape[2:])
-    x = torch.maximum(x[:, :, 0:h:2], x[:, :, 1:h:2])
-    return torch.maximum(x[..., 0:w:2], x[..., 1:w:2])
+def rgb(palette):
+    """Mean colours float (colours,3) in [0, 1] of {name: "#RRGGBB"}."""
+    return torch.tensor([list(bytes.fromhex(mean[1:])) for mean in palette.values()]) / 255
+
+
+# ---- nets
 
 
 class SimpleCNN(nn.Module):
@@ -117,10 +106,10 @@ class SimpleCNN(nn.Module):
 
     def features(self, x):
         """x (B,3,H,W) in [0, 1] to the last feature map (B,2w,H/4,W/4)."""
-        x = F.relu(max_pool(self.conv1(x)))  # as ReLU before pooling, for less work
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # as ReLU before pooling, for less work
         if self.saturated:
             x = x.tanh()
-        x = F.relu(max_pool(self.conv2(x)))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
         return self.relu(self.conv3(x))
 
     def forward(self, x):
@@ -159,11 +148,16 @@ def build_model(name="simplecnn", width=4, classes=10, size=(28, 28), grayscale=
     return model.to(memory_format=torch.channels_last)
 
 
+def as_seen(images):
+    """Images (B,3,H,W), uint8 or float, as the models see them: float in [0, 1]."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
 @torch.inference_mode()
-def predict(model, split):
-    """Predicted classes int64 (N,) of a Split; the model goes to eval mode."""
+def predict(model, images):
+    """Logits float (N,classes) of images (N,3,H,W), uint8 or float; the model goes to eval mode."""
     model.eval()
-    return torch.cat([model(split.x(part)).argmax(1) for part in chunks(len(split.labels))])
+    return torch.cat([model(as_seen(images[part])) for part in chunks(len(images))])
 
 
 def chunks(n, size=250):
@@ -176,16 +170,19 @@ def stream(seed, purpose, device="cpu"):
     return torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{purpose}".encode()))
 
 
+# ---- the command line
+
+
 def common_args(parser, seed_of):
     """The flags that mean the same thing in all four scripts; complaints become one line."""
     parser.error = lambda message: die(message, f"see python {parser.prog} --help")
     g = parser.add_argument_group("the same in every script")
     g.add_argument("--dir", type=Path, default=Path("results"), help="the world (results)")
-    g.add_argument("--seed", type=number(int, 0, 2**31), default=42, help=f"of {seed_of} (42)")
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     g.add_argument("--threads", type=number(int, 1, 1024), default=1, help="of the CPU (1)")
     g.add_argument("--overwrite", action="store_true", help="replace results of other settings")
-    g.add_argument("--report", action="store_true", help="only refill tables, redraw figures")
+    g.add_argument("--report", action="store_true", help="only redraw figures, refill tables")
+    g.add_argument("--seed", type=number(int, 0, 2**31), default=42, help=f"of {seed_of} (42)")
 
 
 def number(kind, least, most):
@@ -231,6 +228,8 @@ def progress(text):
 
 def run(main, hint="finished files are whole; run the same command again"):
     """Call a script's `main`; Ctrl-C and a file that cannot be used get one line."""
+    for said in (sys.stdout, sys.stderr):
+        said.reconfigure(errors="replace")  # an ASCII terminal shows ? for ±
     try:
         main()
     except KeyboardInterrupt:
@@ -242,20 +241,26 @@ def run(main, hint="finished files are whole; run the same command again"):
         die(f"cannot use {e.filename or 'the disk'}: {e.strerror}", "finished files are whole")
 
 
+# ---- names and files
+
+
 def name_of(head, args, usual, skip=()):
-    """NAME of a result: `head`, what differs from `usual`, the seed: jitter_alpha1_hsv_s42."""
-    name, skip = head, {"dir", "seed", "device", "threads", "overwrite", "report", *skip}
+    """NAME of a result: `head` and what differs from `usual`, as in jitter_alpha1_hsv_s42."""
+    name = head
     for key, value in vars(args).items():
-        if key not in skip and value != getattr(usual, key):
-            flag = key.replace("_", "")
-            if isinstance(value, bool):
-                name += f"_{flag}" if value else f"_no{flag}"
-            elif isinstance(value, str):
-                name += f"_{value.replace('_', '')}"
-            else:
-                values = value if isinstance(value, list) else [value]
-                name += f"_{flag}" + "-".join(f"{v:g}" for v in values)
-    return f"{name}_s{args.seed}"
+        if key in WHERE or key in skip or value == getattr(usual, key):
+            continue
+        flag = key.replace("_", "")
+        if key == "seed":
+            name += f"_s{value}"
+        elif isinstance(value, bool):
+            name += f"_{flag}" if value else f"_no{flag}"
+        elif isinstance(value, str):
+            name += f"_{value.replace('_', '')}"
+        else:
+            values = value if isinstance(value, list) else [value]
+            name += f"_{flag}" + "-".join(f"{v:g}" for v in values)
+    return name
 
 
 def row_of(name):
@@ -280,14 +285,25 @@ def world_of(folder):
     return {k: meta[k] for k in keys if k in meta and (k, meta[k]) != ("sigma2", None)}
 
 
+def note_time(folder, name, began):
+    """Add a line to times.csv; returns the seconds since time.time() was `began`."""
+    seconds = time.time() - began
+    with (folder / "times.csv").open("a", encoding="utf-8") as file:
+        file.write(f"{name},{seconds:.1f},{time.process_time():.1f}\n")  # wall, processor
+    return seconds
+
+
 def write(path, save):
     """save(file) fills memory; the file appears at `path` whole or not at all."""
     memory = io.BytesIO()  # a full disk is then an OSError, whatever `save` makes of one
     save(memory)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two runs may write the same file
-    part.write_bytes(memory.getbuffer())
-    os.replace(part, path)
+    try:
+        part.write_bytes(memory.getbuffer())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_json(record, path):
@@ -301,17 +317,11 @@ def save_pt(record, path):
     write(path, lambda file: torch.save(record, file))
 
 
-def save_figure(fig, path):
-    write(path, lambda file: fig.savefig(file, dpi=150, metadata={"Software": None}))
-    if "matplotlib.pyplot" in sys.modules:  # which would keep it
-        sys.modules["matplotlib.pyplot"].close(fig)
-
-
 def load_json(path, hint):
     if not path.is_file():
         die(f"{path} is missing", hint)
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         die(f"{path} is not a whole JSON file of ours", hint)
 
@@ -334,7 +344,7 @@ class Split(NamedTuple):
 
     def x(self, index):
         """A batch as the models see it: float (B,3,H,W) in [0, 1]."""
-        return self.images[index].float().div_(255)
+        return as_seen(self.images[index])
 
     def take(self, index):
         """The Split of these images only."""
@@ -369,12 +379,8 @@ def load_split(folder, name, device="cpu"):
 def load_model(folder, name, device="cpu"):
     """(model in eval mode, its record: weights, args, classes, size) as train.py saved it."""
     path = Path(name) if name.endswith(".pt") else folder / f"{name}.pt"
-    there = [p.stem for p in sorted(folder.glob("*_s*.pt")) if ".part" not in p.name]
-    near = difflib.get_close_matches(path.stem, there, 1) or ["python train.py"]
-    record = load_pt(path, f"try {near[0]}; models in {folder}: {', '.join(there) or 'none'}")
-    about, world = path.with_suffix(".json"), world_of(path.parent)
-    if about.exists() and load_json(about, "delete it").get("world", world) != world:
-        die(f"{path} was trained on another painting of {path.parent}", "train it again")
+    there = sorted(p.stem for p in folder.glob("*_s*.pt") if ".part" not in p.name)
+    record = load_pt(path, f"models in {folder}: {', '.join(there) or 'none, run train.py'}")
     try:
         args = record["args"]
         kind = args["model"], args["width"], record["classes"], record["size"]
@@ -388,45 +394,101 @@ def load_model(folder, name, device="cpu"):
     return model.to(device).eval(), record
 
 
-def wilson(k, n, z=1.96):
-    """95 % interval of a rate k/n (Wilson, 1927): (low, high)."""
+def check_fit(name, record, split, where):
+    """Stop unless a checkpoint's record fits a split: its pixels and its classes."""
+    built = f"{record['classes']} classes of {tuple(record['size'])} pixels"
+    size, classes = tuple(split.images.shape[2:]), int(split.labels.max()) + 1
+    if size != tuple(record["size"]) or classes > record["classes"]:
+        what = f"{name} is built for {built}, but {where} has {classes} of {size}"
+        die(what, "choose a model trained on this world, or point --dir to its own")
+
+
+# ---- numbers and figures
+
+
+def rate(values):
+    """Mean of one value in [0, 1] per image with its 95 % interval (Wilson, 1927); k of bools."""
+    n, z = len(values), 1.96
     if n == 0:
-        return 0.0, 1.0
-    centre = k + z * z / 2
-    half = z * math.sqrt(k * (n - k) / n + z * z / 4)
-    return max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))
+        return {"n": 0, "rate": None, "low": 0.0, "high": 1.0}
+    k = values.double().sum().item()
+    centre, half = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
+    low, high = max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))
+    count = {"k": int(k)} if values.dtype == torch.bool else {}
+    return {**count, "n": n, "rate": k / n, "low": low, "high": high}
 
 
-def mean_sd(values):
-    """'0.943 ± 0.004 (5)': mean, sample sd, number of seeds; one value alone, a dash for none."""
-    values = [v for v in values if v is not None]
-    if len(values) < 2:
-        return f"{values[0]:.3f}" if values else "-"
-    return f"{fmean(values):.3f} ± {stdev(values):.3f} ({len(values)})"
+def quartiles(values, interpolation="linear"):
+    """{q1, median, q3} of doubles (N,); None of nothing."""
+    if len(values) == 0:
+        return {"q1": None, "median": None, "q3": None}
+    points = values.new_tensor([0.25, 0.5, 0.75])
+    found = values.quantile(points, interpolation=interpolation).tolist()
+    return dict(zip(("q1", "median", "q3"), found, strict=True))
 
 
-def markdown(header, rows):
-    """A Markdown table as one string, None without rows."""
-    if not rows:
-        return None
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+def ink(row):
+    """One colour per row in every figure: that of the longest entry of INK it begins with."""
+    known = [begin for begin in INK if row_of(row).startswith(begin)]
+    return INK[max(known, key=len)] if known else "#777777"
 
 
-def fill(folder, tables):
-    """Refill {name: Markdown or None} in report.md and README.md, else DIR/tables.md; the files."""
-    if not folder.is_dir():
-        die(f"{folder} is missing", "choose another --dir")
-    ours = folder.resolve() == ROOT / "results"
-    files = [folder / "report.md", ROOT / "README.md"] if ours else [folder / "tables.md"]
-    for path in files:
-        text = path.read_text() if path.exists() else ""
-        for name, table in tables.items():
-            start, end = f"<!-- table: {name} -->", "<!-- end -->"
-            filled = f"{start}\n\n{table or '*no results yet*'}\n{end}"
-            if not ours and start not in text:
-                text += f"## {name}\n\n{filled}\n\n"
-            old = re.search(f"{start}.*?{end}", text, re.S)
-            text = text.replace(old[0], filled) if old else text
-        write(path, lambda file, text=text: file.write(text.encode()))
-    return files
+def figure(width, height, rows=1, columns=1, **how):
+    """A figure of so many inches and its axes (rows,columns), by matplotlib's own settings."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcdefaults()  # nothing of the user's matplotlibrc
+    fig = Figure(figsize=(width, height), layout="constrained")
+    return fig, fig.subplots(rows, columns, squeeze=False, **how)
+
+
+def lines(ax, points, colour, **style):
+    """{x: values, one a seed}: their means as a line, their ranges as a band."""
+    ax.plot(points.keys(), [fmean(v) for v in points.values()], color=colour, **style)
+    low, high = ([end(v) for v in points.values()] for end in (min, max))
+    ax.fill_between(list(points), low, high, color=colour, alpha=0.15, lw=0)
+
+
+def matrix(ax, table, **axes):
+    """A table of numbers from 0 to 1 as tiles with the numbers in them; None stays blank."""
+    values = [[math.nan if v is None else v for v in row] for row in table]
+    picture = ax.imshow(values, vmin=0, vmax=1, cmap="Blues")
+    for i, row in enumerate(table):
+        for j, v in enumerate(row):
+            if v is not None:
+                look = {"fontsize": 6.5, "color": "white" if v > 0.55 else "black"}
+                ax.text(j, i, f"{v:.2f}".lstrip("0"), ha="center", va="center", **look)
+    ax.set(xticks=range(len(table[0])), yticks=range(len(table)), **axes)
+    return picture
+
+
+def pictures(rows):
+    """A figure of titled rows of pictures: [(title, [(pixels, caption, look)])].
+
+    Pixels are uint8 or float (3,H,W), or (H,W), a map up to its own maximum. `look` may hold
+    outline, uint8 (H,W): its edge at a tenth of white is drawn; the rest is for the caption's text.
+    """
+    columns = max(len(cells) for _, cells in rows)
+    fig, axes = figure(max(1.12 * columns + 0.2, 5), 1.62 * len(rows) + 0.1, len(rows), columns)
+    for line, (title, cells) in zip(axes, rows, strict=True):
+        for ax in line:
+            ax.axis("off")
+        line[0].set_title(title, loc="left", fontsize=10.5, weight="bold")
+        for ax, (pixels, caption, look) in zip(line, cells, strict=False):
+            look = dict(look)
+            outline = look.pop("outline", None)
+            ax.axis("on")
+            if pixels.ndim == 3:
+                ax.imshow(pixels.permute(1, 2, 0).numpy())
+            else:
+                ax.imshow(pixels.numpy(), cmap="inferno", vmin=0, vmax=pixels.max().item() or 1)
+            if outline is not None and outline.min() < 25.5 < outline.max():
+                ax.contour(outline.numpy(), levels=[25.5], colors="#56B4E9", linewidths=0.8)
+            ax.set(xticks=[], yticks=[])
+            ax.set_xlabel(caption, **look)
+    return fig
+
+
+def save_figure(fig, path):
+    write(path, lambda file: fig.savefig(file, dpi=150, metadata={"Software": None}))

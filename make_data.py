@@ -15,8 +15,6 @@ import contextlib
 import gzip
 import hashlib
 import math
-import os
-import shutil
 import socket
 import subprocess
 import tarfile
@@ -26,23 +24,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from common import (
-    PALETTES,
+    PALETTE,
     ROOT,
     SPLITS,
     common_args,
     die,
-    fill,
+    figure,
     guard,
     load_json,
     load_pt,
-    markdown,
-    mean_sd,
+    named,
+    note_time,
     number,
     paint,
+    rgb,
     run,
     save_figure,
     save_json,
@@ -103,16 +101,29 @@ def uniform(labels, corr, gen):
 
 
 class Recipe(NamedTuple):
+    palette: dict = {}  # {colour: its mean}; digit d owns entry d
     corr: float | None = None  # default share of own colours in training; None: no colours
     sigma2: float | None = None  # default variance of a colour; None: colours do not vary
     colours: Callable = biased  # of train and val
 
 
+BIASED_MNIST = named(  # Bahng et al., 2020
+    "red green blue yellow magenta cyan orange rose violet grey",
+    "#FF0000 #00FF00 #0000FF #E1E100 #E100E1 #00FFFF #FF8000 #FF0080 #8000FF #808080",
+)
+LNTL = named(  # Learning Not to Learn (Kim et al., 2019)
+    "crimson teal yellow cerulean orange purple cyan pink lime maroon",
+    "#DC143C #008080 #FDE910 #0095B6 #ED9121 #911EBC #46F0F0 #FAC5BB #D2F53C #800000",
+)
+COLOURED_MNIST = named(  # Nam et al., 2020
+    "tomato yellow mauve sage sky green blue purple olive crimson",
+    "#FB502B #FDE95A #AC7694 #C8D499 #16C6FA #52F572 #063CC1 #8E1AC2 #356405 #D53444",
+)
 RECIPES = {  # common.PAINTERS has the painter of the same name, gray needs none
-    "background": Recipe(corr=0.95),
-    "flat": Recipe(corr=0.99, colours=biased_exactly),
-    "digit": Recipe(corr=1.0, sigma2=0.02),
-    "cmnist": Recipe(corr=0.99, sigma2=2.5e-5, colours=biased_evenly),
+    "background": Recipe(PALETTE, corr=0.95),
+    "flat": Recipe(BIASED_MNIST, corr=0.99, colours=biased_exactly),
+    "digit": Recipe(LNTL, corr=1.0, sigma2=0.02),
+    "cmnist": Recipe(COLOURED_MNIST, corr=0.99, sigma2=2.5e-5, colours=biased_evenly),
     "gray": Recipe(),
 }
 
@@ -142,9 +153,7 @@ def fetch():
             except Exception as e:  # a mirror can fail in any way; the next one is tried
                 why = " ".join(str(e).split())[:120] or type(e).__name__
                 print(f"no MNIST from {source}: {why}", flush=True)
-    die(
-        "MNIST could not be fetched", "check the network, or give the four IDX files by --mnist DIR"
-    )
+    die("MNIST could not be fetched", "check the network, or give four IDX files by --mnist DIR")
 
 
 def from_torchvision(temporary):
@@ -194,7 +203,7 @@ def parse_idx(name, data, dims):
     whole = 0 not in shape and len(data) == head + math.prod(shape)
     if data[:4] != bytes([0, 0, 8, dims]) or not whole:
         die(f"{name} is not a whole IDX file of bytes in {dims} dimensions", "download it again")
-    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=head).reshape(shape).copy())
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=head).view(shape)
 
 
 def read_mnist(folder, limit):
@@ -237,7 +246,8 @@ def make_splits(mnist, args):
         if recipe.corr is not None:
             colours = rule(labels, args.corr, stream(args.seed, f"{name} colours"))
             gen = stream(args.seed, f"{name} paint")
-            splits[name]["images"] = paint(gray, colours, gen, args.recipe, args.sigma2)
+            mean = rgb(recipe.palette)[colours]
+            splits[name]["images"] = paint(gray, mean, gen, args.recipe, args.sigma2)
             splits[name]["colors"] = colours
     return splits
 
@@ -246,7 +256,7 @@ def settings(args):
     """What makes one world differ from another."""
     known = {key: getattr(args, key) for key in ("recipe", "corr", "sigma2", "seed", "limit")}
     known["mnist"] = args.mnist and str(args.mnist)
-    known["palette"] = " ".join(PALETTES.get(args.recipe, {}).values())
+    known["palette"] = " ".join(RECIPES[args.recipe].palette.values())
     return known
 
 
@@ -255,9 +265,10 @@ def describe(splits, args):
     shares = {}
     for name, split in splits.items():
         if "colors" in split:
-            own = [(split["colors"] == d)[split["labels"] == d].float() for d in range(10)]
-            shares[name] = [float(o.mean()) if len(o) else None for o in own]
-    means = PALETTES.get(args.recipe, {}).items()
+            own = (split["colors"] == split["labels"]).float()
+            digits = [own[split["labels"] == d] for d in range(10)]
+            shares[name] = [float(o.mean()) if len(o) else None for o in digits]
+    means = RECIPES[args.recipe].palette.items()
     return {
         **settings(args),
         "schema": 1,
@@ -272,79 +283,54 @@ def describe(splits, args):
 
 def check_folder(args):
     """Stop before another world or somebody's own data is replaced."""
-    guard(args.dir / "meta.json", settings(args), args.overwrite)
-    ours = (args.dir / "meta.json").exists() or (args.dir / ".painting").exists()
-    if not (ours or args.overwrite) and any((args.dir / f"{name}.pt").exists() for name in SPLITS):
+    about = args.dir / "meta.json"
+    guard(about, settings(args), args.overwrite)
+    own = not about.exists() and any((args.dir / f"{name}.pt").exists() for name in SPLITS)
+    if own and not args.overwrite:
         what = f"{args.dir} has splits without meta.json, which look like your own data"
         die(what, "choose another --dir, or give --overwrite to replace them")
 
 
 def save_world(splits, meta, folder):
-    """Write the new world beside the old one, then put it in its place, meta.json last.
-
-    A run killed in between leaves no meta.json, and .painting says that the splits are ours.
-    """
-    new = folder / ".painting"
+    """meta.json comes last; a run killed before leaves one that says no more than who painted."""
+    save_json({"script": "make_data.py"}, folder / "meta.json")
     for name in SPLITS:
-        save_pt(splits[name], new / f"{name}.pt")
-    for name in ("meta.json", *(f"{name}.pt" for name in SPLITS)):
-        (folder / name).unlink(missing_ok=True)
+        (folder / f"{name}.pt").unlink(missing_ok=True)
     for name in SPLITS:
-        os.replace(new / f"{name}.pt", folder / f"{name}.pt")
+        save_pt(splits[name], folder / f"{name}.pt")
     save_json(meta, folder / "meta.json")
-    shutil.rmtree(new)
 
 
-# ---- the picture and the table
+# ---- the picture
 
 
 def draw_samples(folder):
     """One panel a split, one row a digit, six pictures each."""
-    import matplotlib.pyplot as plt
-
     hint = f"run: python make_data.py --dir {folder}"
     meta = load_json(folder / "meta.json", hint)
+    if not (folder / "train.pt").exists():
+        return print(f"no splits in {folder}: its picture stays as it is")
     h, w = meta["size"]
-    fig, axes = plt.subplots(1, len(SPLITS), figsize=(10, 4.4), layout="constrained")
-    for ax, name in zip(axes, SPLITS, strict=True):
+    fig, axes = figure(10, 4.4, 1, len(SPLITS))
+    for ax, name in zip(axes[0], SPLITS, strict=True):
         split, share = load_pt(folder / f"{name}.pt", hint), mean_share(meta, name)
-        sheet = np.full((10 * h, 6 * w, 3), 255, np.uint8)
+        sheet = torch.full((10 * h, 6 * w, 3), 255, dtype=torch.uint8)
         for d in range(10):
             for i, k in enumerate((split["labels"] == d).nonzero()[:6, 0].tolist()):
                 sheet[d * h :, i * w :][:h, :w] = split["images"][k].permute(1, 2, 0)
-        ax.imshow(sheet, interpolation="nearest")
+        ax.imshow(sheet.numpy(), interpolation="nearest")
         ax.set_xticks([])
-        ax.set_yticks(np.arange(10) * h + h / 2, range(10))
+        ax.set_yticks([h * d + h / 2 for d in range(10)], range(10))
         ax.set_title(name if share is None else f"{name}\nown colour: {share:.1%}", fontsize=11)
-    axes[0].set_ylabel("digit")
+    axes[0, 0].set_ylabel("digit")
     save_figure(fig, folder / "figures" / "samples.png")
+    print(f"look at {folder}/figures/samples.png")
 
 
 def mean_share(meta, split):
     """Share of images on their digit's own colour, mean over the digits; None without colours."""
     shares = [share for share in meta["own_colour_share"].get(split, []) if share is not None]
     return sum(shares) / len(shares) if shares else None
-
-
-def world_table(folder):
-    """Every world in the folder but QUICK's."""
-    header, rows = ["world", "recipe", "corr", "sigma2", *SPLITS], []
-    for path in [folder / "meta.json", *sorted(folder.glob("*/meta.json"))]:
-        if path.exists() and path.parent != folder / "quick":
-            meta = load_json(path, "make_data.py writes it")
-            shares = [mean_sd([mean_share(meta, name)]) for name in SPLITS]
-            numbers = ["-" if meta[key] is None else meta[key] for key in header[1:4]]
-            rows.append([path.parent.name, *numbers, *shares])
-    return markdown(header, rows)
-
-
-def report(folder):
-    """Refill the table `worlds`, redraw samples.png where the splits are there."""
-    for path in fill(folder, {"worlds": world_table(folder)}):
-        print(f"refilled {path}")
-    if (folder / "meta.json").exists() and (folder / "train.pt").exists():
-        draw_samples(folder)
-        print(f"drew {folder}/figures/samples.png")
 
 
 def get_args(argv=None):
@@ -371,33 +357,28 @@ def get_args(argv=None):
             p.error(f"--{key} means nothing to --recipe {args.recipe}")
     if args.mnist is not None and not args.mnist.is_dir():
         p.error(f"--mnist {args.mnist} is not a folder")
-    if args.recipe != "gray" and len(PALETTES[args.recipe]) != 10:
-        die(
-            f"the palette of {args.recipe} has {len(PALETTES[args.recipe])} colours", "it needs ten"
-        )
     return args
 
 
 def main(argv=None):
     args = get_args(argv)
     if args.report:
-        return report(args.dir)
+        return draw_samples(args.dir)
+    began = time.time()
     setup(args)
     check_folder(args)
     known = [f"{k} {v}" for k, v in settings(args).items() if v is not None and k != "palette"]
     print(f"{args.dir}:", ", ".join(known), flush=True)
-    start = time.time()
     mnist, is_mnist, source = read_mnist(args.mnist, args.limit)
     print(f"MNIST from {source}", flush=True)
     splits = make_splits(mnist, args)
-    meta = {**describe(splits, args), "is_mnist": is_mnist}
-    meta["run"] = {"mnist_from": source, "seconds": time.time() - start}
+    meta = {**describe(splits, args), "is_mnist": is_mnist, "run": {"mnist_from": source}}
     save_world(splits, meta, args.dir)
-    draw_samples(args.dir)
     for name in meta["own_colour_share"]:
         print(f"{name:13} {mean_share(meta, name):6.1%} of the digits on their own colour")
-    print(f"wrote {args.dir}/meta.json and four splits in {time.time() - start:.1f} s")
-    print(f"look at {args.dir}/figures/samples.png")
+    seconds = note_time(args.dir, "make_data", began)
+    print(f"wrote {args.dir}/meta.json and four splits in {seconds:.1f} s")
+    draw_samples(args.dir)
 
 
 if __name__ == "__main__":

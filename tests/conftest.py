@@ -41,7 +41,7 @@ def write_world(folder, n=200, size=28):
         other = (labels + torch.randint(1, 10, labels.shape, generator=gen)) % 10
         own = torch.rand(len(labels), generator=gen) < own_share[name]
         colors = torch.where(own, labels, other)
-        images = common.paint(gray, colors, gen)
+        images = common.paint(gray, common.rgb(common.PALETTE)[colors], gen)
         splits[name] = {"images": images, "labels": labels, "colors": colors, "gray": gray}
         common.save_pt(splits[name], Path(folder) / f"{name}.pt")
     args = make_data.get_args(["--corr", "0.9"])

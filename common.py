@@ -1,4 +1,4 @@
-"""What two scripts must agree on: palettes, the net, seeds, names, files and figures.
+"""What two scripts must agree on: pictures, nets, seeds, names, files and figures.
 
 Images are uint8 (N,3,H,W) in files and float in [0, 1] in front of a model.
 """
@@ -273,7 +273,8 @@ def guard(path, settings, overwrite):
     if path.exists() and not overwrite:
         record = load_json(path, "delete it")
         old = record | record.get("args", {})
-        if was := [f"{k} {old[k]}" for k in settings if k in old and old[k] != settings[k]]:
+        was = [f"{k} {old[k]}" for k in settings if k in old and old[k] != settings[k]]
+        if was:
             hint = "choose another --name or --dir, or give --overwrite"
             die(f"{path} holds a result of other settings, {', '.join(was)[:150]}", hint)
 

@@ -1,8 +1,7 @@
-"""The worlds: who sits on which colour, what a picture looks like, what becomes of broken files."""
+"""The worlds: who sits on which colour, what is in a split, what becomes of broken files."""
 
 import gzip
 import json
-import math
 
 import pytest
 import torch
@@ -53,14 +52,6 @@ def test_biased_takes_the_own_colour_as_often_as_asked_and_the_others_equally_of
     assert counts[1:].tolist() == pytest.approx([0.2 / 9] * 9, abs=0.002)
 
 
-def test_biased_is_this_on_ten_digits():
-    gen, labels = common.stream(3, "x"), torch.arange(10)
-    own = torch.rand(10, generator=gen) < 0.5
-    other = (labels + torch.randint(1, 10, (10,), generator=gen)) % 10
-    expected = [int(d) if o else int(c) for d, o, c in zip(labels, own, other, strict=True)]
-    assert make_data.biased(labels, 0.5, common.stream(3, "x")).tolist() == expected
-
-
 def test_biased_exactly_counts_its_aligned_images():
     counts = shares(LABELS, make_data.biased_exactly(LABELS, 0.995, common.stream(0, "x")))
     assert counts[:, 0].tolist() == [992] * 10  # int(0.995 * 997), 992.015
@@ -87,49 +78,6 @@ def test_conflicting_never_and_uniform_one_time_in_ten():
     assert (free / 9970).tolist() == pytest.approx([0.1] * 10, abs=0.012)
 
 
-# ---- pictures: one pixel of ink, one of half ink, one of background
-
-PIXELS = torch.tensor([[[255, 102, 0]]], dtype=torch.uint8)  # (1,1,3): ink 1, 0.4, 0
-
-
-def painted(recipe, colour, sigma2=None):
-    """Pixel values (3 channels, 3 pixels) of one picture, and a generator in the same state."""
-    gen = common.stream(5, "x")
-    images = common.paint(PIXELS, torch.tensor([colour]), gen, recipe, sigma2)
-    return images[0, :, 0].tolist(), common.stream(5, "x")
-
-
-def test_background_is_the_colour_with_one_noise_and_the_ink_light_grey():
-    image, gen = painted("background", 7)  # brown: 140, 100, 50
-    noise = (0.15 * torch.randn(1, 1, 3, generator=gen)).flatten().tolist()
-    for channel, mean in enumerate((140, 100, 50)):
-        behind = [min(max(mean / 255 + n, 0), 1) for n in noise]
-        by_hand = [0.6, 0.4 * 0.6 + 0.6 * behind[1], behind[2]]
-        assert image[channel] == pytest.approx([255 * v for v in by_hand], abs=0.51)
-    assert image[0][0] == 153
-
-
-def test_flat_is_a_white_digit_on_one_colour():
-    image, _ = painted("flat", 6)  # orange
-    assert image == [[255, 255, 255], [255, 255, 128], [255, 255, 0]]
-
-
-def test_digit_draws_its_colour_once_per_image():
-    image, gen = painted("digit", 3, 0.02)  # cerulean: 0, 149, 182
-    draw = torch.randn(1, 3, 1, 1, generator=gen).flatten().tolist()
-    for channel, mean in enumerate((0, 149, 182)):
-        colour = min(max(mean / 255 + math.sqrt(0.02) * draw[channel], 0), 1)
-        assert image[channel] == pytest.approx([255 * colour, 102 * colour, 0], abs=0.51)
-
-
-def test_every_picture_of_a_batch_has_its_own_draw():
-    gray = torch.zeros(400, 8, 8, dtype=torch.uint8)
-    images = common.paint(gray, torch.full((400,), 7), common.stream(0, "x")).double()
-    assert images.mean((0, 2, 3)).tolist() == pytest.approx([140, 100, 50], abs=2.5)
-    assert images[:, 0].std().item() == pytest.approx(0.15 * 255, rel=0.04)
-    assert len(images[:, 0].flatten(1).unique(dim=0)) == 400
-
-
 def test_palettes_are_those_of_their_sources():
     """Red, green and blue, 0 to 255, as the papers print them."""
     sources = {
@@ -142,9 +90,9 @@ def test_palettes_are_those_of_their_sources():
         "cmnist": "251,80,43 253,233,90 172,118,148 200,212,153 22,198,250 82,245,114 6,60,193"
         " 142,26,194 53,100,5 213,52,68",
     }
-    assert sources.keys() == common.PALETTES.keys()
     for recipe, means in sources.items():
-        found = [tuple(bytes.fromhex(mean[1:])) for mean in common.PALETTES[recipe].values()]
+        palette = make_data.RECIPES[recipe].palette
+        found = [tuple(bytes.fromhex(mean[1:])) for mean in palette.values()]
         assert found == [tuple(map(int, mean.split(","))) for mean in means.split()], recipe
 
 
@@ -187,7 +135,8 @@ def test_every_split_draws_its_colours_and_its_paint_from_streams_of_their_own()
         rule = rules.get(name, make_data.biased)
         colours = rule(split["labels"], 0.95, common.stream(7, f"{name} colours"))
         assert torch.equal(split["colors"], colours), name
-        images = common.paint(split["gray"], colours, common.stream(7, f"{name} paint"))
+        mean = common.rgb(common.PALETTE)[colours]
+        images = common.paint(split["gray"], mean, common.stream(7, f"{name} paint"))
         assert torch.equal(split["images"], images), name
 
 
@@ -247,32 +196,24 @@ def test_a_folder_of_idx_files_becomes_a_world(call, tmp_path):
     assert said[-1] == "look at w/figures/samples.png"
     assert (tmp_path / "w" / "figures" / "samples.png").stat().st_size > 5000
     assert common.load_split(tmp_path / "w", "val").images.shape == (24, 3, 28, 28)
-    assert sorted(p.name for p in (tmp_path / "w").iterdir()) == sorted(
-        ["figures", "meta.json", *(f"{name}.pt" for name in common.SPLITS)]
-    )
+    assert {p.name for p in (tmp_path / "w").iterdir()} == {
+        *("figures", "meta.json", "times.csv"),
+        *(f"{name}.pt" for name in common.SPLITS),
+    }
 
 
-def test_the_report_fills_the_table_and_redraws_the_figure(call, tmp_path, monkeypatch):
+def test_the_report_redraws_the_picture(call, mistake, tmp_path):
     write_idx(tmp_path / "idx", n=(100, 20))
-    with monkeypatch.context() as patch:
-        patch.setattr(make_data, "draw_samples", lambda folder: None)
-        for flags in ("w", "w/digit --recipe digit", "w/quick", "w/g --recipe gray"):
-            call(f"make_data.py --mnist idx --dir {flags}")
-    said = call("make_data.py --report --dir w")
-    assert said.splitlines() == ["refilled w/tables.md", "drew w/figures/samples.png"]
-    rows = [line.split(" | ") for line in (tmp_path / "w/tables.md").read_text().splitlines()]
-    rows = {row[0].strip("| "): row[1:] for row in rows if len(row) == 8}
-    assert list(rows) == ["world", "---", "w", "digit", "g"]
-    assert rows["digit"][:5] == ["digit", "1.0", "0.02", "1.000", "1.000"]
-    assert rows["g"][3] == "-" and rows["w"][5] == "0.000"
-    assert (tmp_path / "w" / "figures" / "samples.png").exists()
-
-
-def test_the_report_without_a_world_says_so(call, mistake, tmp_path):
-    mistake("make_data.py --report --dir nowhere", "nowhere is missing")
-    (tmp_path / "empty").mkdir()
-    call("make_data.py --report --dir empty")
-    assert "no results yet" in (tmp_path / "empty" / "tables.md").read_text()
+    call("make_data.py --mnist idx --dir w")
+    picture = tmp_path / "w" / "figures" / "samples.png"
+    before = picture.read_bytes()
+    picture.unlink()
+    assert call("make_data.py --report --dir w") == "look at w/figures/samples.png\n"
+    assert picture.read_bytes() == before
+    for path in (tmp_path / "w").glob("*.pt"):
+        path.unlink()
+    assert "stays as it is" in call("make_data.py --report --dir w")  # as in a fresh clone
+    mistake("make_data.py --report --dir nowhere", "nowhere/meta.json is missing")
 
 
 @pytest.mark.parametrize(
@@ -342,12 +283,9 @@ def test_a_world_of_other_settings_is_not_replaced(call, mistake, tmp_path, monk
     mistake("make_data.py --mnist idx --dir w --seed 1", "other settings, seed 42")
     before = contents(tmp_path / "w")
     call("make_data.py --mnist idx --dir w")
-    changed = {p.name for p, data in contents(tmp_path / "w").items() if data != before.get(p)}
-    assert changed <= {"meta.json"}  # its seconds
-    palette = dict(reversed(common.PALETTES["background"].items()))
-    with monkeypatch.context() as patch:
-        patch.setitem(common.PALETTES, "background", palette)
-        mistake("make_data.py --mnist idx --dir w", "other settings, palette")
+    changed = {p.name for p, data in contents(tmp_path / "w").items() if data != before[p]}
+    assert changed == {"times.csv"}
+    mistake("make_data.py --mnist idx --dir w --recipe flat --corr 0.95", "recipe background")
     call("make_data.py --mnist idx --dir w --corr 0.5 --overwrite")
     assert json.loads((tmp_path / "w" / "meta.json").read_text())["corr"] == 0.5
 
@@ -372,9 +310,3 @@ def test_own_data_is_not_replaced(call, mistake, tmp_path, monkeypatch):
 )
 def test_flags_that_mean_nothing_get_one_line(mistake, command, says):
     mistake(command, says)
-
-
-def test_a_palette_of_nine_colours_gets_one_line(mistake, monkeypatch):
-    nine = dict(list(common.PALETTES["flat"].items())[:9])
-    monkeypatch.setitem(common.PALETTES, "flat", nine)
-    mistake("make_data.py --recipe flat", "the palette of flat has 9 colours")

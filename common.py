@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import time
 import zlib
 from collections import OrderedDict
@@ -434,13 +435,18 @@ def ink(row):
     return INK[max(known, key=len)] if known else "#777777"
 
 
-def figure(width, height, rows=1, columns=1, **how):
-    """A figure of so many inches and its axes (rows,columns), by matplotlib's own settings."""
+def blank(width, height):
+    """An empty figure of so many inches, by matplotlib's own settings."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcdefaults()  # nothing of the user's matplotlibrc
-    fig = Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def figure(width, height, rows=1, columns=1, **how):
+    """A figure of so many inches and its axes (rows,columns)."""
+    fig = blank(width, height)
     return fig, fig.subplots(rows, columns, squeeze=False, **how)
 
 
@@ -471,11 +477,14 @@ def pictures(rows):
     outline, uint8 (H,W): its edge at a tenth of white is drawn; the rest is for the caption's text.
     """
     columns = max(len(cells) for _, cells in rows)
-    fig, axes = figure(max(1.12 * columns + 0.2, 5), 1.62 * len(rows) + 0.1, len(rows), columns)
-    for line, (title, cells) in zip(axes, rows, strict=True):
+    wide = max(1.12 * columns + 0.2, 5)
+    fig = blank(wide, 1.62 * len(rows) + 0.1)
+    parts = fig.subfigures(len(rows), squeeze=False)[:, 0]  # whose titles do not move the pictures
+    for part, (title, cells) in zip(parts, rows, strict=True):
+        part.suptitle(textwrap.fill(title, int(11 * wide)), fontsize=10.5, weight="bold")
+        line = part.subplots(1, columns, squeeze=False)[0]
         for ax in line:
             ax.axis("off")
-        line[0].set_title(title, loc="left", fontsize=10.5, weight="bold")
         for ax, (pixels, caption, look) in zip(line, cells, strict=False):
             look = dict(look)
             outline = look.pop("outline", None)

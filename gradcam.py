@@ -456,7 +456,7 @@ def measure(subjects, split, where, painting, seed):
 # ---- null rows: what a map scores that knows nothing
 
 
-def null_rows(name, subject, split, seed):
+def null_rows(name, subject, split, where, seed):
     """Scores of noise, of a constant, and of the maps of nets with random weights."""
     gray = split.gray.cpu()
     noise = torch.rand(len(gray), *subject.size, generator=stream(seed, "random maps"))
@@ -467,8 +467,8 @@ def null_rows(name, subject, split, seed):
         "layer": subject.layer,
         "n": len(part.labels),
         "draws": SANITY_DRAWS,
-        "random_map": summary(heat_scores(noise, gray)),
-        "uniform_map": summary(heat_scores(torch.ones_like(noise), gray)),
+        "random_map": {"maps": {where: summary(heat_scores(noise, gray))}},  # as of a model
+        "uniform_map": {"maps": {where: summary(heat_scores(torch.ones_like(noise), gray))}},
         "cascade": cascade(subject, part, seed),
     }
 
@@ -691,7 +691,7 @@ def look(args, device):
         "split": args.split,
         "repainting": obstacle,
         "models": measure(subjects, split, args.split, painting, args.seed),
-        "null": null_rows(first, subjects[first], split, args.seed),
+        "null": null_rows(first, subjects[first], split, args.split, args.seed),
         "run": facts(args, device),
     }
     save_pt(scenes_of(subjects, split, painting, args.digit, args.seed), path.with_suffix(".pt"))

@@ -274,10 +274,11 @@ def test_random_weights_with_batch_norm_see_one_picture_at_a_time(monkeypatch):
 
 
 def test_the_null_rows_score_noise_and_a_constant():
-    null = g.null_rows("x", a_subject(), a_split(200), seed=1)
-    assert null["uniform_map"]["lift"] == pytest.approx(1)
-    assert null["random_map"]["lift"] == pytest.approx(1, abs=0.02)
-    assert null["random_map"]["lift_quartiles"]["q1"] < 1
+    null = g.null_rows("x", a_subject(), a_split(200), "val", seed=1)
+    uniform, random = (null[f"{kind}_map"]["maps"]["val"] for kind in ("uniform", "random"))
+    assert uniform["lift"] == pytest.approx(1)
+    assert random["lift"] == pytest.approx(1, abs=0.02)
+    assert random["lift_quartiles"]["q1"] < 1
 
 
 def test_the_figures_show_five_digits_twice_and_one_on_ten_colours():

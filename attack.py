@@ -185,11 +185,6 @@ def random_start(x, eps, gen):
     return x + eps * (2 * torch.rand(x.shape, generator=gen, device=gen.device).to(x) - 1)
 
 
-def box(x, eps):
-    """The lowest and the highest pixels in the ball and in [0, 1], (B,3,H,W) each."""
-    return (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-
-
 def inside(z, low, high):
     """z (B,3,H,W) brought into the box, channels last."""
     return z.clamp(low, high).contiguous(memory_format=torch.channels_last)
@@ -223,7 +218,7 @@ def pgd(
     rate = -rate if targeted else rate
     if start is None:
         start = random_start(x, eps, gen)
-    low, high = box(x, eps)
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     z = inside(start, low, high)
     x_adv, taken = torch.empty_like(z), torch.zeros(len(x), dtype=torch.long, device=x.device)
     done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -284,14 +279,9 @@ def margin(logits, y):
     return lead(logits, y).mean()
 
 
-class Criterion(NamedTuple):
-    reached: object  # (logits, y) -> bool (B,)
-    losses: tuple  # what `strongest` minimises to get there, one after the other
-
-
-CRITERIA = {  # the second implies the first
-    "argmax": Criterion(says, (margin, F.cross_entropy)),
-    "confidence": Criterion(is_sure, (F.cross_entropy,)),
+CRITERIA = {  # (is it reached, what `strongest` minimises in turn); the second implies the first
+    "argmax": (says, (margin, F.cross_entropy)),
+    "confidence": (is_sure, (F.cross_entropy,)),
 }
 
 
@@ -356,8 +346,8 @@ def strongest(model, criterion, x, y, eps, start, steps):
     are. Confidence is cross-entropy's own goal. eps (N,); start (N,3,H,W).
     """
     x_adv, taken, done = start.clone(), torch.zeros_like(y), torch.zeros_like(y, dtype=torch.bool)
-    reached = criterion.reached
-    for loss in criterion.losses:
+    reached, losses = criterion
+    for loss in losses:
         i = (~done).nonzero()[:, 0]
         attack = partial(
             pgd, model, steps=steps, gen=None, targeted=True, loss=loss, stop=reached, decay=True
@@ -368,25 +358,15 @@ def strongest(model, criterion, x, y, eps, start, steps):
     return Attacked(x_adv, taken, done)
 
 
-class Bracket(NamedTuple):
-    """What the min-eps search knows of each image."""
-
-    low: torch.Tensor  # float (N,): the largest radius that failed
-    high: torch.Tensor  # float (N,): the smallest that worked, inf where none has
-    best: torch.Tensor  # (N,3,H,W): the adversarial image at `high`
-
-
-def try_out(model, criterion, x, y, bracket, i, eps, start, steps):
-    """The bracket after an attack on images i (K,) with radii eps (K,) from start (K,3,H,W).
+def try_out(model, criterion, x, y, known, i, eps, start, steps):
+    """Attack images i (K,) with radii eps (K,) from start (K,3,H,W); changes what is known.
 
     A success brings the upper end down to the radius it really used.
     """
     a = strongest(model, criterion, x[i], y[i], eps, start, steps)
-    low, high, best = (t.clone() for t in bracket)
-    low[i[~a.done]] = eps[~a.done]
-    high[i[a.done]] = distance(a.x, x[i])[a.done]
-    best[i[a.done]] = a.x[a.done]
-    return Bracket(low, high, best)
+    known.low[i[~a.done]] = eps[~a.done]
+    known.high[i[a.done]] = distance(a.x, x[i])[a.done]
+    known.best[i[a.done]] = a.x[a.done]
 
 
 def search_min_eps(model, x, y, radii, gen, steps):
@@ -400,23 +380,24 @@ def search_min_eps(model, x, y, radii, gen, steps):
     """
     found, floor = {}, torch.zeros(len(x), device=x.device)
     for name, criterion in CRITERIA.items():
-        there = judge(model, x, y, 0.0, x, criterion.reached)
-        high = torch.full_like(floor, math.inf).masked_fill(there, 0)
-        bracket = Bracket(floor, high, x)
+        there = judge(model, x, y, 0.0, x, criterion[0])
+        known = SimpleNamespace(
+            low=floor.clone(),  # the largest radius that failed
+            high=torch.full_like(floor, math.inf).masked_fill(there, 0),  # the smallest that worked
+            best=x.clone(),  # the adversarial image at `high`
+        )
         for radius in radii:
-            i = (bracket.high.isinf() & (bracket.low < radius)).nonzero()[:, 0]
+            i = (known.high.isinf() & (known.low < radius)).nonzero()[:, 0]
             eps, start = floor.new_full((len(i),), radius), random_start(x[i], radius, gen)
-            bracket = try_out(model, criterion, x, y, bracket, i, eps, start, steps)
+            try_out(model, criterion, x, y, known, i, eps, start, steps)
         while True:
-            low, high, best = bracket
-            i = (high.isfinite() & (high - low > RESOLUTION)).nonzero()[:, 0]
+            i = (known.high.isfinite() & (known.high - known.low > RESOLUTION)).nonzero()[:, 0]
             if len(i) == 0:
                 break
-            middle = (low[i] + high[i]) / 2
-            shrunk = x[i] + (best[i] - x[i]) * (middle / high[i]).view(-1, 1, 1, 1)
-            half = max(steps // 2, 1)
-            bracket = try_out(model, criterion, x, y, bracket, i, middle, shrunk, half)
-        found[name], floor = bracket.high, bracket.high
+            middle = (known.low[i] + known.high[i]) / 2
+            shrunk = x[i] + (known.best[i] - x[i]) * (middle / known.high[i]).view(-1, 1, 1, 1)
+            try_out(model, criterion, x, y, known, i, middle, shrunk, max(steps // 2, 1))
+        found[name] = floor = known.high
     return found
 
 
@@ -471,11 +452,11 @@ def apgd(model, x, y, eps, steps, gen, loss=each_cross_entropy, target=None):
 
     The step begins with 2 eps. At checkpoints that come ever more often, it is halved for the
     images whose loss rose in too few steps since the last one, or whose best loss has not moved;
-    these continue from the best point found. Fooled images leave the batch. x (B,3,H,W) in [0, 1];
-    y and target (B,); eps (B,); loss(logits, y, target) -> float (B,) is to be raised.
+    these continue from the best point found. Fooled images leave the batch. What is raised is
+    loss(logits, y, target) -> float (B,).
     """
     eps = per_image(eps, x)
-    low, high = box(x, eps)
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     z = inside(random_start(x, eps, gen), low, high)
     lowest, zeros = torch.full(y.shape, -math.inf).to(x), torch.zeros_like(y)
     found, taken, done = z.clone(), zeros.clone(), zeros.bool()
@@ -486,9 +467,9 @@ def apgd(model, x, y, eps, steps, gen, loss=each_cross_entropy, target=None):
         low=low,
         high=high,
         rate=2 * eps,
-        z=z,  # the present point, and the one before it
+        z=z,  # the present point, the one before it, the loss there
         before=z,
-        loss=lowest,  # at the present point
+        loss=lowest,
         rose=zeros,  # in how many steps the loss rose since the last checkpoint
         best=z,  # the point with the highest loss, its gradient and its loss
         best_grad=z,
@@ -513,8 +494,7 @@ def apgd(model, x, y, eps, steps, gen, loss=each_cross_entropy, target=None):
         s.best_loss = where(higher, s.loss, s.best_loss)
         if step == steps or len(s.y) == 0:
             break
-        if step == 0:
-            s.mark = s.loss
+        s.mark = s.loss if step == 0 else s.mark
         if step == checkpoint:
             halve_where_stuck(s, span)
             span = max(span - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
@@ -777,11 +757,6 @@ def working_on(name, models, phase):
     progress(f"{name} ({list(models).index(name) + 1} of {len(models)}): {phase}")
 
 
-def digits(split, d):
-    """Which images show digit d, int64 (K,)."""
-    return (split.labels == d).nonzero()[:, 0]
-
-
 def sampled(n, most, seed):
     """A fixed random choice of at most `most` of n images, int64, ascending."""
     return torch.randperm(n, generator=stream(seed, "sample"))[:most].sort().values
@@ -792,7 +767,7 @@ def targeted(models, split, seed, src, tgt, eps, steps, n):
     last = min(m.classes for m in models.values()) - 1
     if max(src, tgt) > last:
         die(f"--src is {src} and --tgt {tgt}, but the classes end at {last}", "choose others")
-    index = digits(split, src)[:n]
+    index = (split.labels == src).nonzero()[:n, 0]
     if len(index) == 0:
         die(f"the split has no image of digit {src}", "choose another --src or --split")
     x, y = split.x(index), torch.full((len(index),), tgt, device=index.device)
@@ -841,17 +816,10 @@ def examples(models, entries, adversarial, x, src):
         x_adv = adversarial[name][chosen]
         shown[name] = {
             "x_adv": x_adv.cpu(),
-            "clean": top_answers(models[name].net, x[chosen]),
-            "fooled": top_answers(models[name].net, x_adv),
+            "clean": predict(models[name].net, x[chosen]).softmax(1).cpu(),
+            "fooled": predict(models[name].net, x_adv).softmax(1).cpu(),
         }
     return {"x": x[chosen].cpu(), "models": shown}
-
-
-def top_answers(net, x):
-    """[[digit, its probability]] of pictures (B,3,H,W)."""
-    best = predict(net, x).softmax(1).max(1)
-    both = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [[digit, round(p, 3)] for digit, p in both]
 
 
 def pairs(models, split, seed, eps, steps, n):
@@ -862,7 +830,7 @@ def pairs(models, split, seed, eps, steps, n):
     classes = min(m.classes for m in models.values())
     answers = [predict(m.net, split.images).argmax(1) for m in models.values()]
     right = torch.stack([a == split.labels for a in answers]).all(0)
-    chosen = [i[right[i]][:n] for i in (digits(split, d) for d in range(classes))]
+    chosen = [(right & (split.labels == d)).nonzero()[:n, 0] for d in range(classes)]
     index = torch.cat([i.repeat_interleave(classes) for i in chosen])
     y = torch.cat([torch.arange(classes, device=i.device).repeat(len(i)) for i in chosen])
     index, y = index[split.labels[index] != y], y[split.labels[index] != y]
@@ -986,17 +954,17 @@ class Trial(NamedTuple):
     outside: int  # of these, how many left the ball or [0, 1]
 
 
-def attempt(attacks, net, x, y, right, eps, steps, seed, restart=0):
-    """The Trial of {name: attack}, all on the same images."""
+def attempt(attacks, net, x, y, right, seed, names, eps, steps, restart=0):
+    """The Trial of the attacks called `names`, all on the same images."""
     standing, outside = right.clone(), 0
-    for name, attack in attacks.items():
+    for name in names:
         gen = stream(seed, f"check {name} {restart}")
-        a = carry_out(partial(attack, net, steps=steps, gen=gen), net, is_wrong, x, y, eps)
+        a = carry_out(partial(attacks[name], net, steps=steps, gen=gen), net, is_wrong, x, y, eps)
         found = a.x.cpu().double()
         stray = ((found - x.cpu().double()).abs() > eps + 1e-6) | (found < 0) | (found > 1)
         outside += int(stray.flatten(1).any(1).sum())
         standing &= ~a.done
-    return Trial(standing, len(y) * len(attacks), outside)
+    return Trial(standing, len(y) * len(names), outside)
 
 
 def accuracies(net, x, y, classes, eps, steps, seed):
@@ -1007,79 +975,82 @@ def accuracies(net, x, y, classes, eps, steps, seed):
     of the clean accuracy.
     """
     right = predict(net, x).argmax(1) == y
-    try_ = partial(attempt, net=net, x=x, y=y, right=right, seed=seed)
-    strong = {name: ATTACKS[name] for name in STRONG}
+    goals = {f"to {k}": partial(towards, k) for k in range(classes)}
+    under = partial(attempt, {**ATTACKS, **goals, "noise": noise}, net, x, y, right, seed)
 
     def share(hits):
         return int(hits.sum()) / len(y)
 
     radii = sorted({*(min(eps * f, 0.5) for f in (0.125, 0.25, 0.5, 1, 2, 4)), 0.5})
-    by_eps = {r: try_(strong, eps=r, steps=steps) for r in radii}
+    by_eps = {r: under(STRONG, r, steps) for r in radii}
     curve = {r: share(trial.standing) for r, trial in by_eps.items()}
     half = min(radii, key=lambda r: abs(curve[r] - share(right) / 2))
     alone = {
-        "noise": try_({"noise": noise}, eps=half, steps=steps),
-        "FGSM": try_({"FGSM": ATTACKS["FGSM"]}, eps=half, steps=steps),
-        "PGD": try_({"PGD": ATTACKS["PGD"]}, eps=half, steps=steps),
-        "APGD on cross-entropy": try_({"APGD": ATTACKS["APGD"]}, eps=half, steps=steps),
-        "Square": try_({"Square": ATTACKS["Square"]}, eps=half, steps=CHECK_QUERIES),
-        "eps 0": try_(strong, eps=0.0, steps=steps),
-        "twice": try_(strong, eps=half, steps=2 * steps),
+        "eps 0": under(STRONG, 0.0, steps),
+        "noise": under(["noise"], half, steps),
+        "FGSM": under(["FGSM"], half, steps),
+        "PGD": under(["PGD"], half, steps),
+        "APGD on cross-entropy": under(["APGD"], half, steps),
+        "twice": under(STRONG, half, 2 * steps),
+        "Square": under(["Square"], half, CHECK_QUERIES),
     }
-    restarts = [try_(strong, eps=half, steps=steps, restart=k) for k in range(1, 5)]
-    goals = [try_({f"to {k}": partial(towards, k)}, eps=half, steps=steps) for k in range(classes)]
-    trials = [*by_eps.values(), *alone.values(), *restarts, *goals]
-    five = torch.stack([by_eps[half].standing, *(trial.standing for trial in restarts)])
+    restarts = [under(STRONG, half, steps, restart) for restart in range(1, 5)]
+    aimed = [under([goal], half, steps) for goal in goals]
+    trials = [*by_eps.values(), *alone.values(), *restarts, *aimed]
+    five = [by_eps[half].standing, *(trial.standing for trial in restarts)]
     # an image is not led to its own class
-    each = [trial.standing | right & (y == k) for k, trial in enumerate(goals)]
+    each = [by_eps[half].standing]
+    each += [trial.standing | right & (y == k) for k, trial in enumerate(aimed)]
     return {
-        **{f"eps {r:g}": accuracy for r, accuracy in curve.items()},
         **{name: share(trial.standing) for name, trial in alone.items()},
         "clean": share(right),
-        "curve": curve,
+        "curve": {f"eps {r:g}": accuracy for r, accuracy in curve.items()},
         "eps": half,
         "APGD": curve[half],
-        "five restarts": share(five.all(0)),
-        "each class": share(torch.stack([by_eps[half].standing, *each]).all(0)),
+        "five restarts": share(torch.stack(five).all(0)),
+        "each class": share(torch.stack(each).all(0)),
+        "eps 0.5": curve[0.5],
         "chance": 1 / classes,
         "images": sum(trial.images for trial in trials),
         "outside": sum(trial.outside for trial in trials),
     }
 
 
-def claims(v):
-    """{key: {claim, pass, numbers}} of the `accuracies` v, after the list of Carlini et al. (2019).
+CLAIMS = {  # after the list of Carlini et al. (2019): what is claimed, and the numbers behind it
+    "zero_eps": ("eps 0 changes nothing", "clean", "eps 0"),
+    "order": ("noise fools least, then FGSM, PGD, APGD", "eps", "noise", "FGSM", "PGD", "APGD"),
+    "larger_eps": ("a larger eps never helps the model",),  # by all radii
+    "chance": ("eps 0.5 leaves no more than chance", "eps 0.5", "chance"),
+    "twice_the_steps": ("twice the steps change little", "eps", "APGD", "twice"),
+    "five_restarts": ("five restarts change little", "eps", "APGD", "five restarts"),
+    "each_class": (
+        "nor does aiming at each class (Gowal et al., 2019)",
+        *("eps", "APGD", "each class", "APGD on cross-entropy"),
+    ),
+    "square": ("Square, without gradients, does not win", "eps", "APGD", "Square"),
+    "inside": ("all images are in the ball and in [0, 1]", "images", "outside"),
+}
 
-    "Little" is less than POINT; an order may be wrong by half of that.
-    """
+
+def claims(v):
+    """{key: {claim, pass, numbers}} of the `accuracies` v."""
     curve = list(v["curve"].values())
     weaker, stronger = ("noise", "FGSM", "PGD"), ("FGSM", "PGD", "APGD")
-    ordered = all(v[a] > v[b] - POINT / 2 for a, b in zip(weaker, stronger, strict=True))
-    small = {key: v["APGD"] - v[key] < POINT for key in ("twice", "five restarts", "each class")}
+    held = {
+        "zero_eps": v["eps 0"] == v["clean"],
+        "order": all(v[a] > v[b] - POINT / 2 for a, b in zip(weaker, stronger, strict=True)),
+        "larger_eps": curve == sorted(curve, reverse=True),
+        "chance": v["eps 0.5"] <= v["chance"],
+        "twice_the_steps": v["APGD"] - v["twice"] < POINT,
+        "five_restarts": v["APGD"] - v["five restarts"] < POINT,
+        "each_class": v["APGD"] - v["each class"] < POINT,
+        "square": v["Square"] > v["APGD"] - POINT / 2,
+        "inside": v["outside"] == 0,
+    }
     found = {}
-
-    def claim(key, text, held, *names):
-        numbers = {name: round(v[name], 4) for name in names}
-        found[key] = {"claim": text, "pass": held, "numbers": numbers}
-
-    claim("zero_eps", "eps 0 changes nothing", v["eps 0"] == v["clean"], "clean", "eps 0")
-    text = "noise fools least, then FGSM, PGD, APGD"
-    claim("order", text, ordered, "eps", "noise", "FGSM", "PGD", "APGD")
-    text, held = "a larger eps never helps the model", curve == sorted(curve, reverse=True)
-    claim("larger_eps", text, held, *(f"eps {eps:g}" for eps in v["curve"]))
-    text = "eps 0.5 leaves no more than chance"
-    claim("chance", text, v["eps 0.5"] <= v["chance"], "eps 0.5", "chance")
-    text = "twice the steps change little"
-    claim("twice_the_steps", text, small["twice"], "eps", "APGD", "twice")
-    text = "five restarts change little"
-    claim("five_restarts", text, small["five restarts"], "eps", "APGD", "five restarts")
-    text = "nor does aiming at each class (Gowal et al., 2019)"
-    names = ("eps", "APGD", "each class", "APGD on cross-entropy")
-    claim("each_class", text, small["each class"], *names)
-    text, held = "Square, without gradients, does not win", v["Square"] > v["APGD"] - POINT / 2
-    claim("square", text, held, "eps", "APGD", "Square")
-    text = "all images are in the ball and in [0, 1]"
-    claim("inside", text, v["outside"] == 0, "images", "outside")
+    for key, (claim, *names) in CLAIMS.items():
+        numbers = {name: v[name] for name in names} or v["curve"]
+        found[key] = {"claim": claim, "pass": held[key], "numbers": rounded(numbers)}
     return found
 
 
@@ -1103,10 +1074,10 @@ def draw_examples(record, shown):
     """One column per image: originals, then perturbation and adversarial image of each model."""
     x, a = shown["x"], record["args"]
     plain = {"fontsize": 8}
-    answers = zip(*(m["clean"] for m in shown["models"].values()), strict=True)
-    captions = ["\n".join(map(in_brackets, of_image)) for of_image in answers]
+    answers = zip(*(map(in_brackets, m["clean"]) for m in shown["models"].values()), strict=True)
     title = f"{a['src']} as it is; below: what {' and '.join(shown['models'])} answer"
-    rows = [(title, [(image, said, plain) for image, said in zip(x, captions, strict=True)])]
+    cells = [(image, "\n".join(said), plain) for image, said in zip(x, answers, strict=True)]
+    rows = [(title, cells)]
     for name, m in shown["models"].items():
         colour = {**plain, "color": ink(record["models"][name]["method"])}
         change = ((m["x_adv"] - x) * 10 + 0.5).clamp(0, 1)
@@ -1118,25 +1089,22 @@ def draw_examples(record, shown):
     return pictures(rows)
 
 
-def in_brackets(digit_and_probability):
-    return "{} ({:.2f})".format(*digit_and_probability)
+def in_brackets(probabilities):
+    """The answer and its probability, as in 7 (0.98)."""
+    return f"{int(probabilities.argmax())} ({float(probabilities.max()):.2f})"
 
 
-def both_right_radii(record):
-    """{criterion: {row: min-eps (N,)}} of the first two rows, all seeds, where both read right."""
-    models = record["models"]
-    both = subsets(models, record["args"]["src"])["both_right"]
-    radii = {criterion: {} for criterion in CRITERIA}
+def draw_min_eps(record):
+    """Histograms of the smallest radius by each criterion; the last bin holds the rest too.
+
+    Of the first two rows, all seeds, on images that both read correctly.
+    """
+    a, models, radii = record["args"], record["models"], {criterion: {} for criterion in CRITERIA}
+    both = subsets(models, a["src"])["both_right"]
     for row, seeds in list(by_row(models).items())[:2]:
         for c in CRITERIA:
             found = [column(models[n], c, "min_eps", RADII[-1])[both[n]] for n in seeds.values()]
             radii[c][row] = torch.cat(found)
-    return radii
-
-
-def draw_min_eps(record):
-    """Histograms of the smallest radius, a panel a criterion; the last bin holds the rest too."""
-    a, radii = record["args"], both_right_radii(record)
     style = looks(radii["argmax"])
     everything = torch.cat([values for found in radii.values() for values in found.values()])
     far = float(everything.quantile(0.99)) if everything.any() else RADII[-1]

@@ -4,17 +4,15 @@ import json
 import math
 import re
 import shutil
-import types
 
-import matplotlib.pyplot as plt
+import conftest
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import made_up_digits
 
 import attack
-from common import INK, build_model, load_split, save_json, save_pt, stream
+from common import Split, build_model, load_split, save_json, save_pt, stream
 
 TWO = "baseline_s42 jitter_s42"
 
@@ -42,8 +40,29 @@ def linear():
     return model, x[model.margin(x) < 0][:40].contiguous(memory_format=torch.channels_last)
 
 
+class Nearest(nn.Module):
+    """The class whose centre is nearest to an image's mean pixel; the answer to 0.3 is 0 or 1."""
+
+    def __init__(self, centres=(0.2, 0.4, 0.9)):
+        super().__init__()
+        self.centres = torch.tensor(centres)
+
+    def forward(self, x):
+        return -100 * (x.mean((1, 2, 3))[:, None] - self.centres) ** 2
+
+
+def plain(*pixels):
+    """Images (N,3,2,2), each of one grey."""
+    return torch.tensor(pixels).view(-1, 1, 1, 1).repeat(1, 3, 2, 2)
+
+
 def ones(x):
     return torch.ones(len(x), dtype=torch.long)
+
+
+def half_fall(model, x):
+    """The radius that half of the images of class 0 can be fooled in."""
+    return float((-model.margin(x) / model.w.abs().sum()).detach().median())
 
 
 # ---- the attack
@@ -75,8 +94,8 @@ def test_pgd_steps_by_hand(linear, decay, wanted):
     how = {"step_size": 0.004, "decay": decay, "start": x}
     a = attack.pgd(model, x, 0 * ones(x), 1.0, 4, None, **how)
     walked = [*seen[1:], (a.x - x) * sign]
-    for moved, far in zip(walked, wanted, strict=True):
-        assert torch.allclose(moved, torch.full_like(moved, far / 1000), atol=1e-6)
+    for change, far in zip(walked, wanted, strict=True):
+        assert torch.allclose(change, torch.full_like(change, far / 1000), atol=1e-6)
 
 
 def test_the_usual_step_is_a_tenth_of_eps_and_a_target_turns_it(linear):
@@ -88,9 +107,9 @@ def test_the_usual_step_is_a_tenth_of_eps_and_a_target_turns_it(linear):
 
 
 def test_a_random_start_fills_the_ball():
-    moved = attack.random_start(torch.zeros(50, 3, 8, 8), 0.1, stream(0, "t"))
-    assert -0.1 <= moved.min() < -0.099 and 0.099 < moved.max() <= 0.1
-    assert moved.mean().abs() < 0.002
+    start = attack.random_start(torch.zeros(50, 3, 8, 8), 0.1, stream(0, "t"))
+    assert -0.1 <= start.min() < -0.099 and 0.099 < start.max() <= 0.1
+    assert start.mean().abs() < 0.002
 
 
 @pytest.mark.parametrize("stop, looks", [(None, 5), (attack.is_wrong, 6)])
@@ -104,7 +123,7 @@ def test_five_steps_are_five_looks_at_the_model_and_one_more_for_who_asks(linear
 
 def test_early_stop_changes_who_pays_not_who_succeeds(linear):
     model, x = linear
-    eps = float((-model.margin(x) / model.w.abs().sum()).detach().median())  # splits the images
+    eps = half_fall(model, x)
     both = []
     for stop in (attack.says, None):
         gen = stream(0, "t")
@@ -131,8 +150,8 @@ def test_the_judge_sees_the_ball_the_box_and_the_answer():
     x = torch.full((6, 3, 2, 2), 0.5)
     x[3:5] = torch.tensor([0.99, 0.01]).view(2, 1, 1, 1)
     x_adv = x.clone()
-    moved = torch.tensor([0.1, 0.101, -0.101, 0.02, -0.02, 0.1])  # of one pixel of each image
-    x_adv[:, 1, 0, 1] += moved
+    # one pixel of each image
+    x_adv[:, 1, 0, 1] += torch.tensor([0.1, 0.101, -0.101, 0.02, -0.02, 0.1])
     assert attack.judge(nn.Flatten(), x, ones(x), 0.1, x_adv, lambda z, y: y == y).tolist() == [
         True,  # just inside
         False,
@@ -171,8 +190,7 @@ def test_chunks_keep_images_radii_and_more_together(monkeypatch):
 def test_headline_counts_the_steps_to_both_marks(linear, steps):
     """Walked again by a plain loop, one image at a time."""
     model, x = linear
-    args = types.SimpleNamespace(eps=0.03, steps=steps)
-    found, _ = attack.headline(model, x, ones(x), args, stream(0, "t"))
+    found, _ = attack.headline(model, x, ones(x), 0.03, steps, stream(0, "t"))
     start, sign = attack.random_start(x, 0.03, stream(0, "t")), model.w.detach().sign()
     marks = {"argmax": 0.0, "confidence": math.log(9) / 2}  # sigmoid(2 m) = 0.9
     assert found["argmax"].isfinite().any() and (found["confidence"] > found["argmax"]).any()
@@ -211,48 +229,53 @@ def test_min_eps_is_zero_where_nothing_is_needed_and_infinite_out_of_reach(linea
     assert found["argmax"].isfinite().all() and found["confidence"].isinf().all()
 
 
-def test_the_second_loss_gets_who_resisted_the_first(monkeypatch):
-    calls = []
+def test_the_second_loss_gets_who_resisted_the_first(linear):
+    model, x = linear
+    seen = []
 
-    def pgd(model, x, y, eps, loss, **how):
-        calls.append((loss, x.flatten().tolist(), (how["step_size"] / eps).tolist()))
-        fell = x.flatten() < 0.3 if loss is attack.margin else x.flatten() < 0.6
-        return attack.Attacked(torch.where(fell, 1.0, 0.0).view(-1, 1, 1, 1), ones(x), None)
+    def dull(logits, y):
+        seen.append(("dull", len(y)))
+        return 0 * logits.sum()
 
-    monkeypatch.setattr(attack, "pgd", pgd)
-    x = torch.tensor([0.1, 0.5, 0.9]).view(-1, 1, 1, 1)
-    criterion = attack.CRITERIA["argmax"]._replace(reached=lambda z, y: z[:, 0] == 1)
-    a = attack.strongest(nn.Flatten(), criterion, x, 0 * ones(x), torch.ones(3), x, 5)
-    assert a.done.tolist() == [True, True, False] and a.steps.tolist() == [1, 2, 2]
-    assert [loss for loss, *_ in calls] == [attack.margin, F.cross_entropy]
-    assert [len(images) for _, images, _ in calls] == [3, 2] and set(calls[0][2]) == {0.25}
-    assert [c.losses[-1] for c in attack.CRITERIA.values()] == [F.cross_entropy] * 2
+    def keen(logits, y):
+        seen.append(("keen", len(y)))
+        return F.cross_entropy(logits, y)
+
+    x = torch.cat([1 - x[:3], x[:5]])  # three are of class 1 as they are
+    how = (x, ones(x), torch.full((8,), 0.3), x)
+    a = attack.strongest(model, (attack.says, (dull, keen)), *how, 9)
+    assert a.done.all() and a.steps[:3].tolist() == [0] * 3 and a.steps[3:].min() > 9
+    assert seen[:9] == [("dull", 5)] * 9 and seen[9] == ("keen", 5)
+    a = attack.strongest(model, (lambda z, y: y < 0, (dull, keen)), *how, 2)
+    assert a.steps.tolist() == [4] * 8 and not a.done.any()
+    walked = (a.x - x) * model.w.detach().sign()  # eps / 4, then 0.55 of it, towards the target
+    assert torch.allclose(walked, torch.full_like(walked, 0.3 / 4 * 1.55), atol=1e-6)
+    second = {name: losses[-1] for name, (_, losses) in attack.CRITERIA.items()}
+    assert second == dict.fromkeys(("argmax", "confidence"), F.cross_entropy)
 
 
 # ---- pairs
 
 
-def test_pairs_are_rows_of_the_digit_shown_and_columns_of_the_one_wanted(monkeypatch):
-    labels = torch.tensor([0, 0, 1, 2, 2, 0])
-    wrong = torch.tensor([1, 0, 1, 2, 2, 0])  # the second model misreads the first image
-    answers = iter([labels, wrong])
-    monkeypatch.setattr(attack, "answer", lambda net, x: next(answers))
-
-    def strongest(net, criterion, x, y, eps, start, steps):
-        shown = (x[:, 0, 0, 0] * 255).round().long()
-        done = (y > labels[shown]) if criterion.losses[0] is attack.margin else shown == 5
-        return attack.Attacked(x, y, done)
-
-    monkeypatch.setattr(attack, "strongest", strongest)
-    x = torch.arange(6).view(6, 1, 1, 1).expand(6, 3, 1, 1) / 255
-    split = types.SimpleNamespace(labels=labels, x=lambda i: x[i])
-    models = {n: attack.Loaded(None, {"method": n, "seed": 1}, 3) for n in "ab"}
-    record = attack.pairs(models, split, types.SimpleNamespace(seed=1, n=2, eps=0.1, steps=1))
+def test_pairs_are_rows_of_the_digit_shown_and_columns_of_the_one_wanted():
+    """0.2 is needed for a mean of 0.3 or 0.65, where the answer changes; surely 0.02 later."""
+    pixels, labels = plain(0.05, 0.2, 0.4, 0.8, 0.9, 0.12, 0.2), torch.tensor([0, 0, 1, 2, 2, 0, 0])
+    images = (pixels * 255).round().to(torch.uint8)
+    models = {
+        "a": attack.Loaded(Nearest(), {"method": "a", "seed": 1}, 3),
+        "b": attack.Loaded(Nearest((0.2, 0.4, 0.85)), {"method": "b", "seed": 1}, 3),
+        "c": attack.Loaded(Nearest((0.2, 0.08, 0.9)), {"method": "c", "seed": 1}, 3),
+    }
+    split = Split(images, labels, None, None)
+    two = {name: models[name] for name in "ab"}
+    record = attack.pairs(two, split, seed=1, eps=0.2, steps=10, n=3)
     m = record["models"]["a"]
-    assert record["n_per_digit"] == [2, 1, 2]
-    assert m["argmax"] == [[None, 1, 1], [0, None, 1], [0, 0, None]]
-    assert m["confidence"] == [[None, 0.5, 0.5], [0, None, 0], [0, 0, None]]
-    assert (m["argmax_mean"]["k"], m["argmax_mean"]["n"], m["confidence_mean"]["k"]) == (5, 10, 2)
+    assert record["n_per_digit"] == [3, 1, 2]  # at most three: 0.05, 0.2 and 0.12
+    assert m["argmax"] == [[None, 0.6667, 0], [1, None, 0], [0, 0.5, None]]
+    assert m["confidence"] == [[None, 0.3333, 0], [1, None, 0], [0, 0.5, None]]
+    assert (m["argmax_mean"]["k"], m["argmax_mean"]["n"], m["confidence_mean"]["k"]) == (4, 12, 3)
+    fewer = attack.pairs(models, split, seed=1, eps=0.2, steps=10, n=3)["n_per_digit"]
+    assert fewer == [2, 0, 2], "only what every model reads correctly"
 
 
 # ---- untargeted
@@ -264,10 +287,13 @@ def test_fgsm_is_the_closed_form(linear):
     assert torch.allclose(x_adv, x + 0.03 * model.w.detach().sign(), atol=1e-6)
 
 
-def test_pgd_falls_from_a_quarter_of_eps_until_wrong(monkeypatch):
-    monkeypatch.setattr(attack, "pgd", lambda *a, **how: (a, how))
-    (*_, step_size), how = attack.ATTACKS["PGD"]("net", "x", "y", torch.ones(1), steps=7, gen=None)
-    assert step_size == 0.25 and how == {"decay": True, "stop": attack.is_wrong}
+def test_pgd_falls_from_a_quarter_of_eps_until_wrong(linear):
+    model, x = linear
+    y, eps = 0 * ones(x), torch.full((len(x),), half_fall(model, x))
+    a = attack.ATTACKS["PGD"](model, x, y, eps, steps=7, gen=stream(0, "t"))
+    how = {"step_size": eps / 4, "decay": True, "stop": attack.is_wrong}
+    same = attack.pgd(model, x, y, eps, 7, stream(0, "t"), **how)
+    assert torch.equal(a.x, same.x) and 0 < a.done.sum() < len(x)
 
 
 def test_apgd_finds_the_worst_case_of_a_linear_model(linear):
@@ -305,19 +331,18 @@ class Flat(nn.Module):
 
 
 def test_apgd_halves_its_step_at_the_authors_checkpoints_where_the_loss_does_not_rise(monkeypatch):
-    model, halvings = Flat(), []
+    model, found = Flat(), []
 
-    def where(mask, a, b, real=attack.where):
-        if a.shape[1:] == (1, 1, 1):  # step sizes
-            halvings.append((model.calls - 1, mask.tolist(), float(a[0])))
-        return real(mask, a, b)
+    def spy(s, span, real=attack.halve_where_stuck):
+        real(s, span)
+        found.append((model.calls - 1, s.halved.tolist(), float(s.rate[0])))
 
-    monkeypatch.setattr(attack, "where", where)
+    monkeypatch.setattr(attack, "halve_where_stuck", spy)
     x = torch.full((2, 3, 4, 4), 0.5)
     attack.apgd(model, x, torch.zeros(2).long(), torch.tensor([0.1, 0.1]), 100, stream(0, "t"))
-    assert [step for step, *_ in halvings] == [22, 41, 57, 70, 80, 87, 93, 99]  # of 100
-    assert all(mask == [True, True] for _, mask, _ in halvings)
-    assert [rate for *_, rate in halvings] == pytest.approx([0.2 / 2**k for k in range(1, 9)])
+    assert [step for step, *_ in found] == [22, 41, 57, 70, 80, 87, 93, 99]  # of 100
+    assert all(halved == [True, True] for _, halved, _ in found)
+    assert [rate for *_, rate in found] == pytest.approx([0.2 / 2**k for k in range(1, 9)])
 
 
 def test_the_difference_of_logits_ratio_by_hand():
@@ -351,7 +376,7 @@ def test_apgd_t_aims_at_nine_other_classes_the_strongest_first(monkeypatch):
 def test_apgd_is_as_strong_as_that_of_torchattacks(seed=0):
     """On a small net trained on made-up digits, at a radius that fools about half."""
     torchattacks = pytest.importorskip("torchattacks")
-    gray, y = made_up_digits(200, seed=seed)
+    gray, y = conftest.made_up_digits(200, seed=seed)
     x = (gray[:, None].float() / 255).expand(-1, 3, -1, -1).contiguous()
     torch.manual_seed(seed)
     net = build_model(width=8)
@@ -378,16 +403,15 @@ def test_square_stays_in_the_ball_and_fools_without_gradients(linear):
     assert a.done.float().mean() > 0.5 and torch.equal(a.done, model(a.x).argmax(1) == 1)
     assert a.steps.max() <= 100
     signs = attack.random_signs(x, (len(x), 3, 1, 8), stream(0, "t"))
-    first = attack.moved(x, torch.full((len(x),), 0.05), signs)
+    first = attack.to_corner(x, torch.full((len(x),), 0.05), signs)
     assert (model.margin(a.x) >= model.margin(first)).all(), "a query never makes it worse"
 
 
 def test_squares_shrink_on_the_authors_schedule(linear, monkeypatch):
     model, x = linear
-    sides, covered = [], attack.covered
-    monkeypatch.setattr(
-        attack, "covered", lambda x, n, s, g: sides.append(s) or covered(x, n, s, g)
-    )
+    sides, neighbours = [], attack.neighbours
+    spy = lambda x, n, s, g: sides.append(s) or neighbours(x, n, s, g)  # noqa: E731
+    monkeypatch.setattr(attack, "neighbours", spy)
     a = attack.square(model, x, 0 * ones(x), torch.full((len(x),), 1e-4), 100, stream(0, "t"))
     assert (a.steps[~a.done] == 100).all() and len(sides) == 2 * 99
     by_query = dict(enumerate(sides[::2], 1))  # query k of 100 stands for 100 k of 10,000
@@ -396,81 +420,85 @@ def test_squares_shrink_on_the_authors_schedule(linear, monkeypatch):
 
 def test_corners_and_runs():
     x, eps = torch.tensor([0.5, 0.95]).view(2, 1, 1, 1).repeat(1, 3, 4, 4), torch.tensor([0.1, 0.2])
-    found = attack.moved(x, eps, attack.random_signs(x, (2, 3, 1, 4), stream(0, "t")))
+    found = attack.to_corner(x, eps, attack.random_signs(x, (2, 3, 1, 4), stream(0, "t")))
     assert found[0].unique().tolist() == pytest.approx([0.4, 0.6])
     assert found[1].unique().tolist() == pytest.approx([0.75, 1.0])
     assert (found == found[:, :, :1]).all(), "stripes"
-    runs = attack.covered(torch.zeros(200, 1), 5, 3, stream(0, "t"))
+    runs = attack.neighbours(torch.zeros(200, 1), 5, 3, stream(0, "t"))
     assert set(map(tuple, runs.tolist())) == {(0, 1, 2), (1, 2, 3), (2, 3, 4)}
 
 
-def fooled_by(table):
-    """A stand-in for `fool`: attack NAME fools the images (known by their pixel) of table[NAME]."""
+def stand_in(hits):
+    """An attack that pushes up image k of 0.4 + k / 100 where k is in hits, or in hits(eps)."""
 
-    def fool(name, net, x, y, eps, args, gen):
-        hits = table.get(name, ()) if not callable(table.get(name)) else table[name](eps)
-        return torch.tensor([round(float(v)) in hits for v in x.flatten()], dtype=torch.bool)
+    def attack_(model, x, y, eps, steps, gen):
+        chosen = hits(float(eps[0]), steps) if callable(hits) else hits
+        image = ((x[:, 0, 0, 0] - 0.4) * 100).round().int().tolist()
+        push = torch.tensor([k in chosen for k in image]).view(-1, 1, 1, 1) * 0.1
+        return attack.Attacked(x + push, torch.zeros_like(y), None)
 
-    return fool
+    return attack_
 
 
-def test_the_worst_case_by_hand(monkeypatch):
+@pytest.fixture
+def six():
+    """A net, six images that 0.1 more makes wrong, labels, and who is right: all but the first."""
+    x = plain(0.4, 0.41, 0.42, 0.43, 0.44, 0.45)
+    return Nearest((0.4, 0.6)), x, torch.zeros(6).long(), torch.arange(6) > 0
+
+
+def test_the_worst_case_by_hand(monkeypatch, six):
     """Image 0 is misread anyway; FGSM gets 1, APGD 2 in its second run only, Square 3."""
-    monkeypatch.setattr(attack, "answer", lambda net, x: torch.tensor([1, 0, 0, 0, 0, 0]))
     runs = []
-    later = lambda eps: runs.append(eps) or ({2} if len(runs) > 1 else {1})  # noqa: E731
-    monkeypatch.setattr(attack, "fool", fooled_by({"FGSM": {1}, "APGD": later, "Square": {3}}))
-    x, y = torch.arange(6.0).view(6, 1, 1, 1), torch.zeros(6, dtype=torch.long)
-    args = types.SimpleNamespace(restarts=2, seed=1, eps=0.1, steps=1)
-    found, standing = attack.worst_case(attack.Loaded(None, {}, 10), x, y, args)
+
+    def later(eps, steps):
+        runs.append(steps)
+        return {2} if len(runs) > 1 else {1}
+
+    hits = {"FGSM": {1}, "PGD": (), "APGD": later, "APGD-T": (), "Square": {3}}
+    monkeypatch.setattr(attack, "ATTACKS", {name: stand_in(h) for name, h in hits.items()})
+    effort = dict.fromkeys(hits, 9)
+    found, standing = attack.worst_case(*six, 0.1, effort, restarts=2, seed=1)
     assert standing.int().tolist() == [0, 0, 0, 0, 1, 1] and found["clean"]["k"] == 5
     own = {name: a["own"]["k"] for name, a in found.items() if "own" in a}
     assert own == {"FGSM": 4, "PGD": 5, "APGD": 4} and found["Square"]["so_far"]["n"] == 6
     so_far = [found[name]["so_far"]["k"] for name in attack.ATTACKS]
-    assert so_far == [4, 4, 3, 3, 2] and runs == [0.1, 0.1]
+    assert so_far == [4, 4, 3, 3, 2] and runs == [9, 9]
 
 
-def test_who_falls_in_a_small_ball_falls_in_a_large_one(monkeypatch):
-    monkeypatch.setattr(attack, "answer", lambda net, x: torch.tensor([1, 0, 0, 0]))
+def test_who_falls_in_a_small_ball_falls_in_a_large_one(monkeypatch, six):
     by_eps = {0.1: {1}, 0.2: {2}}
-    monkeypatch.setattr(attack, "fool", fooled_by({"APGD": lambda eps: by_eps.get(eps, ())}))
-    x, y = torch.arange(4.0).view(4, 1, 1, 1), torch.zeros(4, dtype=torch.long)
-    m, args = attack.Loaded(None, {}, 10), types.SimpleNamespace(seed=1)
-    curve = attack.robust_curve(m, x, y, [0.0, 0.1, 0.2, 0.3], args)
-    assert [point["k"] for point in curve] == [3, 2, 1, 1]
+    hits = lambda eps, steps: by_eps.get(round(eps, 3), ())  # noqa: E731
+    monkeypatch.setitem(attack.ATTACKS, "APGD", stand_in(hits))
+    curve = attack.robust_curve(*six, [0.0, 0.1, 0.2, 0.3], steps=1, seed=1)
+    assert [point["k"] for point in curve] == [5, 4, 3, 3]
 
 
-def test_square_gets_queries_and_the_others_steps(monkeypatch):
+def test_square_gets_queries_and_the_others_steps(monkeypatch, six):
     seen = {}
-    for name in ("PGD", "Square"):
-        monkeypatch.setitem(
-            attack.ATTACKS,
-            name,
-            lambda net, x, y, eps, steps, gen, name=name: (
-                seen.update({name: steps}) or in_no_steps(x)
-            ),
-        )
-        x, args = torch.zeros(2, 3, 2, 2), types.SimpleNamespace(steps=5, queries=70)
-        fooled = attack.fool(name, nn.Flatten(), x, torch.tensor([0, 1]), 0.1, args, None)
-        assert fooled.tolist() == [False, True]
-    assert seen == {"PGD": 5, "Square": 70}
+    for name in attack.ATTACKS:
+        note = lambda eps, steps, name=name: seen.setdefault(name, steps) and ()  # noqa: E731
+        monkeypatch.setitem(attack.ATTACKS, name, stand_in(note))
+    net, x, y, _ = six
+    split = Split((x * 255).round().to(torch.uint8), y, None, None)
+    models = {"a": attack.Loaded(net, {}, 2)}
+    how = {"eps": 0.1, "steps": 5, "restarts": 1, "sweep": [0.1], "queries": 70, "n": 6}
+    record = attack.untargeted(models, split, 1, **how)
+    assert seen == {**dict.fromkeys(attack.ATTACKS, 5), "Square": 70}
+    assert record["models"]["a"]["follows_colour"] is None and record["radii"] == [0, 0.1]
 
 
-def test_follows_colour_counts_foreign_colours_only(monkeypatch):
-    monkeypatch.setattr(attack, "answer", lambda net, x: torch.tensor([0, 2, 2, 1]))
-    x, y = torch.zeros(4, 3, 2, 2), torch.tensor([0, 1, 2, 3])
-    split = types.SimpleNamespace(colors=torch.tensor([0, 2, 5, 1, 9]))
-    m = attack.Loaded(None, {}, 10)
-    assert attack.follows(m, x, y, split) == pytest.approx(2 / 3)
-    assert attack.follows(m, x, y, types.SimpleNamespace(colors=y)) is None
-    assert attack.follows(m, x, y, types.SimpleNamespace(colors=None)) is None
+def test_follows_colour_counts_foreign_colours_only():
+    answers, y, colors = torch.tensor([[0, 2, 2, 1], [0, 1, 2, 3], [0, 2, 5, 1]])
+    assert attack.follows(answers, y, colors) == pytest.approx(2 / 3)
+    assert attack.follows(answers, y, y) is attack.follows(answers, y, None) is None
 
 
 # ---- check
 
 HEALTHY = {
     "clean": 0.8,
-    "curve": {0.1: 0.4, 0.5: 0.1},
+    "curve": {"eps 0.1": 0.4, "eps 0.5": 0.1},
     "eps": 0.1,
     "eps 0": 0.8,
     "noise": 0.7,
@@ -493,80 +521,82 @@ HEALTHY = {
     "claim, change",
     [
         (None, {}),
-        (0, {"eps 0": 0.79}),
-        (1, {"noise": 0.45}),
-        (1, {"FGSM": 0.405}),
-        (1, {"PGD": 0.385}),
-        (2, {"curve": {0.1: 0.4, 0.5: 0.41}}),
-        (3, {"eps 0.5": 0.11}),
-        (4, {"twice": 0.37}),
-        (5, {"five restarts": 0.37}),
-        (6, {"each class": 0.37}),
-        (7, {"Square": 0.385}),
-        (8, {"outside": 1}),
+        ("zero_eps", {"eps 0": 0.79}),
+        ("order", {"noise": 0.45}),
+        ("order", {"FGSM": 0.405}),
+        ("order", {"PGD": 0.385}),
+        ("larger_eps", {"curve": {"eps 0.1": 0.4, "eps 0.5": 0.41}}),
+        ("chance", {"eps 0.5": 0.11}),
+        ("twice_the_steps", {"twice": 0.37}),
+        ("five_restarts", {"five restarts": 0.37}),
+        ("each_class", {"each class": 0.37}),
+        ("square", {"Square": 0.385}),
+        ("inside", {"outside": 1}),
     ],
 )
 def test_each_claim_fails_by_its_own_number_alone(claim, change):
-    rows = attack.claims({**HEALTHY, **change})
-    failed = [i for i, row in enumerate(rows) if not row["pass"]]
-    assert failed == ([] if claim is None else [claim])
-    by_eps, square = dict(rows[2]["numbers"]), dict(rows[7]["numbers"])
-    assert by_eps.keys() >= {"eps 0.1"} and square.keys() == {"eps", "APGD", "Square"}
+    found = attack.claims({**HEALTHY, **change})
+    assert [key for key, c in found.items() if not c["pass"]] == ([claim] if claim else [])
+    assert len(found) == 9 and found["larger_eps"]["numbers"].keys() == HEALTHY["curve"].keys()
+    assert found["square"]["numbers"].keys() == {"eps", "APGD", "Square"}
 
 
 def mirrored(model, x):
-    """20 images of each class of the linear model, the radii that fool it, and settings."""
+    """20 images of each class of the linear model, and the radii that fool it."""
     x = torch.cat([x[:20], 1 - x[:20]])
     needed = (model.margin(x).abs() / model.w.abs().sum()).detach()
-    args = types.SimpleNamespace(eps=float(2 * needed.median()), steps=20, seed=1)
-    return x, (model.margin(x) > 0).long(), needed, args
+    return x, (model.margin(x) > 0).long(), needed
 
 
-def test_measure_on_a_linear_model(linear):
-    x, y, needed, args = mirrored(*linear)
-    v = attack.measure(attack.Loaded(linear[0], {}, 2), x, y, args)
-    for eps, accuracy in v["curve"].items():
-        if eps < 0.4:  # there the box binds
-            assert accuracy == pytest.approx(float((needed > eps).double().mean()), abs=0.06)
+def test_accuracies_on_a_linear_model(linear, monkeypatch):
+    monkeypatch.setattr(attack, "CHECK_QUERIES", 50)
+    model = linear[0]
+    x, y, needed = mirrored(*linear)
+    eps = float(2 * needed.median())
+    v = attack.accuracies(model, x, y, 2, eps, steps=20, seed=1)
+    for radius, accuracy in zip((eps / 8, eps / 4, eps / 2), v["curve"].values(), strict=False):
+        assert accuracy == pytest.approx(float((needed > radius).double().mean()), abs=0.06)
     assert v["clean"] == v["eps 0"] == 1 and v["noise"] > v["PGD"] and v["outside"] == 0
     assert v["FGSM"] == pytest.approx(v["PGD"], abs=0.06), "one step is the best on a plane"
-    assert max(v["twice"], v["five restarts"]) <= v["APGD"] == v["curve"][v["eps"]]
+    assert max(v["twice"], v["five restarts"]) <= v["APGD"] == v["curve"][f"eps {v['eps']:g}"]
     assert v["each class"] == pytest.approx(v["APGD"], abs=0.06) and v["PGD"] >= v["APGD"]
-    assert v["eps"] == args.eps / 2, "where about half are left"
+    assert v["eps"] == eps / 2, "where about half are left"
+    assert v["images"] == 40 * (2 * len(v["curve"]) + 2 * (1 + 1 + 4) + 5 + 2), "two goals"
 
 
 @pytest.mark.parametrize("step, pixel", [(0.6, 0.5), (1e-4, 1.0), (-1e-4, 0.0)])
 def test_strays_are_counted_beyond_the_ball_and_the_box(linear, monkeypatch, step, pixel):
-    x, y, _, args = mirrored(*linear)
+    x, y, needed = mirrored(*linear)
     x[:, 0, 0, 0] = pixel
 
     def stray(net, x, y, eps, steps, gen):
         return in_no_steps(x + step)
 
     monkeypatch.setitem(attack.ATTACKS, "FGSM", stray)
-    found = attack.measure(attack.Loaded(linear[0], {}, 2), x, y, args)
+    monkeypatch.setattr(attack, "CHECK_QUERIES", 5)
+    found = attack.accuracies(linear[0], x, y, 2, float(2 * needed.median()), steps=5, seed=1)
     assert found["outside"] == 40
 
 
-def test_noise_is_a_corner_and_towards_aims_at_its_class(monkeypatch):
+def test_noise_is_a_corner_and_towards_aims_at_its_class():
     x = torch.full((4, 3, 2, 2), 0.5)
     found = attack.noise(None, x, ones(x), torch.full((4,), 0.1), 1, stream(0, "t")).x
     assert found.unique().tolist() == pytest.approx([0.4, 0.6])
-    monkeypatch.setattr(attack, "pgd", lambda *a, **how: (a, how))
-    args, how = attack.towards(3, None, x, ones(x), torch.ones(4), 5, None)
-    assert args[2].tolist() == [3] * 4 and args[-1].tolist() == [0.25] * 4
-    assert how == {"targeted": True, "loss": attack.margin, "stop": attack.says, "decay": True}
+    net, x, eps = Nearest(), plain(0.4), torch.tensor([0.3])
+    for k in (0, 2):
+        a = attack.towards(k, net, x, ones(x), eps, 10, stream(0, "t"))
+        assert a.done.all() and net(a.x).argmax(1).tolist() == [k]
+    one_step = attack.towards(2, net, x, ones(x), eps / 10, 1, stream(0, "t")).x
+    start = attack.random_start(x, 0.03, stream(0, "t"))
+    assert torch.allclose(one_step, (start + 0.03 / 4).clamp(0.37, 0.43), atol=1e-6)
 
 
 # ---- numbers
 
 
-def test_rate_and_quartiles():
-    r = attack.rate(torch.tensor([True] * 8 + [False] * 2))
-    assert r == {"k": 8, "n": 10, "rate": 0.8, "low": 0.4902, "high": 0.9433}  # Wilson (1927)
-    found = attack.quartiles(torch.tensor([5.0, 1, 4, 2, 3]))
-    assert found == {"median": 3, "q1": 2, "q3": 4}
-    assert set(attack.quartiles(torch.tensor([])).values()) == {None}
+def test_numbers_of_a_record_have_four_digits():
+    numbers = {"rate": 0.81234567, "n": 10, "k": None}
+    assert attack.rounded(numbers) == {"rate": 0.8123, "n": 10, "k": None}
 
 
 def test_bootstrap_on_known_cases():
@@ -614,7 +644,7 @@ def test_both_right_asks_this_model_and_its_counterpart_of_the_same_seed():
 
 def test_summary_by_hand():
     models = {"a_s1": entry("a", 1), "b_s1": entry("b", 1, clean=(7, 7, 1, 1))}
-    s = attack.summarise(models, types.SimpleNamespace(src=7))["a_s1"]
+    s = attack.summarise(models, 7)["a_s1"]
     assert s["clean"]["k"] == 3 and s["all"]["argmax"]["success"]["k"] == 3
     assert s["all"]["argmax"]["steps"] == {"median": 2, "q1": 1, "q3": 2}
     radii = s["all"]["argmax"]["min_eps"]
@@ -626,14 +656,21 @@ def test_compare_pairs_by_seed_and_image(monkeypatch):
     monkeypatch.setattr(attack, "RESAMPLES", 20)
     models = {"a_s1": entry("a", 1), "b_s1": entry("b", 1, -0.05), "b_s2": entry("b", 2, 9)}
     models["b_s1"]["argmax"] = {**models["b_s1"]["argmax"], "steps": [1, None, None, 4]}
-    (found,) = attack.compare(models, types.SimpleNamespace(src=7, seed=0))
+    found = attack.compare(models, src=7, seed=0)["b"]
     case, everything = found["both_right"]["argmax"], found["all"]["argmax"]
-    assert (found["reference"], found["other"], found["seeds"]) == ("a", "b", 1)
+    assert (found["reference"], found["seeds"]) == ("a", 1)
     assert everything["n"] == 4 and case["n"] == 3
     assert case["min_eps"]["value"] == pytest.approx(-0.05)
     assert case["needs_less"]["value"] == pytest.approx(2 / 3, abs=1e-4)
     assert everything["success"]["value"] == -0.25
-    assert attack.compare({"a_s1": entry("a", 1), "b_s2": entry("b", 2)}, None) == []
+    assert attack.compare({"a_s1": entry("a", 1), "b_s2": entry("b", 2)}, 7, 0) == {}
+
+
+def test_what_did_not_train_is_compared_with_nothing(monkeypatch):
+    monkeypatch.setattr(attack, "RESAMPLES", 20)
+    models = {f"{row}_s1": {**entry(row, 1), "trained": row != "a"} for row in "abc"}
+    found = attack.compare(models, src=7, seed=0)
+    assert found["c"]["reference"] == "b" and list(found) == ["c"]
 
 
 # ---- the command line
@@ -642,8 +679,6 @@ def test_compare_pairs_by_seed_and_image(monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A tiny world and two models that learned it, as train.py would save them."""
-    import conftest
-
     folder = tmp_path_factory.mktemp("world") / "results"
     conftest.write_world(folder)
     split = load_split(folder, "train")
@@ -669,32 +704,30 @@ def save_model(path, model, classes):
 @pytest.fixture
 def world(trained, tmp_path, monkeypatch):
     """A copy that a test may fill, where nothing takes long."""
-    for name, few in (("RESAMPLES", 20), ("SEARCH_STEPS", 2), ("QUERIES", 10), ("RADII", [0.1])):
-        monkeypatch.setattr(attack, name, few)
+    few = {"RESAMPLES": 20, "SEARCH_STEPS": 2, "CHECK_QUERIES": 10, "RADII": [0.1]}
+    for name, value in few.items():
+        monkeypatch.setattr(attack, name, value)
     return shutil.copytree(trained, tmp_path / "results")
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def attacked(world, monkeypatch, capsys):
     """The command line within this process: (exit code, stdout, stderr)."""
 
-    def run(command):
-        monkeypatch.setattr("sys.argv", command.split())
+    def call(command):
+        monkeypatch.setattr("sys.argv", ["attack.py", "--dir", str(world), *command.split()])
         try:
-            attack.main(command.split()[1:])
+            attack.main()
             code = 0
         except SystemExit as e:
             code = e.code
-        plt.close("all")
         return code, *capsys.readouterr()
 
-    return run
+    return call
 
 
-def outside_run(path):
-    record = json.loads(path.read_text())
-    assert record["run"]["seconds"] >= 0
-    return {k: v for k, v in record.items() if k != "run"}
+def read(path):
+    return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize(
@@ -706,40 +739,45 @@ def outside_run(path):
         ("--check --steps 3 --n 20", "check_steps3_n20", "n passed"),
     ],
 )
-def test_each_mode_runs_repeats_and_tells(world, call, command, name, keys):
-    command = f"attack.py --dir {world} {command}" + (" --name mine" if name == "mine" else "")
-    code, said, _ = call(command)
+def test_each_mode_runs_repeats_and_tells(world, attacked, command, name, keys):
+    command += " --name mine" if name == "mine" else ""
+    code, said, _ = attacked(command)
     path = world / f"attack_{name}.json"
-    record = outside_run(path)
-    assert set(record) == {"schema", "script", "name", "mode", "args", "models", *keys.split()}
+    record, first = read(path), path.read_bytes()
+    always = {"schema", "script", "name", "mode", "args", "models", "run"}
+    assert set(record) == always | set(keys.split()) and record["schema"] == 2
+    assert set(record["run"]) == {"torch", "threads", "device"}
     assert set(record["models"]) == set(TWO.split())
     assert code == (0 if record.get("passed", True) else 1)
     told = said[said.index("\nbaseline_s42:") :]
     assert told.count("\n") <= 12 + 18 * (code == 1) and f"wrote {path}" in told
     assert "|" not in said and "(2 of 2)" in said
     assert ("look at" in said) == (record["mode"] != "check")
-    assert all((world / "figures" / png).is_file() for png in re.findall(r"attack_\w+\.png", said))
-    assert call(command)[0] == code and outside_run(path) == record
+    figures = re.findall(r"attack_\w+\.png", said)
+    assert all(png.startswith(path.stem) and (world / "figures" / png).is_file() for png in figures)
+    assert attacked(command)[0] == code and path.read_bytes() == first
+    assert (world / "times.csv").read_text().count(f"{path.stem},") == 2
 
 
-def test_lists_are_parallel_and_the_worst_case_is_the_worst(world, call):
-    call(f"attack.py --dir {world} --steps 3 --name lists")
-    record = json.loads((world / "attack_lists.json").read_text())
+def test_lists_are_parallel_and_the_worst_case_is_the_worst(world, attacked):
+    attacked("--steps 3 --name lists")
+    record = read(world / "attack_lists.json")
     for m in record["models"].values():
         lists = [m["clean"], *(m[c][k] for c in attack.CRITERIA for k in ("steps", "min_eps"))]
         assert {len(values) for values in lists} == {len(record["index"])}
-    call(f"attack.py --dir {world} --untargeted --steps 3 --queries 9 --name worst")
-    for m in json.loads((world / "attack_worst.json").read_text())["models"].values():
+    compared = record["compared"]["jitter"]
+    assert set(compared) == {"reference", "seeds", "all", "both_right"}
+    attacked("--untargeted --steps 3 --queries 9 --name worst")
+    for m in read(world / "attack_worst.json")["models"].values():
         least = min(m["attacks"][a]["own"]["k"] for a in ("FGSM", "PGD"))
         assert m["robust"]["k"] == m["standing"].count("1") <= least
 
 
-def test_a_failed_check_is_told_by_the_exit_code(world, call, monkeypatch):
-    monkeypatch.setattr(
-        attack, "claims", lambda v: [{"claim": "never", "pass": False, "numbers": [["n", 1]]}]
-    )
-    code, said, _ = call(f"attack.py --dir {world} --check --steps 2 --n 10")
-    assert code == 1 and "1 of 1 checks fail" in said and "never: n 1" in said
+def test_a_failed_check_is_told_by_the_exit_code(attacked, monkeypatch):
+    monkeypatch.setattr(attack, "POINT", -2)  # no change is little enough
+    code, said, _ = attacked("--check --steps 2 --n 10 --models jitter_s42")
+    assert code == 1 and "jitter_s42: 5 of 9 checks fail" in said
+    assert re.search(r"twice the steps change little: eps 0\.\d+, APGD [\d.]+, twice", said)
 
 
 @pytest.mark.parametrize(
@@ -747,25 +785,25 @@ def test_a_failed_check_is_told_by_the_exit_code(world, call, monkeypatch):
     [
         ("--src 7 --tgt 3 --eps 0.05", "attack_7to3"),
         ("--src 3 --tgt 8 --eps 0.1 --n 500", "attack_3to8_eps0.1_n500"),
-        ("--pairs --seed 43", "attack_pairs_s43"),
+        ("--pairs --seed 43 --steps 100", "attack_pairs_s43"),
         ("--untargeted --restarts 10 --sweep 0.2 0.1", "attack_untargeted_restarts10_sweep0.1-0.2"),
-        ("--check --split val --models at_s42", "attack_check_val"),
+        ("--check --split val --models at_s42 --threads 2", "attack_check_val"),
         ("--check --n 20 --name mine", "attack_mine"),
     ],
 )
 def test_a_result_is_named_by_what_differs(command, name):
-    assert attack.result_name(attack.get_args(command.split())) == name
+    assert attack.result_name(*attack.get_args(command.split())) == name
 
 
-def test_a_result_of_other_models_is_not_replaced(world, call):
-    one = f"attack.py --dir {world} --pairs --n 1 --steps 1 --models"
-    assert call(f"{one} jitter_s42")[0] == 0
+def test_a_result_of_other_models_is_not_replaced(world, attacked):
+    one = "--pairs --n 1 --steps 1 --models"
+    assert attacked(f"{one} jitter_s42")[0] == 0
     path = world / "attack_pairs_steps1_n1.json"
     before = path.read_bytes()
-    code, _, said = call(f"{one} {world}/baseline_s42.pt")
+    code, _, said = attacked(f"{one} {world}/baseline_s42.pt")
     assert code == 2 and "models ['jitter_s42']" in said and path.read_bytes() == before
-    assert call(f"{one} {world}/baseline_s42.pt --overwrite")[0] == 0
-    (m,) = json.loads(path.read_text())["models"].values()
+    assert attacked(f"{one} {world}/baseline_s42.pt --overwrite")[0] == 0
+    (m,) = read(path)["models"].values()
     assert (m["method"], m["seed"]) == ("baseline", 42)
 
 
@@ -776,10 +814,11 @@ def test_a_result_of_other_models_is_not_replaced(world, call):
         ("--tgt 12", "end at 9"),
         ("--eps nan", "--eps"),
         ("--steps 0", "--steps"),
-        ("--models jiter_s42", "try jitter_s42"),
+        ("--models jiter_s42", "jitter_s42"),
         ("--models odd_s1", "built for"),
         ("--pairs --check", "not allowed"),
         ("--pairs --src 3", "--src means nothing"),
+        ("--check --restarts 3", "--restarts means nothing"),
         ("--report --pairs", "--report"),
         (f"--models {TWO} jitter_s42", "share one row"),
         ("--dir nowhere", "missing"),
@@ -789,119 +828,57 @@ def test_a_result_of_other_models_is_not_replaced(world, call):
         ("--untargeted --name check", "--name"),
     ],
 )
-def test_bad_input_gets_one_line_and_exit_code_2(
-    trained, call, tmp_path, command, wrong, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    code, _, said = call(f"attack.py {'' if '--dir' in command else f'--dir {trained}'} {command}")
-    assert code == 2 and len(said.splitlines()) == 1, said
-    assert said.startswith("attack.py: ") and "; " in said and wrong in said
+def test_bad_input_gets_one_line_and_exit_code_2(trained, mistake, command, wrong):
+    mistake(f"attack.py {'' if '--dir' in command else f'--dir {trained}'} {command}", wrong)
 
 
-def test_pairs_go_as_far_as_every_model_has_classes(world, call):
-    for name in ("train", "val", "test_hard", "test_unbiased"):
-        split = torch.load(world / f"{name}.pt")
-        save_pt({k: v[split["labels"] < 5] for k, v in split.items()}, world / f"{name}.pt")
-    code, said, _ = call(
-        f"attack.py --dir {world} --pairs --n 1 --steps 1 --models jitter_s42 odd_s1"
-    )
+def test_pairs_go_as_far_as_every_model_has_classes(world, attacked):
+    split = torch.load(world / "test_hard.pt")
+    save_pt({k: v[split["labels"] < 5] for k, v in split.items()}, world / "test_hard.pt")
+    code, said, _ = attacked("--pairs --n 1 --steps 1 --models jitter_s42 odd_s1")
     assert code == 0 and "odd_s1" in said
+    assert len(read(world / "attack_pairs_steps1_n1.json")["models"]["odd_s1"]["argmax"]) == 5
 
 
-def test_a_digit_that_is_not_there(world, call):
+def test_a_digit_that_is_not_there(world, attacked):
     val = torch.load(world / "val.pt")
     save_pt({k: v[val["labels"] != 9] for k, v in val.items()}, world / "val.pt")
-    code, _, said = call(f"attack.py --dir {world} --split val --src 9")
+    code, _, said = attacked("--split val --src 9")
     assert code == 2 and "no image of digit 9" in said
 
 
-# ---- tables and figures
+# ---- figures
 
 
-def test_the_evidence_is_the_result_with_most_images_at_that_eps(tmp_path):
-    for name, n, eps, split in (
-        ("7to3", 9, 0.05, "test_hard"),
-        ("7to3_n2", 12, 0.05, "test_hard"),
-        ("7to3_eps1", 20, 0.1, "test_hard"),
-        ("7to3_val_n30", 30, 0.05, "val"),
-    ):
-        record = {
-            "mode": "targeted",
-            "args": {"eps": eps, "models": [], "split": split},
-            "models": {},
-            "name": name,
-        }
-        save_json({**record, "index": [0] * n}, tmp_path / f"attack_{name}.json")
-    assert attack.evidence(tmp_path, "7to3*", 0.05)["name"] == "7to3_n2"
-    assert attack.evidence(tmp_path, "7to3*")["name"] == "7to3_eps1"
-    assert attack.evidence(tmp_path, "pairs*", 0.05) is None
+def test_rows_of_one_colour_differ_in_style():
+    rows = ["at", "at_balanced", "oracle_wide", "oracle_at_wide", "my_own", "another"]
+    found = attack.looks(rows)
+    assert len({tuple(style.values()) for style in found.values()}) == len(rows)
+    assert len({found[row]["color"] for row in rows}) == 4
 
 
-def measured(accuracy, own=True):
-    found = {"rate": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1}
-    return {"own": found, "so_far": found} if own else {"so_far": found}
-
-
-def test_what_did_not_train_is_marked_and_what_follows_others_says_so():
-    attacks = {"clean": measured(0.9)["own"], "FGSM": measured(0.8), "PGD": measured(0.7)}
-    attacks |= {"APGD": measured(0.5), "APGD-T": measured(0.45, False)}
-    attacks["Square"] = measured(0.4, False)
-    m = {"method": "at", "seed": 1, "attacks": attacks, "robust": measured(0.4)["own"]}
-    m["follows_colour"] = None
-    models = {"at_s1": m, "b_s1": {**m, "method": "b", "trained": False}}
-    args = {"steps": 100, "queries": 5000, "eps": 0.1}
-    table = attack.untargeted_table({"args": args, "models": models, "n": 9}).splitlines()
-    header = (
-        "| model | n | clean | FGSM | PGD, 100 steps | APGD, 100 steps | then APGD-T, 100 steps"
-    )
-    assert table[0] == f"{header} | then Square, 5,000 queries | worst case, eps 0.1 |"
-    rates = "0.900 | 0.800 | 0.700 | 0.500 | 0.450 | 0.400 | 0.400 (0.300 to 0.500)"
-    assert table[2] == f"| at | 9 | {rates} |"
-    assert table[3].startswith("| b (did not train) | 9 |")
-
-
-def test_what_did_not_train_is_compared_with_nothing():
-    found = {"steps": [3, None], "min_eps": [0.1, 0.2]}
-    about = {"clean": [7, 7], "argmax": found, "confidence": found}  # the first row did not train
-    models = {
-        f"{row}_s1": {"method": row, "seed": 1, "trained": row != "a", **about} for row in "abc"
+def test_report_draws_each_results_own_figures_and_nothing_else(world, attacked):
+    (world / "mnist").mkdir()
+    assert "holds no results" in attacked("--report")[1]
+    for options in ("", "--n 2 --name zwei", "--pairs --n 1", "--check --n 10"):
+        attacked(f"--steps 1 --models jitter_s42 baseline_s42 {options}")
+    attacked("--untargeted --n 20 --queries 5 --steps 1 --sweep 0.1")
+    shutil.copy(world / "attack_zwei.json", world / "mnist")
+    before = conftest.contents(world)
+    shutil.rmtree(world / "figures")
+    code, said, _ = attacked("--report")
+    assert code == 0 and "|" not in said and conftest.contents(world) == before
+    names = {path.name for path in (world / "figures").iterdir()}
+    assert names == {
+        "attack_7to3_steps1_examples.png",
+        "attack_7to3_steps1_min_eps.png",
+        "attack_pairs_steps1_n1.png",
+        "attack_untargeted_steps1_queries5_sweep0.1_n20_robust_curve.png",
+        "attack_zwei_examples.png",
+        "attack_zwei_min_eps.png",
     }
-    args = types.SimpleNamespace(src=7, seed=0)
-    (entry,) = attack.compare(models, args)
-    assert (entry["reference"], entry["other"]) == ("b", "c")
-    assert entry["both_right"]["argmax"]["n"] == 2
-
-
-def test_rows_without_an_ink_share_no_colour_with_a_method():
-    rows = ["at", "at_balanced", "groupdro", "balanced", "robgan_finetuned", "oracle_at"]
-    found = attack.inks(rows)
-    assert len(set(found.values())) == len(rows) and found["at"] == INK["at"]
-    assert not set(attack.SPARE_INK) & set(INK.values())
-
-
-def test_report_refills_tables_beside_what_was_published(world, call, monkeypatch):
-    inside = world / "mnist"
-    inside.mkdir()
-    for name in ("test_hard.pt", "jitter_s42.pt"):
-        shutil.copy(world / name, inside / name)
-    save_json({"recipe": "gray", "is_mnist": True, "seed": 42}, inside / "meta.json")
-    rows = {"row": "Madry et al. (2018)", "clean": 0.9853, "PGD": 0.8962, "robust": 0.885}
-    save_json({"robust_mnist": {"0.3": [rows], "0.1": []}}, world / "results" / "published.json")
-    monkeypatch.setattr(attack, "ROOT", world)
-    for options in ("", "--untargeted --n 20 --queries 5", "--pairs --n 1", "--check --n 10"):
-        call(f"attack.py --dir {world} --steps 1 {options}")
-    plain = f"attack.py --dir {inside} --untargeted --eps 0.3 --steps 1 --queries 5 --n 9"
-    plain += " --models jitter_s42"
-    assert call(f"{plain} --name at")[0] == call(f"{plain} --name resnet")[0] == 0
-    code, said, _ = call(f"attack.py --dir {world} --report")
-    assert code == 0 and "|" not in said and "figures/attack_robust_curve.png" in said
-    assert "mnist/figures" not in said  # no figure that nothing shows
-    tables = (world / "tables.md").read_text().split("## ")[1:]
-    shown = {table.split("\n")[0]: table for table in tables}
-    assert len(shown) == 12
-    empty = {name for name, table in shown.items() if "no results yet" in table}
-    of_models = {"untargeted_at", "untargeted_wide", "robgan_attacks", "robgan_2000_attacks"}
-    assert empty == {*of_models, "check_mnist"}
-    assert "| *Madry et al. (2018), published* | - | 0.985 |" in shown["mnist"]
-    assert "Madry" not in shown["resnet"] and "| jitter | 9 |" in shown["resnet"]
-    assert "| jitter minus baseline | 1 | both right |" in shown["targeted_change"]
+    (world / "attack_zwei.pt").unlink()  # its pictures are not kept in the repository
+    assert "attack_zwei_min_eps.png" in attacked("--report")[1]
+    save_json({"mode": "of a ship"}, world / "attack_ship.json")
+    code, _, said = attacked("--report")
+    assert code == 2 and "is no result of attack.py" in said

@@ -1075,15 +1075,15 @@ def draw_examples(record, shown):
     x, a = shown["x"], record["args"]
     plain = {"fontsize": 8}
     answers = zip(*(map(in_brackets, m["clean"]) for m in shown["models"].values()), strict=True)
-    title = f"{a['src']} as it is; below: what {' and '.join(shown['models'])} answer"
+    title = f"original, and the answers of {' and '.join(shown['models'])}"
     cells = [(image, "\n".join(said), plain) for image, said in zip(x, answers, strict=True)]
     rows = [(title, cells)]
     for name, m in shown["models"].items():
         colour = {**plain, "color": ink(record["models"][name]["method"])}
         change = ((m["x_adv"] - x) * 10 + 0.5).clamp(0, 1)
-        title = f"{name}: perturbation times ten, mid-grey where nothing changed"
+        title = f"{name}: perturbation x10, mid-grey for none"
         rows.append((title, [(image, "", colour) for image in change]))
-        title = f"{name}: attacked towards {a['tgt']} within eps {a['eps']:g}, and its answer"
+        title = f"{name}: attacked towards {a['tgt']}, eps {a['eps']:g}"
         said = map(in_brackets, m["fooled"])
         rows.append((title, [(*both, colour) for both in zip(m["x_adv"], said, strict=True)]))
     return pictures(rows)

@@ -860,25 +860,23 @@ def test_rows_of_one_colour_differ_in_style():
 def test_report_draws_each_results_own_figures_and_nothing_else(world, attacked):
     (world / "mnist").mkdir()
     assert "holds no results" in attacked("--report")[1]
-    for options in ("", "--n 2 --name zwei", "--pairs --n 1", "--check --n 10"):
-        attacked(f"--steps 1 --models jitter_s42 baseline_s42 {options}")
+    models = "--models jitter_s42 baseline_s42 --steps 1"
+    for options in (models, f"{models} --pairs --n 1", f"{models} --check --n 10"):
+        attacked(options)
     attacked("--untargeted --n 20 --queries 5 --steps 1 --sweep 0.1")
-    shutil.copy(world / "attack_zwei.json", world / "mnist")
+    shutil.copy(world / "attack_7to3_steps1.json", world / "mnist" / "attack_7to3.json")
     before = conftest.contents(world)
     shutil.rmtree(world / "figures")
     code, said, _ = attacked("--report")
     assert code == 0 and "|" not in said and conftest.contents(world) == before
-    names = {path.name for path in (world / "figures").iterdir()}
-    assert names == {
+    assert {path.name for path in (world / "figures").iterdir()} == {
         "attack_7to3_steps1_examples.png",
         "attack_7to3_steps1_min_eps.png",
         "attack_pairs_steps1_n1.png",
         "attack_untargeted_steps1_queries5_sweep0.1_n20_robust_curve.png",
-        "attack_zwei_examples.png",
-        "attack_zwei_min_eps.png",
     }
-    (world / "attack_zwei.pt").unlink()  # its pictures are not kept in the repository
-    assert "attack_zwei_min_eps.png" in attacked("--report")[1]
-    save_json({"mode": "of a ship"}, world / "attack_ship.json")
+    said = attacked(f"--dir {world}/mnist --report")[1]  # its pictures are not kept
+    assert "attack_7to3_min_eps.png" in said and "examples" not in said
+    save_json({"mode": "of a ship"}, world / "attack_0.json")
     code, _, said = attacked("--report")
     assert code == 2 and "is no result of attack.py" in said

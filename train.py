@@ -7,7 +7,6 @@ Writes  DIR/NAME.pt, DIR/NAME.json       NAME: the method, what differs from the
     python train.py --method jitter --alpha 2          # the cured one: results/jitter_s42.json
     python train.py --method grl --gamma 1 --seed 43   # results/grl_gamma1_s43.json
     python train.py --method balance --infer-groups    # told nothing: a first net names the colours
-    python train.py --eval jitter_s42                  # score a saved model again, no training
     python train.py --report                           # figures and tables of every run in --dir
     torchrun --standalone --nproc_per_node=2 train.py  # two processes share every batch
 """
@@ -15,11 +14,6 @@ Writes  DIR/NAME.pt, DIR/NAME.json       NAME: the method, what differs from the
 import argparse
 import contextlib
 import copy
-import csv
-import datetime
-import functools
-import io
-import itertools
 import math
 import os
 import re
@@ -35,40 +29,35 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (
-    INK,
     MODELS,
-    ROOT,
     SPLITS,
     Split,
     build_model,
+    check_fit,
     chunks,
     common_args,
     die,
-    fill,
     guard,
     load_json,
     load_model,
     load_pt,
     load_split,
     luma,
-    markdown,
-    mean_sd,
     name_of,
+    note_time,
     number,
     predict,
-    row_of,
+    progress,
     run,
-    save_figure,
     save_json,
     save_pt,
     setup,
     stream,
     world_of,
-    write,
 )
 
 EVAL_SPLITS = SPLITS[1:]
-NOT_SETTINGS = ("dir", "device", "threads", "overwrite", "report", "eval", "name", "resume")
+NOT_SETTINGS = ("dir", "device", "threads", "overwrite", "report", "name", "resume")
 
 
 # ---- the command line
@@ -77,124 +66,171 @@ NOT_SETTINGS = ("dir", "device", "threads", "overwrite", "report", "eval", "name
 def get_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    yes_no = argparse.BooleanOptionalAction
+    everyone, told = " ".join(METHODS), " ".join(m for m in METHODS if METHODS[m].wants_colours)
+    groups, owners, usual = {}, {}, {}
+
+    def add(flag, of=everyone, default=None, help="", **how):
+        """A flag of these methods; argparse leaves None where it is not given."""
+        if of not in groups:
+            title = "every method" if of == everyone else f"only {of.replace(' ', ', ')}"
+            groups[of] = p.add_argument_group(title)
+        if default is not None and default is not False:
+            help += f" ({default})"
+        key = groups[of].add_argument(flag, help=help, **{**how, "default": None}).dest
+        owners[key], usual[key] = of.split(), default
+
+    switch = {"action": "store_true", "default": False}
+    yes = {"action": argparse.BooleanOptionalAction, "default": True}
     rate, share, weight = number(float, 1e-8, 10), number(float, 0, 1), number(float, 0, 1e6)
     count, some = number(int, 0, 10_000), number(int, 1, 100_000)
+    p.add_argument("--method", choices=METHODS, default="baseline", help="default: baseline")
 
-    add = p.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="baseline", help="default: baseline")
+    of = "jitter combined"
+    add("--alpha", of=of, type=weight, default=2.0, help="weight of the KL term")
+    add("--jitter", of=of, choices=JITTERS, default="mix", help="kind of recolouring")
+    add("--classify", of=of, choices=("recoloured", "image"), default="recoloured")
+    add("--grain", of=of, type=share, default=0.1, help="mix: largest sd of pixel noise")
+    add("--fade", of=of, **yes, help="let alpha fall to 0")
+    add("--gamma", of="grl combined lntl", type=weight, default=0.1, help="weight of the reversal")
+    add("--conditional", of="grl combined", **yes, help="correct for how colour and digit go along")
+    add("--entropy", of="lntl", type=weight, default=0.01, help="weight of the entropy")
 
-    add = p.add_argument_group("cures: jitter, combined").add_argument
-    add("--alpha", type=weight, default=2.0, help="weight of the KL term (2)")
-    add("--jitter", choices=JITTERS, default="mix", help="kind of recolouring (mix)")
-    add("--classify", choices=("recoloured", "image"), default="recoloured")
-    add("--grain", type=share, default=0.1, help="mix: largest sd of pixel noise (0.1)")
-    add("--fade", action=yes_no, default=True, help="let alpha fall to 0 (yes)")
+    of, first = "jitter at robgan", f"{told} jitter at robgan"
+    add("--balance", of=of, **switch, help="the draws of --method balance")
+    add("--infer-groups", of=first, **switch, help="colours are the answers of a first net")
+    add("--first-epochs", of=f"{first} jtt", type=some, default=1, help="of the first net")
+    add("--first-loss", of=first, choices=FIRST_LOSSES, default="gce", help="of that net")
 
-    add = p.add_argument_group("cures: grl, combined, lntl").add_argument
-    add("--gamma", type=weight, default=0.1, help="final weight of the reversal (0.1)")
-    add("--conditional", action=yes_no, default=True, help="grl: correct for how they go together")
-    add("--entropy", type=weight, default=0.01, help="lntl: weight of the entropy (0.01)")
+    of = "at robgan"
+    add("--attack", of=of, choices=("pgd", "fgsm"), default="pgd", help="on batches")
+    add("--eps", of=of, type=rate, default=0.05, help="L-inf, pixels in [0, 1]")
+    add("--steps", of=of, type=some, default=5, help="of pgd")
+    add("--step-size", of=of, type=rate, help="at full eps (0.35 eps; 1.25 eps for fgsm)")
+    add("--clean-epochs", of=of, type=count, default=0, help="plain epochs at first")
+    add("--eps-ramp", of=of, type=share, default=0.0, help="share of epochs with growing eps")
+    add("--beta", of=of, type=weight, default=0.0, help="weight of TRADES' KL term")
+    add("--generator", of="at", metavar="NAME", help="learn pictures of this robgan run, too")
+    add("--generated", of="at", type=share, default=0.5, help="their share of a batch")
+    add("--judge", of="robgan", default="baseline_s42", help="independent classifier")
+    of, pixels = "baseline balance at robgan", {"type": count, "metavar": "PIXELS"}
+    add("--crop", of=of, **pixels, default=0, help="shift images by up to this; student: 2")
+    add("--augment", of="at robgan", choices=("student",), help="a recipe: see `augment`")
 
-    add = p.add_argument_group("groups: what uses colours, and jtt").add_argument
-    add("--balance", action="store_true", help="jitter, at, robgan: --method balance's draws")
-    text = "colours: the answers of a first net, not the true ones"
-    add("--infer-groups", action="store_true", help=text)
-    add("--first-epochs", type=some, default=1, help="of the first net (1)")
-    add("--first-loss", choices=FIRST_LOSSES, default="gce", help="of that net (gce)")
-
-    add = p.add_argument_group("adversarial training: at, robgan").add_argument
-    add("--attack", choices=("pgd", "fgsm"), default="pgd", help="on batches (pgd)")
-    add("--eps", type=rate, default=0.05, help="L-inf, pixels in [0, 1] (0.05)")
-    add("--steps", type=some, default=5, help="of pgd (5)")
-    add("--step-size", type=rate, help="at full eps (0.35 eps; 1.25 eps for fgsm)")
-    add("--clean-epochs", type=count, default=0, help="plain epochs at first (0)")
-    add("--eps-ramp", type=share, default=0.0, help="share of epochs with growing eps (0)")
-    add("--beta", type=weight, default=0.0, help="weight of TRADES' KL term (0: no)")
-    add("--generator", metavar="NAME", help="at: learn pictures of this robgan run, too")
-    add("--generated", type=share, default=0.5, help="their share of a batch (0.5)")
-    add("--judge", default="baseline_s42", help="robgan: independent classifier")
-
-    text = "augmentation, one draw per image (none): at, robgan; --crop also baseline, balance"
-    add = p.add_argument_group(text).add_argument
-    add("--crop", type=count, default=0, metavar="PIXELS", help="shift by up to this")
-    add("--flip", action="store_true", help="mirror half of the images")
-    add("--rotation", type=number(float, 0, 180), default=0.0, metavar="DEGREES")
-    add("--recolour", choices=JITTERS, help="as --jitter, with its --grain")
-    add("--cutout", type=count, default=0, metavar="SIDE", help="a black square")
-    add("--mixup", type=number(float, 0, 100), default=0.0, metavar="ALPHA")
-    add("--label-smoothing", type=share, default=0.0)
-    add("--clip-grad", type=weight, default=0.0, metavar="NORM")
-
-    add = p.add_argument_group("budget, data, net").add_argument
-    add("--epochs", type=some, default=10, help="passes over the training split (10)")
-    add("--lr", type=rate, default=1e-3, help="of AdamW, onecycle's peak (0.001)")
+    add("--epochs", type=some, default=10, help="passes over the training split")
+    add("--lr", type=rate, default=1e-3, help="of AdamW, onecycle's peak")
     add("--schedule", choices=("constant", "onecycle", "cosine"), default="constant")
-    add("--batch", type=some, default=128, help="images per step (128)")
-    add("--shuffle-labels", action="store_true", help="a null model: permuted labels")
-    add("--model", choices=MODELS, default="simplecnn", help="default: simplecnn")
-    add("--width", type=number(int, 1, 1024), default=4, help="of SimpleCNN (4)")
-    add("--grayscale", action="store_true", help="the net sees brightness only")
-
-    add = p.add_argument_group("files").add_argument
-    add("--name", help="of the files in --dir (default: METHOD_WHATDIFFERS_sSEED)")
-    add("--init", metavar="NAME", help="start from the weights of DIR/NAME.pt")
-    add("--resume", action="store_true", help="continue after the last whole epoch")
-    add("--eval", metavar="NAME", help="score DIR/NAME.pt again; no training")
+    add("--batch", type=some, default=128, help="images per step")
+    add("--shuffle-labels", **switch, help="a null model: permuted labels")
+    add("--model", choices=MODELS, default="simplecnn")
+    add("--width", type=number(int, 1, 1024), default=4, help="of SimpleCNN")
+    add("--grayscale", **switch, help="the net sees brightness only")
+    add("--name", metavar="ROW", help="of the files, _sSEED is added (METHOD_WHATDIFFERS)")
+    add("--resume", **switch, help="continue after the last whole epoch")
     common_args(p, seed_of="weights, batches and jitter")
-    args, usual = p.parse_args(argv), p.parse_args([])
-    nothing = argparse.Namespace(**dict.fromkeys(vars(usual)))
-    check_args(p, args, p.parse_args(argv, nothing))
+
+    args = p.parse_args(argv)
+    given = {key for key in owners if getattr(args, key) is not None}
+    for key, methods in owners.items():
+        if args.method not in methods and key in given:
+            flag = f"--{key.replace('_', '-')}"
+            p.error(f"{flag} means nothing for --method {args.method}; leave it out")
+        if args.method not in methods:
+            delattr(args, key)
+        elif key not in given:
+            setattr(args, key, usual[key])
+    check_args(p, args, given)
+    if "crop" not in given and vars(args).get("augment"):
+        args.crop = 2
+    skip = ("method", *NOT_SETTINGS)
     if args.name is None:
-        args.name = name_of(args.method, args, usual, ("method", *NOT_SETTINGS))
+        args.name = name_of(args.method, args, argparse.Namespace(**usual, seed=None), skip)
+    elif not args.name.endswith(f"_s{args.seed}"):
+        args.name += f"_s{args.seed}"
     return args
 
 
 def check_args(p, args, given):
-    """Refuse what cannot work before any work is done; `given` is None where argv is silent."""
-    for flag in sorted(foreign_flags(args)):
-        if getattr(given, flag) is not None:
-            hint = "use --method balance" if flag == "balance" else "leave it out"
-            flag = flag.replace("_", "-")
-            p.error(f"--{flag} means nothing for --method {args.method}; {hint}")
-    if args.infer_groups and not uses_colours(args):
-        p.error(f"--infer-groups means nothing for --method {args.method} without --balance")
-    if (given.first_epochs or given.first_loss) and not (args.infer_groups or args.method == "jtt"):
-        p.error("--first-epochs and --first-loss mean nothing without --infer-groups")
-    if given.width is not None and args.model not in ("simplecnn", "saturatedcnn"):
-        p.error(f"--width means nothing for --model {args.model}; leave it out")
-    if given.steps is not None and args.attack == "fgsm":
-        p.error("--steps means nothing for --attack fgsm; leave it out")
-    recolours = args.recolour if "recolour" in METHODS[args.method].flags else args.jitter
-    if given.grain is not None and recolours != "mix":
-        p.error("--grain means nothing without recolouring of the kind mix; leave it out")
-    if given.generated is not None and args.generator is None:
-        p.error("--generated means nothing without --generator")
-    if args.clean_epochs >= args.epochs:
+    """Refuse what can never work before any work is done; `given` names the flags of argv."""
+    own = vars(args)  # without the flags of other methods
+    infer, first = own.get("infer_groups"), {"first_epochs", "first_loss"}
+    for wrong, what in (
+        (infer and not uses_colours(args), "--infer-groups without --balance"),
+        (first & given and not (infer or args.method == "jtt"), "a first net's flag here"),
+        ("width" in given and "cnn" not in args.model, f"--width with --model {args.model}"),
+        ("steps" in given and own.get("attack") == "fgsm", "--steps with --attack fgsm"),
+        ("grain" in given and own.get("jitter") != "mix", "--grain without --jitter mix"),
+        ("generated" in given and own.get("generator") is None, "--generated without --generator"),
+    ):
+        if wrong:
+            p.error(f"{what} means nothing for --method {args.method}; leave it out")
+    if own.get("clean_epochs", 0) >= args.epochs:
         p.error(f"--epochs {args.epochs} counts all phases and leaves none for the attack")
-    for name in (args.name, args.init, args.eval, args.generator, args.judge):
+    for name in (args.name, own.get("generator"), own.get("judge")):
         if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
             p.error(f"the name {name!r} may hold letters, digits and _ . + - only")
-    if re.match(rf"(meta|published|gradcam|attack|{'|'.join(SPLITS)})(_|$)", args.name or ""):
-        p.error(f"--name {args.name} belongs to other files of --dir")
-    if re.search(r"\.(pt|json|part)$", args.name or ""):
-        p.error(f"--name {args.name}: leave the ending out, it is added")
-
-
-def foreign_flags(args):
-    """Flags of other methods, which mean nothing for this one."""
-    own = METHODS[args.method].flags
-    return {flag for method in METHODS.values() for flag in method.flags if flag not in own}
+    name = args.name or ""
+    if re.match(rf"(meta|published|gradcam|attack|{'|'.join(SPLITS)})(_|$)", name):
+        p.error(f"--name {name} belongs to other files of --dir")
+    if re.search(r"\.(pt|json|part)$", name):
+        p.error(f"--name {name}: leave the ending out, it is added")
+    seed = re.search(r"_s(\d+)$", name)
+    if seed and int(seed[1]) != args.seed:
+        p.error(f"--name {name} is not of --seed {args.seed}; leave {seed[0]} out, it is added")
 
 
 def settings(args):
-    """What decides the result: no argument that says where or how to run, no other method's."""
-    skip = {*NOT_SETTINGS, *foreign_flags(args)}
-    if not args.infer_groups and args.method != "jtt":
-        skip |= {"first_epochs", "first_loss"}
-    if args.generator is None:
+    """What decides the result: no argument that says where or how to run."""
+    skip = set(NOT_SETTINGS)
+    if not infers_groups(args):
+        skip |= {"first_loss"} if args.method == "jtt" else {"first_loss", "first_epochs"}
+    if vars(args).get("generator") is None:
         skip.add("generated")
     return {key: value for key, value in vars(args).items() if key not in skip}
+
+
+def infers_groups(args):
+    return getattr(args, "infer_groups", False)
+
+
+def uses_colours(args):
+    """Does the training need the colour of every image, true or inferred?"""
+    return getattr(args, "balance", False) or METHODS[args.method].wants_colours
+
+
+# ---- one model in several processes, started by torchrun
+
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1  # processes that train this model
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # which of them this is; the first one speaks
+
+
+def meet(name, device):
+    """Join the other processes: gloo on CPUs, nccl on GPUs, one each."""
+    if not METHODS[name].can_shard:
+        able = ", ".join(other for other, method in METHODS.items() if method.can_shard)
+        die(f"--method {name} needs whole batches in one process", f"torchrun can do {able}")
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type != "cpu" and gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
+        die(f"there are fewer GPUs for --device {device} than processes", "use --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def shard(index):
+    """This process's part of a batch, int64 (b,), and its weight; an idle one gets weight 0."""
+    mine = index.tensor_split(PROCESSES)[RANK]
+    return (mine, len(mine) / len(index)) if len(mine) else (index[:1], 0.0)
+
+
+def all_reduce(tensors):
+    """Replace each tensor by its sum over all processes, in one message."""
+    if PROCESSES == 1:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for t, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        t.copy_(summed.view(t.shape))
 
 
 # ---- the run
@@ -202,159 +238,34 @@ def settings(args):
 
 def main(argv=None):
     args = get_args(argv)
-    if RANK > 0:  # torchrun's first process speaks for all
+    if RANK > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the whole run)
     if args.report:
         report(args)
         return
-    device = setup(args)
-    if args.eval:
-        score_again(args, device)
-        return
-    guard(args.dir / f"{args.name}.json", settings(args), args.overwrite)
-    if args.clean_epochs:
-        guard(args.dir / f"{phase_name(args, 'clean')}.json", settings(args), args.overwrite)
+    device, began = setup(args), time.time()
+    for phase in ("", "clean") if getattr(args, "clean_epochs", 0) else ("",):
+        path = args.dir / f"{phase_name(args.name, phase)}.json"
+        guard(path, settings(args), args.overwrite)
     if PROCESSES > 1:
-        init_distributed(args, device)
-    splits = {name: load_split(args.dir, name, device) for name in SPLITS}
-    classes = int(splits["train"].labels.max()) + 1
-    size = list(splits["train"].images.shape[2:])
-    check_splits(splits, classes, size, args)
-    if args.shuffle_labels:
-        labels = splits["train"].labels
-        order = torch.randperm(len(labels), generator=stream(args.seed, "shuffled labels"))
-        splits["train"] = splits["train"]._replace(labels=labels[order.to(device)])
-    start = time.time()
+        meet(args.method, device)
+    splits = load_splits(args, device)
     torch.manual_seed(args.seed)
-    model = fresh_net(args, classes, size).to(device)
-    if args.init:
-        start_from(args.init, model, args)
-    print_start(model, args, device)
+    model = fresh_net(args, splits["train"]).to(device)
+    print_start(args, model, device)
     facts = {"knows": knows(args)}
-    if args.infer_groups:
+    if infers_groups(args):
         splits["train"], facts["groups"] = infer_groups(splits, args)
-    epochs, kept = train(model, splits, args, device, args.dir / f"{args.name}.part.pt")
+    method = METHODS[args.method](model, splits, args).to(device)
+    epochs, kept = train(model, method, splits, args, args.dir / f"{args.name}.part.pt")
     if PROCESSES > 1:
         dist.destroy_process_group()
     if RANK == 0:
-        facts["run"] = {
-            "seconds": round(time.time() - start, 1),
-            "cpu_seconds": round(time.process_time(), 1),
-            "torch": torch.__version__,
-            "threads": args.threads,
-            "processes": PROCESSES,
-            "device": str(device),
-        }
-        shape = {"classes": classes, "size": size}
-        save_results(model, splits, args, epochs, kept, shape, facts)
-
-
-def print_start(model, args, device):
-    """What runs, with the settings that differ from the defaults or are the method's own."""
-    usual, given = get_args([]), settings(args)
-    own = METHODS[args.method].flags
-    shown = [f for f in given if given[f] != getattr(usual, f) or (f in own and given[f])]
-    params = sum(p.numel() for p in model.parameters())
-    print(
-        f"{args.name}: {args.epochs} epochs on {args.dir}, {args.model} with {params:,} parameters,"
-        f" {device};",
-        ", ".join(f"{f} {getattr(args, f)}" for f in shown) or "all settings as usual",
-        flush=True,
-    )
-
-
-def save_results(model, splits, args, epochs, kept, shape, facts):
-    """NAME.pt and NAME.json of each phase whose weights were kept; then the answer in words."""
-    for phase, best in kept.items():
-        model.load_state_dict(best["weights"])
-        name, flags = args.name, settings(args)
-        if phase:
-            name = phase_name(args, phase)
-            flags["phase"] = phase
-        record = {
-            "schema": 1,
-            "script": "train.py",
-            "name": name,
-            "args": flags,
-            "world": world_of(args.dir),
-            "params": sum(p.numel() for p in model.parameters()),
-            "selected_on": best["on"],
-            "selected_epoch": best["epoch"],
-            **evaluate(model, splits),
-            "epochs": epochs,
-            **facts,
-        }
-        checkpoint = {"weights": best["weights"], "args": flags, "trained": trained(record)}
-        save_pt({**checkpoint, **shape, **best.get("checkpoint", {})}, args.dir / f"{name}.pt")
-        save_json({**record, **best.get("record", {})}, args.dir / f"{name}.json")
-        print_scores(record)
-        print(f"wrote {args.dir / name}.pt and .json after {facts['run']['seconds']:.0f}s")
-    (args.dir / f"{args.name}.part.pt").unlink(missing_ok=True)
-    if args.model != "mlp":
-        print(f"see where it looks: python gradcam.py --dir {args.dir} --models {args.name}")
-
-
-def phase_name(args, phase):
-    """The name of what a phase of the training leaves: at_clean_s42 of at_s42."""
-    return re.sub(r"(_s\d+)?$", rf"_{phase}\1", args.name, count=1)
-
-
-def print_scores(record):
-    """The answer in plain words."""
-    print(f"{record['name']}, share of images that it reads correctly:")
-    for split, s in record["final"].items():
-        print(f"  {split:13s} {s['acc']:.3f} of {s['n']:,}, worst digit {s['worst_digit']:.3f}")
-    follows, probe = record["final"]["test_hard"]["follows_colour"], record["probe"]
-    if None not in (follows, probe["colour"]):
-        print(f"  on test_hard it names the colour's digit {follows:.1%} of the time; from its")
-        print(f"  features a linear probe reads the colour with {probe['colour']:.3f}", end="")
-        print(f", the digit with {probe['digit']:.3f}")
-
-
-def score_again(args, device):
-    """Refresh the scores in DIR/NAME.json from DIR/NAME.pt."""
-    path = args.dir / f"{args.eval}.json"
-    model, checkpoint = load_model(args.dir, args.eval, device)
-    record = load_json(path, "train the model again under another --name")
-    splits = {name: load_split(args.dir, name, device) for name in SPLITS}
-    check_splits(splits, checkpoint["classes"], checkpoint["size"], args)
-    record |= evaluate(model, splits)
-    save_json(record, path)
-    print_scores(record)
-    print(f"wrote {path}")
-
-
-def start_from(name, model, args):
-    """Copy the weights of an earlier run into the fresh model."""
-    other, _ = load_model(args.dir, name)
-    try:
-        model.load_state_dict(other.state_dict())
-    except RuntimeError:
-        die(f"--init {name} is another net than this run's", "give it the same --model and --width")
-
-
-def check_splits(splits, classes, size, args):
-    """Every split fits the net, holds enough images, and has the colours that are asked for."""
-    hint = "make all four splits from one source; README.md says what they must hold"
-    for name, split in splits.items():
-        n, top = len(split.labels), int(split.labels.max())
-        if n < (4 if name == "test_unbiased" else 2):  # for batch norm and for the probes
-            die(f"{args.dir}/{name}.pt has too few images, {n}", "give it four or more")
-        if list(split.images.shape[2:]) != list(size) or top >= classes:
-            what = f"{tuple(split.images.shape[2:])} pixels and classes up to {top}"
-            die(f"{args.dir}/{name}.pt has {what}, the net {tuple(size)} and {classes}", hint)
-    for flag in ("crop", "cutout"):
-        if getattr(args, flag) >= min(size):
-            die(f"--{flag} {getattr(args, flag)} leaves nothing of {min(size)} pixels", "try 2")
-    if args.infer_groups or not uses_colours(args):
-        return
-    colours = splits["train"].colors
-    if colours is None or int(colours.max()) >= classes:
-        what = f"needs a colour label below {classes} for every image of {args.dir}/train.pt"
-        die(f"--method {args.method} with these flags {what}", "try --infer-groups")
-
-
-# ---- the training loop
+        save_results(model, method, splits, args, epochs, kept, facts)
+        seconds = note_time(args.dir, args.name, began)
+        print(f"wrote {args.dir / args.name}.pt and .json after {seconds:.0f}s")
+        if args.model != "mlp":
+            print(f"see where it looks: python gradcam.py --dir {args.dir} --models {args.name}")
 
 
 class Batch(NamedTuple):
@@ -367,67 +278,67 @@ class Batch(NamedTuple):
     weight: float = 1.0  # of these images among those of all processes, 0 to 1
 
 
-def train(model, splits, args, device, part=None):
-    """Fits the model in place; returns one record per epoch, and the weights kept of each phase.
+class Kept(NamedTuple):
+    """What is kept of a phase of the training: one epoch's weights."""
+
+    epoch: int
+    on: str  # what chose this epoch
+    value: float  # of what chose it; the highest wins
+    weights: dict  # a state_dict on the CPU
+
+
+def train(model, method, splits, args, part=None):
+    """Fits the model in place; returns one record per epoch, and {phase: Kept}.
 
     Most methods have one phase, "", whose last epoch is kept; a method may name others, and a key
     of the epoch's record (never of a test split) whose highest value decides, the later of two
     equal ones. After every epoch the file `part` holds what --resume needs.
     """
-    method = METHODS[args.method](model, splits, args).to(device)
-    sizes = batch_sizes(len(splits["train"].labels), args)
-    optimiser = make_optimiser(model, method, args)
-    schedule = make_schedule(optimiser, args, args.epochs * len(sizes))
+    sizes = batch_sizes(len(splits["train"].labels), args.batch, args.model)
+    optimiser = make_optimiser(model, method, args.lr)
+    schedule = make_schedule(optimiser, args.schedule, args.epochs * len(sizes))
     state = {"model": model, "method": method, "optimiser": optimiser, "schedule": schedule}
     epochs, kept = [], {}
-    if args.resume and part is not None:
-        epochs, kept = restore(part, state, args)
+    if part is not None and args.resume:
+        epochs, kept = restore(part, state, this_run(args))
     for epoch in range(len(epochs) + 1, args.epochs + 1):
         start = time.time()
-        loss = train_epoch(epoch, sizes, splits["train"], state, args, device)
-        record = {
-            "epoch": epoch,
-            "loss": loss,
-            **epoch_scores(model, splits),
-            **method.facts(model),
-        }
+        loss = train_epoch(epoch, sizes, splits["train"], state, args)
+        record = {"epoch": epoch, "loss": loss, **epoch_scores(model, splits)}
+        record |= method.facts(model)
         epochs.append(record)
         phase, key = method.phase(epoch)
-        best = kept.get(phase)
-        if best is None or key is None or record[key] >= best["value"]:
-            kept[phase] = {
-                "epoch": epoch,
-                "on": key or "last epoch",
-                "value": record.get(key),
-                "weights": copy_of(model.state_dict()),
-            }
-        print_epoch(record, args, time.time() - start)
+        value = record[key] if key else epoch
+        if phase not in kept or value >= kept[phase].value:
+            kept[phase] = Kept(epoch, key or "last epoch", value, copy_of(model.state_dict()))
+        print_epoch(record, args.epochs, time.time() - start)
         if part is not None and RANK == 0:
             saved = {name: thing.state_dict() for name, thing in state.items()}
-            save_pt({"run": this_run(args), "epochs": epochs, "kept": kept, **saved}, part)
-    kept[""] |= method.finish(model, splits, kept[""]["weights"])
+            saved["kept"] = {phase: tuple(best) for phase, best in kept.items()}
+            save_pt({"run": this_run(args), "epochs": epochs, **saved}, part)
     return epochs, kept
 
 
-def train_epoch(epoch, sizes, data, state, args, device):
+def train_epoch(epoch, sizes, data, state, args):
     """One pass over the training split; returns the mean loss."""
-    model, method, schedule = state["model"], state["method"], state["schedule"]
-    start, total = time.time(), torch.zeros((), device=device)
+    model, method = state["model"], state["method"]
+    start, device = time.time(), data.labels.device
     own = f" of process {RANK}" if RANK > 0 else ""
     gen = stream(args.seed, f"epoch {epoch}{own}", device)
-    order = draw_order(data, args, stream(args.seed, f"order {epoch}")).to(device)
+    order = draw_order(data, method.balanced, stream(args.seed, f"order {epoch}")).to(device)
+    total = torch.zeros((), device=device)
     model.train()
     for i, index in enumerate(order.split(sizes)):
         mine, weight = shard(index)
         colour = None if data.colors is None else data.colors[mine]
-        progress = ((epoch - 1) * len(sizes) + i) / (args.epochs * len(sizes))
-        batch = Batch(data.x(mine), data.labels[mine], colour, mine, progress, epoch, weight)
+        past = ((epoch - 1) * len(sizes) + i) / (args.epochs * len(sizes))
+        batch = Batch(data.x(mine), data.labels[mine], colour, mine, past, epoch, weight)
         loss = method.step(model, batch, state["optimiser"], gen)
         total += loss * (len(index) * weight)
-        schedule.step()
-        if sys.stdout.isatty() and i % 50 == 49:
+        state["schedule"].step()
+        if i % 50 == 49 and sys.stdout.isatty():
             left = (time.time() - start) * (len(sizes) / (i + 1) - 1)
-            print(f"\repoch {epoch:2d}/{args.epochs}  {left:4.0f}s left ", end="", flush=True)
+            progress(f"epoch {epoch:2d}/{args.epochs}  {left:4.0f}s left")
     all_reduce([total])
     loss = total.item() / len(order)
     if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
@@ -448,75 +359,86 @@ def update(optimiser, loss, weight=1.0, clip=0.0):
     return loss.detach()
 
 
-def draw_order(data, args, gen):
+# ---- what the run needs: data, batches, rates, words
+
+
+def load_splits(args, device):
+    """{name: Split} of --dir; they fit each other and what the flags ask for."""
+    splits = {name: load_split(args.dir, name, device) for name in SPLITS}
+    data = splits["train"]
+    fits, crop = shape_of(data), getattr(args, "crop", 0)
+    for name, split in splits.items():
+        path, n = args.dir / f"{name}.pt", len(split.labels)
+        if n < (4 if name == "test_unbiased" else 2):  # for batch norm and for the probes
+            die(f"{path} has too few images, {n}", "give it four or more")
+        check_fit("the net for train.pt", fits, split, path)
+    if crop >= min(fits["size"]):
+        die(f"--crop {crop} leaves nothing of {min(fits['size'])} pixels", "try 2")
+    told = data.colors is not None and int(data.colors.max()) < fits["classes"]
+    if uses_colours(args) and not infers_groups(args) and not told:
+        what = f"needs a colour label below {fits['classes']} for every image of train.pt"
+        die(f"--method {args.method} with these flags {what}", "try --infer-groups")
+    if args.shuffle_labels:
+        order = torch.randperm(len(data.labels), generator=stream(args.seed, "shuffled labels"))
+        splits["train"] = data._replace(labels=data.labels[order.to(device)])
+    return splits
+
+
+def shape_of(data):
+    """What a net for these images must fit."""
+    return {"classes": int(data.labels.max()) + 1, "size": list(data.images.shape[2:])}
+
+
+def fresh_net(args, data):
+    return build_model(args.model, args.width, **shape_of(data), grayscale=args.grayscale)
+
+
+def draw_order(data, balanced, gen):
     """Which image comes when in an epoch, int64 (N,): each once.
 
     Balanced, images are drawn with replacement, every (digit, colour) group equally likely.
     """
-    if not (args.balance or METHODS[args.method].balanced):
+    if not balanced:
         return torch.randperm(len(data.labels), generator=gen)
     group = (data.labels * (int(data.colors.max()) + 1) + data.colors).cpu()
     likely = 1 / group.bincount()[group].double()
     return torch.multinomial(likely, len(group), replacement=True, generator=gen)
 
 
-def batch_sizes(n, args):
+def batch_sizes(n, batch, model):
     """Images in each batch; a last one of a single image joins the one before (batch norm)."""
-    sizes = [args.batch] * (n // args.batch)
-    left = n % args.batch
+    sizes = [batch] * (n // batch)
+    left = n % batch
     if left == 1 and sizes:
         sizes[-1] += 1
     elif left:
         sizes.append(left)
-    if args.model.startswith("resnet") and min(sizes) < 2 * PROCESSES:
-        die(f"--batch {args.batch} makes a batch of {min(sizes)}", "choose another --batch")
+    if model.startswith("resnet") and min(sizes) < 2 * PROCESSES:
+        die(f"--batch {batch} makes a batch of {min(sizes)}", "choose another --batch")
     return sizes
 
 
-def make_optimiser(model, method, args):
+def make_optimiser(model, method, lr):
     """AdamW on the net and, at a rate of their own, on the method's weights if it has any."""
-    groups = [{"params": list(model.parameters()), "lr": args.lr}]
+    groups = [{"params": list(model.parameters()), "lr": lr}]
     own = list(method.parameters())
     if own:
-        groups.append({"params": own, "lr": args.lr * method.lr_scale, "betas": method.betas})
+        groups.append({"params": own, "lr": lr * method.lr_scale, "betas": method.betas})
     return torch.optim.AdamW(groups, weight_decay=1e-4, fused=True)
 
 
-def make_schedule(optimiser, args, steps):
+def make_schedule(optimiser, kind, steps):
     """The learning rate, step by step."""
     scheduler = torch.optim.lr_scheduler
-    if args.schedule == "onecycle":
-        rates = [group["lr"] for group in optimiser.param_groups]
-        betas = [group["betas"][0] for group in optimiser.param_groups]
-        low = [0.85 if beta else 0.0 for beta in betas]  # weights without momentum stay without
-        high = [0.95 if beta else 0.0 for beta in betas]
-        return scheduler.OneCycleLR(
-            optimiser, max_lr=rates, total_steps=steps, base_momentum=low, max_momentum=high
-        )
-    if args.schedule == "cosine":
+    if kind == "cosine":
         return scheduler.CosineAnnealingLR(optimiser, steps)
-    return scheduler.ConstantLR(optimiser, factor=1)
-
-
-def epoch_scores(model, splits):
-    """What an epoch's record says of val, whole and by group, and of test_hard."""
-    val = score(predict(model, splits["val"]), splits["val"])
-    hard = score(predict(model, splits["test_hard"]), splits["test_hard"])
-    return {
-        "val": val["acc"],
-        "val_aligned": val["aligned"],
-        "val_conflicting": val["conflicting"],
-        "test_hard": hard["acc"],
-    }
-
-
-def print_epoch(record, args, seconds):
-    back = "\r" if sys.stdout.isatty() else ""
-    line = f"{back}epoch {record['epoch']:2d}/{args.epochs}  loss {record['loss']:.4f}"
-    for key, value in record.items():
-        if key not in ("epoch", "loss"):
-            line += f"  {key} {'-' if value is None else f'{value:.3f}'}"
-    print(f"{line}  {seconds:5.1f}s", flush=True)
+    if kind == "constant":
+        return scheduler.ConstantLR(optimiser, factor=1)
+    rates = [group["lr"] for group in optimiser.param_groups]
+    momentum = [group["betas"][0] > 0 for group in optimiser.param_groups]
+    low, high = ([end if has else 0.0 for has in momentum] for end in (0.85, 0.95))
+    ends = {"base_momentum": low, "max_momentum": high}  # weights without momentum stay without
+    return scheduler.OneCycleLR(optimiser, max_lr=rates, total_steps=steps, **ends)
 
 
 def copy_of(weights):
@@ -525,12 +447,35 @@ def copy_of(weights):
     return {k: v.detach().cpu().clone(memory_format=plain) for k, v in weights.items()}
 
 
+def print_start(args, model, device):
+    """What runs, with the settings that differ from the defaults or are the method's own."""
+    usual, everyone = settings(get_args(["--method", args.method])), settings(get_args([]))
+    shown = [
+        f"{flag} {value}"
+        for flag, value in settings(args).items()
+        if value != usual.get(flag) or (value and flag not in everyone)
+    ]
+    params = sum(p.numel() for p in model.parameters())
+    net = f"{args.model} with {params:,} parameters, {device}"
+    print(f"{args.name}: {args.epochs} epochs on {args.dir}, {net};", end=" ")
+    print(", ".join(shown) or "all settings as usual", flush=True)
+
+
+def print_epoch(record, epochs, seconds):
+    line = f"epoch {record['epoch']:2d}/{epochs}  loss {record['loss']:.4f}"
+    for key, value in record.items():
+        if key not in ("epoch", "loss"):
+            line += f"  {key} {'-' if value is None else f'{value:.3f}'}"
+    progress("")
+    print(f"{line}  {seconds:5.1f}s", flush=True)
+
+
 def this_run(args):
     """What must be the same for --resume to continue a run."""
     return {**settings(args), "world": world_of(args.dir), "processes": PROCESSES}
 
 
-def restore(part, state, args):
+def restore(part, state, now):
     """Bring everything to where a killed run left it; returns its epochs and what it kept.
 
     No generator is kept: every epoch draws from streams of its own.
@@ -539,7 +484,7 @@ def restore(part, state, args):
         print(f"--resume: {part} is not there, so the run starts with its first epoch", flush=True)
         return [], {}
     hint = "give the flags of that run to continue it, or leave --resume out to start over"
-    saved, now = load_pt(part, hint), this_run(args)
+    saved = load_pt(part, hint)
     before = saved.get("run", {})
     changed = [f"{key} was {before.get(key)}" for key in now if before.get(key) != now[key]]
     if changed:
@@ -547,50 +492,12 @@ def restore(part, state, args):
     try:
         for name, thing in state.items():
             thing.load_state_dict(saved[name])
-        epochs, kept = list(saved["epochs"]), dict(saved["kept"])
+        kept = {phase: Kept(*best) for phase, best in saved["kept"].items()}
+        epochs = list(saved["epochs"])
     except Exception as e:  # whatever a foreign file makes of it
         die(f"{part} does not fit this run ({type(e).__name__})", hint)
     print(f"--resume: continuing after epoch {len(epochs)}", flush=True)
     return epochs, kept
-
-
-# ---- one model in several processes, started by torchrun
-
-TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1  # processes that train this model
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # which of them this is
-
-
-def init_distributed(args, device):
-    """Meet the other processes: gloo on CPUs, nccl on GPUs, one each."""
-    if not METHODS[args.method].can_shard:
-        able = ", ".join(name for name, method in METHODS.items() if method.can_shard)
-        die(f"--method {args.method} needs whole batches in one process", f"torchrun can do {able}")
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    if device.type != "cpu" and gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
-        die(f"there are fewer GPUs for --device {device} than processes", "use --device cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=5))
-
-
-def shard(index):
-    """This process's part of a batch, int64 (b,), and its weight; an idle one gets weight 0."""
-    mine = index.tensor_split(PROCESSES)[RANK]
-    if len(mine) == 0:
-        return index[:1], 0.0
-    return mine, len(mine) / len(index)
-
-
-def all_reduce(tensors):
-    """Replace each tensor by its sum over all processes, in one message."""
-    if PROCESSES == 1:
-        return
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        t.copy_(part.view(t.shape))
 
 
 # ---- methods, from easy to hard: a `loss`, and a `step` that most inherit
@@ -602,13 +509,14 @@ class Method(nn.Module):
     knows = "nothing"  # what the training is told about the bias, beside labels and colours
     wants_colours = False  # of the training images, true or inferred
     balanced = False  # are all (digit, colour) groups drawn equally often
-    flags = ()  # of the command line that mean nothing for other methods
     can_shard = False  # may torchrun share a batch: a mean over images, and nothing kept of them
     lr_scale, betas = 1, (0.9, 0.999)  # for the method's own weights, if it has any
+    clip = 0.0  # largest norm of a gradient; 0: any
 
     def __init__(self, model, splits, args):
         super().__init__()
         self.args = args
+        self.balanced = self.balanced or getattr(args, "balance", False)
 
     def loss(self, model, batch, gen):
         """The scalar to minimise; extra random numbers come from `gen` only."""
@@ -616,8 +524,7 @@ class Method(nn.Module):
 
     def step(self, model, batch, optimiser, gen):
         """One update of all weights; returns the loss to be shown."""
-        loss = self.loss(model, batch, gen)
-        return update(optimiser, loss, batch.weight, self.args.clip_grad)
+        return update(optimiser, self.loss(model, batch, gen), batch.weight, self.clip)
 
     def facts(self, model):
         """More numbers for the epoch's record."""
@@ -627,26 +534,47 @@ class Method(nn.Module):
         """(name of the phase, key of the record that chooses its epoch; None keeps the last)."""
         return "", None
 
-    def finish(self, model, splits, weights):
-        """More for the results, once training is over: {"record": .., "checkpoint": ..}."""
-        return {}
+    def draws(self):
+        """A generator of pictures, to be scored once training is over, or None."""
+        return None
 
 
 class Baseline(Method):
     """Empirical risk minimisation: the row that every other row is compared with."""
 
-    flags = ("crop",)
     can_shard = True
 
     def loss(self, model, batch, gen):
-        x = moved(batch.x, self.args, gen) if self.args.crop else batch.x
+        crop = self.args.crop
+        x = moved(batch.x, crop, gen) if crop else batch.x
         return F.cross_entropy(model(x), batch.y)
+
+
+def moved(x, crop, gen, degrees=0, flip=False):
+    """Shifted by up to `crop` whole pixels, mirrored half of the times, turned by up to `degrees`.
+
+    A crop of the image after padding is a shift, so all three are one resampling; edges are
+    repeated outwards. x (B,3,H,W).
+    """
+    b, _, h, w = x.shape
+
+    def draw():
+        return torch.rand(b, generator=gen, device=x.device)
+
+    angle = math.radians(degrees) * (2 * draw() - 1)
+    mirror = torch.where(draw() < 0.5, -1.0, 1.0) if flip else torch.ones_like(angle)
+    pixels = 2 * crop + 1
+    right, down = (2 / side * (draw() * pixels - crop).floor() for side in (w, h))
+    rows = (
+        torch.stack([mirror * angle.cos(), -angle.sin() * h / w, right], 1),
+        torch.stack([mirror * angle.sin() * w / h, angle.cos(), down], 1),
+    )
+    grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 class GCE(Baseline):
     """Generalised cross-entropy (Zhang & Sabuncu, 2018): it learns what is easy, and only that."""
-
-    flags = ()
 
     def loss(self, model, batch, gen):
         return generalised_cross_entropy(model(batch.x), batch.y)
@@ -658,15 +586,10 @@ def generalised_cross_entropy(logits, y, q=0.7):
     return ((1 - p.clamp(min=1e-8) ** q) / q).mean()
 
 
-FIRST_LOSSES = {"ce": "baseline", "gce": "gce"}  # the method of the first net
-GROUP_FLAGS = ("infer_groups", "first_epochs", "first_loss")
-
-
 class Balance(Baseline):
     """ERM with every (digit, colour) group equally likely in a batch (Idrissi et al., 2022)."""
 
     wants_colours = balanced = True
-    flags = ("crop", *GROUP_FLAGS)
 
 
 class Jitter(Method):
@@ -679,8 +602,6 @@ class Jitter(Method):
     """
 
     knows = "the kind of bias"
-    shared = ("alpha", "jitter", "grain", "classify", "fade")  # with combined
-    flags = (*shared, "balance", *GROUP_FLAGS)
     can_shard = True
 
     def loss(self, model, batch, gen):
@@ -765,12 +686,11 @@ class BiasBal(Method):
     """
 
     wants_colours = can_shard = True
-    flags = GROUP_FLAGS
 
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
         count = count_groups(splits["train"], model.fc.out_features).clamp(min=1)
-        if not args.conditional:  # of grl and combined
+        if not getattr(args, "conditional", True):  # of grl and combined
             count = torch.ones_like(count)
         self.register_buffer("digit_given_colour", (count / count.sum(0)).log().T.contiguous())
         self.register_buffer("colour_given_digit", (count / count.sum(1, keepdim=True)).log())
@@ -796,17 +716,17 @@ class Reverse(torch.autograd.Function):
 
 
 class InputOf:
-    """Inside `with`, .value is what this layer of a model was fed in its last call."""
+    """Inside `with`, .seen is what this layer of a model was fed, a tensor for each call."""
 
     def __init__(self, layer):
-        self.layer = layer
+        self.layer, self.seen = layer, []
 
     def __enter__(self):
         self.hook = self.layer.register_forward_pre_hook(self.keep)
         return self
 
     def keep(self, _, inputs):
-        self.value = inputs[0]
+        self.seen.append(inputs[0])
 
     def __exit__(self, *_):
         self.hook.remove()
@@ -823,7 +743,6 @@ class GRL(BiasBal):
     digit) are added to their logits. For the digit that is `biasbal`; --no-conditional drops both.
     """
 
-    flags = ("gamma", "conditional", *GROUP_FLAGS)
     updates = lr_scale = 3
 
     def __init__(self, model, splits, args):
@@ -835,7 +754,7 @@ class GRL(BiasBal):
     def step(self, model, batch, optimiser, gen):
         with InputOf(model.fc) as features:
             loss = self.loss(model, batch, gen)
-        seen = features.value[: len(batch.y)]  # `combined` shows recoloured copies behind these
+        seen = features.seen[0][: len(batch.y)]  # `combined` shows recoloured copies behind these
         for _ in range(self.updates - 1):  # the net has no gradient here, so it stays as it is
             update(optimiser, self.colour_loss(seen.detach(), batch), batch.weight)
         gamma = self.args.gamma * max(0, (batch.progress - 0.2) / 0.8)
@@ -852,7 +771,6 @@ class Combined(GRL):
     """Both cures: the loss of jitter, and both losses of gradient reversal on the images."""
 
     knows = "the kind of bias"
-    flags = (*Jitter.shared, *GRL.flags)
 
     def loss(self, model, batch, gen):
         recoloured = JITTERS[self.args.jitter](batch.x, self.args.grain, gen)
@@ -878,7 +796,6 @@ class LNTL(Method):
     """
 
     knows = "the kind of bias"
-    flags = ("entropy", "gamma")
     lr_scale = 3
     bins = 8
     most = 4_096  # features of a batch that the heads see, drawn anew every step
@@ -887,8 +804,8 @@ class LNTL(Method):
         super().__init__(model, splits, args)
         with InputOf(early_layer(model)) as early, torch.no_grad():
             model.eval()(splits["train"].x(slice(1)))
-        self.size = early.value.shape[2:]
-        channels = early.value.shape[1]
+        self.size = early.seen[0].shape[2:]
+        channels = early.seen[0].shape[1]
         self.register_buffer("tally", torch.zeros(2), persistent=False)  # right, seen
         self.head = nn.Sequential(
             nn.BatchNorm1d(channels, affine=False, track_running_stats=False),
@@ -903,7 +820,7 @@ class LNTL(Method):
         colour, seen = self.colour(batch.x, gen)
         if len(seen) < 2:
             return update(optimiser, loss)  # nothing but black
-        features = self.pixels(early.value, seen)
+        features = self.pixels(early.seen[0], seen)
         frozen = {name: p.detach() for name, p in self.head.named_parameters()}
         guesses = torch.func.functional_call(self.head, frozen, features).reshape(-1, self.bins)
         minus_entropy = (guesses.softmax(1) * guesses.log_softmax(1)).sum(1).mean()
@@ -959,7 +876,6 @@ class GroupDRO(Method):
     """
 
     wants_colours = balanced = True
-    flags = GROUP_FLAGS
     ascent = 0.01  # step of the weights
 
     def __init__(self, model, splits, args):
@@ -991,7 +907,7 @@ class LfF(Method):
         super().__init__(model, splits, args)
         data = splits["train"]
         self.classes, self.labels = model.fc.out_features, data.labels
-        self.biased = fresh_net(args, self.classes, data.images.shape[2:])
+        self.biased = fresh_net(args, data)
         self.register_buffer("running", torch.zeros(2, len(data.labels)))  # of both nets' losses
 
     def loss(self, model, batch, gen):
@@ -1020,7 +936,6 @@ class JTT(Method):
     repeats them in the data set.
     """
 
-    flags = ("first_epochs",)
     upweight = 20.0
 
     def __init__(self, model, splits, args):
@@ -1034,21 +949,17 @@ class JTT(Method):
         return (weight * losses).sum() / weight.sum()
 
 
-def fresh_net(args, classes, size):
-    return build_model(args.model, args.width, classes, size, args.grayscale)
-
-
 def train_plain(splits, args, method="baseline", **changes):
-    """Another net, trained by plain ERM, uncropped, with the same settings but for `changes`."""
-    plain = {"method": method, "balance": False, "infer_groups": False, "crop": 0, "clip_grad": 0}
-    plain = argparse.Namespace(**{**vars(args), **plain, **changes})
-    data, device = splits["train"], splits["train"].images.device
-    net = fresh_net(plain, int(data.labels.max()) + 1, data.images.shape[2:]).to(device)
-    train(net, splits, plain, device)
+    """Another net, trained uncropped, with the settings of this run but for `changes`."""
+    plain = argparse.Namespace(**{**vars(args), "crop": 0, "balance": False, **changes})
+    net = fresh_net(plain, splits["train"]).to(splits["train"].labels.device)
+    train(net, METHODS[method](net, splits, plain), splits, plain)
     return net
 
 
 # ---- told nothing: a first net, read early, names the shortcut
+
+FIRST_LOSSES = {"ce": "baseline", "gce": "gce"}  # the method of the first net
 
 
 def first_answers(splits, args, method):
@@ -1060,7 +971,7 @@ def first_answers(splits, args, method):
     """
     print(f"the first net, {method}, epochs: {args.first_epochs}", flush=True)
     first = train_plain(splits, args, method, epochs=args.first_epochs, seed=args.seed + 1)
-    answers = predict(first, splits["train"]).clone()
+    answers = predict(first, splits["train"].images).argmax(1).clone()
     if PROCESSES > 1:  # running means of a ResNet's batch norm differ between processes
         dist.broadcast(answers, 0)
     return answers
@@ -1091,41 +1002,15 @@ def infer_groups(splits, args):
 # ---- adversarial training
 
 
-def augment(batch, classes, args, gen):
-    """(x, labels as probabilities (B,classes)) after every option that is switched on."""
-    x, soft = batch.x, F.one_hot(batch.y, classes).to(batch.x.dtype)
-    if args.crop or args.flip or args.rotation:
-        x = moved(x, args, gen)
-    if args.recolour:
-        x = JITTERS[args.recolour](x, args.grain, gen)
-    if args.cutout:
-        x = cutout(x, args.cutout, gen)
-    if args.mixup:
-        x, soft = mixup(x, soft, args.mixup, gen)
-    return x, soft
+def augment(x, soft, crop, gen):
+    """The recipe of a student project, one draw per image; `soft` are labels (B,classes).
 
-
-def moved(x, args, gen):
-    """Shifted by whole pixels up to --crop, mirrored with --flip, turned by up to --rotation.
-
-    A crop of the image after padding is a shift, so all three are one resampling; edges are
-    repeated outwards. x (B,3,H,W).
+    Shifted by up to `crop` pixels, mirrored, turned by up to 10 degrees, recoloured, cut out and
+    mixed. Beside these, labels are smoothed by 0.1, and gradients clipped to a norm of 1.
     """
-    b, _, h, w = x.shape
-
-    def draw():
-        return torch.rand(b, generator=gen, device=x.device)
-
-    angle = math.radians(args.rotation) * (2 * draw() - 1)
-    mirror = torch.where(draw() < 0.5, -1.0, 1.0) if args.flip else torch.ones_like(angle)
-    pixels = 2 * args.crop + 1
-    right, down = (2 / side * (draw() * pixels - args.crop).floor() for side in (w, h))
-    rows = (
-        torch.stack([mirror * angle.cos(), -angle.sin() * h / w, right], 1),
-        torch.stack([mirror * angle.sin() * w / h, angle.cos(), down], 1),
-    )
-    grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    x = moved(x, crop, gen, degrees=10, flip=True)
+    x = cutout(hsv(x, None, gen), 8, gen)
+    return mixup(x, soft, 0.2, gen)
 
 
 def cutout(x, side, gen):
@@ -1180,23 +1065,17 @@ class AT(Method):
     of every attacked batch is generated for the labels at hand (after Gowal et al., 2021).
     """
 
-    shared = (  # with robgan
-        *("attack", "eps", "steps", "step_size", "clean_epochs", "eps_ramp", "beta", "grain"),
-        *("balance", *GROUP_FLAGS),
-        *("crop", "flip", "rotation", "recolour", "cutout", "mixup"),
-        *("label_smoothing", "clip_grad"),
-    )
-    flags = (*shared, "generator", "generated")
     can_shard = True
     watched = 500  # images of val that are attacked after every epoch
 
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
         self.classes, self.val = model.fc.out_features, splits["val"]
+        self.student = args.augment == "student"
+        self.smoothing, self.clip = (0.1, 1.0) if self.student else (0.0, 0.0)
         self.source = None
-        if args.generator:
-            images = splits["train"].images
-            self.source = load_generator(args, self.classes, images.shape[2:]).to(images.device)
+        if getattr(args, "generator", None):  # robgan has one of its own
+            self.source = load_generator(args.dir, args.generator, splits["train"])
 
     def loss(self, model, batch, gen):
         args, eps = self.args, self.radius(batch)
@@ -1204,7 +1083,11 @@ class AT(Method):
             n = round(args.generated * len(batch.y))
             made = self.source.draw(batch.y[:n], gen)
             batch = batch._replace(x=torch.cat([made, batch.x[n:]]))
-        x, soft = augment(batch, self.classes, args, gen)
+        x, soft = batch.x, F.one_hot(batch.y, self.classes).to(batch.x.dtype)
+        if self.student:
+            x, soft = augment(x, soft, args.crop, gen)
+        elif args.crop:
+            x = moved(x, args.crop, gen)
         if eps == 0:
             return self.cross_entropy(model(x), soft)
         steps, size = (1, 1.25) if args.attack == "fgsm" else (args.steps, 0.35)
@@ -1222,7 +1105,7 @@ class AT(Method):
         return self.cross_entropy(image, soft) + args.beta * kl(image, attacked)
 
     def cross_entropy(self, logits, soft):
-        return F.cross_entropy(logits, soft, label_smoothing=self.args.label_smoothing)
+        return F.cross_entropy(logits, soft, label_smoothing=self.smoothing)
 
     def radius(self, batch):
         """L-inf radius for this batch, 0 while the training is clean."""
@@ -1238,9 +1121,7 @@ class AT(Method):
         x, y = self.val.x(slice(self.watched)), self.val.labels[: self.watched]
         gen, eps = stream(self.args.seed, "attack on val", x.device), self.args.eps
         x_adv = pgd(model, x, y, eps, 10, eps / 4, gen)
-        with torch.inference_mode():
-            right = int((model(x_adv).argmax(1) == y).sum())
-        return {"val_pgd": right / len(y)}
+        return {"val_pgd": mean_of(predict(model, x_adv).argmax(1) == y)}
 
     def phase(self, epoch):
         return ("clean", None) if epoch <= self.args.clean_epochs else ("", "val_pgd")
@@ -1287,18 +1168,18 @@ class Generator(nn.Module):
         return self(torch.randn(len(y), self.latent, generator=gen, device=y.device), y)
 
 
-def load_generator(args, classes, size):
+def load_generator(folder, name, data):
     """The averaged generator that a robgan run of this world has saved; it learns nothing more."""
-    hint = f"train one: python train.py --dir {args.dir} --method robgan"
-    kept = load_model(args.dir, args.generator)[1].get("generator")
+    kept = load_model(folder, name)[1].get("generator")
     if kept is None:
-        die(f"{args.generator} holds no generator", hint)
-    generator = Generator(classes, size, channels=len(kept["grow.6.weight"]))
+        hint = f"train one: python train.py --dir {folder} --method robgan"
+        die(f"{name} holds no generator", hint)
+    generator = Generator(**shape_of(data), channels=len(kept["grow.6.weight"]))
     try:
-        generator.load_state_dict({name: value.float() for name, value in kept.items()})
+        generator.load_state_dict({key: value.float() for key, value in kept.items()})
     except RuntimeError:
-        die(f"the generator of {args.generator} is built for another world", hint)
-    return generator.eval().requires_grad_(False)
+        die(f"the generator of {name} is built for another world", f"train one in {folder}")
+    return generator.to(data.images.device).eval().requires_grad_(False)
 
 
 class RobGAN(AT):
@@ -1316,7 +1197,6 @@ class RobGAN(AT):
     come from averaged weights of the generator.
     """
 
-    flags = (*AT.shared, "judge")
     can_shard = False
     lr_scale, betas = 1, (0.0, 0.99)  # of the generator and the discriminator's own head
     decay = 0.998  # of the averaged weights
@@ -1324,22 +1204,18 @@ class RobGAN(AT):
 
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
-        data = splits["train"]
-        self.judge = functools.partial(judged, load_judge(splits, self.classes, args))
-        self.some = data.take(slice(2000))
+        load_judge(args, splits)  # it complains before the training, not after it
         if args.model.startswith("resnet"):
             hint = "choose simplecnn or saturatedcnn"
             die("--method robgan: batch norm shows a discriminator which batch is generated", hint)
-        self.channels = 1 if (self.some.images == self.some.images[:, :1]).all() else 3
-        self.generator = Generator(self.classes, data.images.shape[2:], self.channels)
+        images = splits["train"].images
+        grey = (images[:2000] == images[:2000, :1]).all()
+        self.generator = Generator(**shape_of(splits["train"]), channels=1 if grey else 3)
         self.average = copy.deepcopy(self.generator).requires_grad_(False).eval()
         self.head = nn.Sequential(nn.Linear(model.fc.in_features, 128), nn.LeakyReLU(0.2))
         self.real, self.belongs = nn.Linear(128, 1), nn.Embedding(self.classes, 128)
         self.register_buffer("tally", torch.zeros(3), persistent=False)  # losses D, G; steps
         self.register_buffer("steps", torch.zeros(()))
-        self.spread = within_class(self.judge(self.some)[1], self.some, self.classes)
-        if not (self.spread > 0).all():
-            die(f"--judge {args.judge} cannot tell images of a class apart", "train it first")
 
     def step(self, model, batch, optimiser, gen):
         if self.radius(batch) == 0:
@@ -1348,7 +1224,7 @@ class RobGAN(AT):
         with torch.no_grad():
             fake = self.generator.draw(batch.y, gen)
         against = self.discriminator_loss(model, batch.x, fake, batch.y)
-        update(optimiser, learned + against, clip=self.args.clip_grad)
+        update(optimiser, learned + against, clip=self.clip)
         with frozen(model, self.head, self.real, self.belongs):
             fake = self.generator.draw(batch.y, gen)
             towards = self.generator_loss(model, batch.x, fake, batch.y)
@@ -1378,7 +1254,7 @@ class RobGAN(AT):
         """How real x (B,3,H,W) looks for class y (B,): float (B,)."""
         with InputOf(model.fc) as features:
             model(x)
-        h = self.head(features.value)
+        h = self.head(features.seen[0])
         return self.real(h)[:, 0] + (self.belongs(y) * h).sum(1)
 
     @torch.no_grad()
@@ -1392,64 +1268,15 @@ class RobGAN(AT):
         for slow, fast in zip(average.buffers(), now.buffers(), strict=True):
             slow.copy_(fast)
 
-    @torch.no_grad()
-    def sample(self, y, gen):
-        """A Split of the averaged generator's pictures, one for each class of y (N,)."""
-        parts = [self.average.draw(part, gen).mul(255).round_().byte() for part in y.split(1000)]
-        images = torch.cat(parts).contiguous(memory_format=torch.channels_last)
-        return Split(images, y, None, None)
-
     def facts(self, model):
-        """AT's, both losses, and what the judge says of samples."""
-        y = self.some.labels
-        gen = stream(self.args.seed, "samples to watch", y.device)
+        """AT's, and both losses."""
         against, towards, steps = self.tally.tolist()
         self.tally.zero_()
         losses = {"loss_d": against / steps, "loss_g": towards / steps} if steps else {}
-        return {
-            **super().facts(model),
-            **losses,
-            **compare(self.sample(y, gen), self.spread, self.judge, self.classes),
-        }
+        return {**super().facts(model), **losses}
 
-    def finish(self, model, splits, weights):
-        """What the samples are worth beside real and collapsed ones; the generator and pictures."""
-        model.load_state_dict(weights)
-        args, data, test = self.args, splits["train"], splits["test_unbiased"]
-        n = min(10_000, len(test.labels), len(data.labels))
-        gen = stream(args.seed, "samples", test.labels.device)
-        few = data.take(slice(n))
-        sources = {  # n pictures to look at, and as many as there are to train on
-            "generated": [self.sample(split.labels, gen) for split in (few, data)],
-            "real": [test.take(slice(n)), data],
-            "collapsed": [collapsed(data, self.classes, split.labels) for split in (few, data)],
-        }
-        spread, measured = within_class(self.judge(few)[1], few, self.classes), {}
-        for name, (pictures, many) in sources.items():
-            measured[name] = {
-                **compare(pictures, spread, self.judge, self.classes),
-                "trained_on": accuracy_when_trained_on(many, name, splits, args),
-                "nearest": nearest(pictures, data),
-            }
-        params = sum(p.numel() for p in self.generator.parameters())
-        facts = {"params": params, "n": n, "judge": args.judge, "measured": measured}
-        half = copy_of(self.average.half().state_dict())  # the training is over
-        kept = {"generator": half, **self.shown(model, few, sources["generated"][0], gen)}
-        return {"record": {"generator": facts}, "checkpoint": kept}
-
-    def shown(self, model, reference, pictures, gen):
-        """Four pictures a class, real, generated and attacked, and the net's answers to each."""
-        labels = reference.labels
-        few = torch.cat([(labels == k).nonzero()[:4, 0] for k in range(self.classes)])
-        real, generated = reference.take(few), pictures.take(few)
-        x, eps = generated.x(slice(None)), self.args.eps
-        attacked = pgd(model, x, labels[few], eps, 50, eps / 10, gen)
-        with torch.no_grad():
-            said = [model(z).argmax(1).tolist() for z in (real.x(slice(None)), x, attacked)]
-        attacked = attacked.mul(255).round_().byte()
-        shown = {"real": real.images, "generated": generated.images, "attacked": attacked}
-        shown = {k: v[:, : self.channels].cpu().contiguous() for k, v in shown.items()}
-        return {"shown": shown, "said": said}
+    def draws(self):
+        return self.average
 
 
 @contextlib.contextmanager
@@ -1460,19 +1287,6 @@ def frozen(*parts):
     yield
     for part in parts:
         part.requires_grad_(True)
-
-
-def load_judge(splits, classes, args):
-    """The classifier that judges samples; it fits the world, and every class can be compared."""
-    images = splits["train"].images
-    test = splits["test_unbiased"].labels
-    for labels in (splits["train"].labels[:2000], splits["train"].labels[: len(test)], test):
-        if (labels.bincount(minlength=classes) < 4).any():
-            die(f"--method robgan needs four images of each class among {len(labels)}", "add some")
-    judge, about = load_model(args.dir, args.judge, images.device)
-    if (about["classes"], list(about["size"])) != (classes, list(images.shape[2:])):
-        die(f"--judge {args.judge} is built for another world than {args.dir}", "train one there")
-    return judge
 
 
 # ---- the table of methods, those that are told least first
@@ -1494,43 +1308,136 @@ METHODS = {
 }
 
 
-def uses_colours(args):
-    """Does the training need the colour of every image, true or inferred?"""
-    return args.balance or METHODS[args.method].wants_colours
+# ---- scoring
+
+
+def save_results(model, method, splits, args, epochs, kept, facts):
+    """NAME.pt and NAME.json of each phase of which weights were kept; then the answer in words."""
+    facts["run"] = {
+        "torch": torch.__version__,
+        "threads": args.threads,
+        "processes": PROCESSES,
+        "device": str(splits["train"].labels.device),
+    }
+    for phase, best in kept.items():
+        model.load_state_dict(best.weights)
+        name = phase_name(args.name, phase)
+        flags = {**settings(args), "phase": phase} if phase else settings(args)
+        record = {
+            "schema": 1,
+            "script": "train.py",
+            "name": name,
+            "args": flags,
+            "world": world_of(args.dir),
+            "params": sum(p.numel() for p in model.parameters()),
+            "selected_on": best.on,
+            "selected_epoch": best.epoch,
+            **evaluate(model, splits),
+            "epochs": epochs,
+            **facts,
+        }
+        if "val_pgd" in epochs[best.epoch - 1]:
+            record["val_pgd"] = epochs[best.epoch - 1]["val_pgd"]
+        checkpoint = {"weights": best.weights, "args": flags, "trained": record["trained"]}
+        checkpoint |= shape_of(splits["train"])
+        if method.draws() is not None and not phase:
+            record["generator"], more = score_generator(method.draws(), model, splits, args)
+            checkpoint |= more
+        save_pt(checkpoint, args.dir / f"{name}.pt")
+        save_json(record, args.dir / f"{name}.json")
+        print_scores(record)
+    (args.dir / f"{args.name}.part.pt").unlink(missing_ok=True)
+
+
+def phase_name(name, phase):
+    """The name of what a phase of the training leaves: at_clean_s42 of at_s42."""
+    return re.sub(r"_s\d+$", rf"_{phase}\g<0>", name) if phase else name
+
+
+def print_scores(record):
+    """The answer in plain words."""
+    print(f"{record['name']}, share of images that it reads correctly:")
+    for split, s in record["final"].items():
+        print(f"  {split:13s} {s['acc']:.3f} of {s['n']:,}, worst digit {s['worst_digit']:.3f}")
+    follows, probe = record["final"]["test_hard"]["follows_colour"], record["probe"]
+    if None not in (follows, probe["colour"]):
+        print(f"  on test_hard it names the colour's digit {follows:.1%} of the time; from its")
+        print(f"  features a linear probe reads the colour with {probe['colour']:.3f}", end="")
+        print(f", the digit with {probe['digit']:.3f}")
 
 
 def knows(args):
     """What a training is told about the bias, in the words of the tables."""
-    if row_of(args.name).startswith("oracle"):
-        return "no bias in training"
-    if uses_colours(args) and not args.infer_groups:
+    path = args.dir / "meta.json"
+    meta = load_json(path, "run make_data.py") if path.exists() else {}
+    shares = meta.get("own_colour_share", {}).get("train", [])
+    if shares and meta.get("script") == "make_data.py":
+        chance, n = 1 / len(shares), meta["counts"]["train"]
+        share = fmean(s for s in shares if s is not None)
+        if abs(share - chance) < 4 * math.sqrt(chance * (1 - chance) / n):
+            return "no bias in training"
+    if uses_colours(args) and not infers_groups(args):
         return "colour labels"
     told = METHODS[args.method].knows
     return "the kind of bias" if args.grayscale and told == "nothing" else told
-
-
-# ---- scoring
 
 
 def evaluate(model, splits):
     """What a run's JSON says of the model: scores of every split, linear probes."""
     final = {}
     for name in EVAL_SPLITS:  # test_unbiased is the last
-        said, z = judged(model, splits[name])
+        said, z = answers_and_features(model, splits[name])
         final[name] = score(said, splits[name])
-    return {"final": final, "probe": probe(z, splits["test_unbiased"])}
+    probes = probe(z, splits["test_unbiased"])
+    return {"final": final, "probe": probes, "trained": trained(final["val"])}
+
+
+def near_chance(accuracy, classes):
+    """Did a net learn next to nothing? True below a tenth more than guessing gets."""
+    return accuracy < 1 / classes + 0.1
+
+
+def trained(val):
+    """False for a net that ended near chance on val, or that gives nearly always one answer."""
+    answers = [sum(column) for column in zip(*val["confusion"], strict=True)]
+    return not near_chance(val["acc"], len(answers)) and max(answers) <= 0.9 * sum(answers)
+
+
+def answers_and_features(model, split):
+    """A net's answers int64 (N,) and its penultimate features float (N,F), both on the CPU."""
+    with InputOf(model.fc) as features:
+        answers = predict(model, split.images).argmax(1)
+    return answers.cpu(), torch.cat(features.seen).cpu()
+
+
+def epoch_scores(model, splits):
+    """What an epoch's record says of val, whole and by group, and of test_hard."""
+    val, hard = (
+        score(predict(model, splits[name].images).argmax(1), splits[name])
+        for name in ("val", "test_hard")
+    )
+    return {
+        "val": val["acc"],
+        "val_aligned": val["aligned"],
+        "val_conflicting": val["conflicting"],
+        "test_hard": hard["acc"],
+    }
+
+
+def mean_of(hits):
+    """Their share, None of nothing."""
+    return hits.double().mean().item() if len(hits) else None
 
 
 def score(predicted, split):
     """Every accuracy of one split, a fraction beside its n; what needs colours is None without."""
     y, predicted = split.labels.cpu(), predicted.cpu()
     classes = int(max(y.max(), predicted.max())) + 1
-    right = (predicted == y).double()
+    right = predicted == y
     confusion = torch.bincount(y * classes + predicted, minlength=classes**2).view(classes, classes)
-    digits = [right[y == d] for d in range(classes)]
-    per_digit = [hits.mean().item() if len(hits) else None for hits in digits]
+    per_digit = [mean_of(right[y == d]) for d in range(classes)]
     record = {
-        "acc": right.mean().item(),
+        "acc": mean_of(right),
         "n": len(y),
         "per_digit": per_digit,
         "worst_digit": min(a for a in per_digit if a is not None),
@@ -1540,41 +1447,24 @@ def score(predicted, split):
 
 
 def score_by_colour(predicted, right, y, colour):
-    """The scores that need the colours (N,) of the images; `right` double (N,)."""
+    """The scores that need the colours (N,) of the images."""
     keys = ("worst_group", "follows_colour", "aligned", "conflicting", "n_conflicting")
-    record = dict.fromkeys(keys)
     if colour is None:
-        return record
+        return dict.fromkeys(keys)
     colour = colour.cpu()
+    against = colour != y
     groups, member = (y * 1000 + colour).unique(return_inverse=True)
-    size, hits = member.bincount(), member.bincount(right)
+    size, hits = member.bincount(), member.bincount(right.double())
     worst = int((hits / size).argmin())
-    record["worst_group"] = {
+    group = {
         "acc": (hits / size)[worst].item(),
         "n": int(size[worst]),
         "digit": int(groups[worst]) // 1000,
         "colour": int(groups[worst]) % 1000,
     }
-    against = colour != y
-    record["n_conflicting"] = int(against.sum())
-    if against.any():
-        record["follows_colour"] = (predicted == colour)[against].double().mean().item()
-        record["conflicting"] = right[against].mean().item()
-    if not against.all():
-        record["aligned"] = right[~against].mean().item()
-    return record
-
-
-@torch.inference_mode()
-def judged(model, split):
-    """A net's answers int64 (N,) and its penultimate features float (N,F), both on the CPU."""
-    model.eval()
-    said, values = [], []
-    with InputOf(model.fc) as features:
-        for part in chunks(len(split.labels)):
-            said.append(model(split.x(part)).argmax(1).cpu())
-            values.append(features.value.cpu())
-    return torch.cat(said), torch.cat(values)
+    follows = mean_of((predicted == colour)[against])
+    both = mean_of(right[~against]), mean_of(right[against])
+    return dict(zip(keys, (group, follows, *both, int(against.sum())), strict=True))
 
 
 def probe(z, split):
@@ -1614,6 +1504,69 @@ def fit_linear(z, y, z_test, y_test, l2=1e-3):
 # ---- scoring a generator
 
 
+def load_judge(args, splits):
+    """The classifier that judges pictures; it fits the world and tells images of a class apart."""
+    data, test = splits["train"], splits["test_unbiased"].labels
+    classes = shape_of(data)["classes"]
+    for labels in (data.labels[:2000], data.labels[: len(test)], test):
+        if (labels.bincount(minlength=classes) < 4).any():
+            die(f"--method robgan needs four images of each class among {len(labels)}", "add some")
+    judge, about = load_model(args.dir, args.judge, data.labels.device)
+    check_fit(f"--judge {args.judge}", about, data, args.dir)
+    few = data.take(slice(2000))
+    if not (within_class(answers_and_features(judge, few)[1], few.labels, classes) > 0).all():
+        die(f"--judge {args.judge} cannot tell images of a class apart", "train it first")
+    return judge
+
+
+def score_generator(generator, model, splits, args):
+    """(what the JSON says of its pictures beside real and collapsed ones, what the .pt keeps)."""
+    data, test = splits["train"], splits["test_unbiased"]
+    judge, classes = load_judge(args, splits), shape_of(data)["classes"]
+    n = min(10_000, len(test.labels), len(data.labels))
+    gen, few = stream(args.seed, "samples", data.labels.device), data.take(slice(n))
+    sources = {  # n pictures to look at, and as many as there are to train on
+        "generated": [sample(generator, split.labels, gen) for split in (few, data)],
+        "real": [test.take(slice(n)), data],
+        "collapsed": [collapsed(data, classes, split.labels) for split in (few, data)],
+    }
+    spread = within_class(answers_and_features(judge, few)[1], few.labels, classes)
+    measured = {
+        name: {
+            **compare(pictures, spread, judge),
+            "trained_on": accuracy_when_trained_on(many, name, splits, args),
+            "nearest": nearest(pictures, data),
+        }
+        for name, (pictures, many) in sources.items()
+    }
+    params = sum(p.numel() for p in generator.parameters())
+    shown = examples(model, few, sources["generated"][0], classes, args.eps, gen)
+    half = copy_of(copy.deepcopy(generator).half().state_dict())
+    facts = {"params": params, "n": n, "judge": args.judge, "measured": measured}
+    return facts, {"generator": half, **shown}
+
+
+@torch.no_grad()
+def sample(generator, y, gen):
+    """A Split of generated pictures, one for each class of y (N,)."""
+    parts = [generator.draw(part, gen).mul(255).round_().byte() for part in y.split(1000)]
+    images = torch.cat(parts).contiguous(memory_format=torch.channels_last)
+    return Split(images, y, None, None)
+
+
+def examples(model, real, generated, classes, eps, gen):
+    """Four pictures a class, real, generated and attacked, and the net's answers to each."""
+    few = torch.cat([(real.labels == k).nonzero()[:4, 0] for k in range(classes)])
+    x, y = generated.x(few), real.labels[few]
+    attacked = pgd(model, x, y, eps, 50, eps / 10, gen)
+    said = [predict(model, z).argmax(1).tolist() for z in (real.x(few), x, attacked)]
+    attacked = attacked.mul(255).round_().byte()
+    shown = {"real": real.images[few], "generated": generated.images[few], "attacked": attacked}
+    channels = 1 if (real.images == real.images[:, :1]).all() else 3
+    shown = {name: images[:, :channels].cpu().contiguous() for name, images in shown.items()}
+    return {"shown": shown, "said": said}
+
+
 def collapsed(split, classes, labels):
     """A control: one sharp training image per class, whatever the latent."""
     first = torch.stack([(split.labels == k).nonzero()[0, 0] for k in range(classes)])
@@ -1628,22 +1581,21 @@ def accuracy_when_trained_on(data, name, splits, args):
     net = {"model": "simplecnn", "width": 16}
     net = train_plain({**splits, "train": data}, args, **budget, **net)
     test = splits["test_unbiased"]
-    return (predict(net, test) == test.labels).cpu().double().mean().item()
+    return mean_of(predict(net, test.images).argmax(1) == test.labels)
 
 
-def within_class(z, split, classes):
-    """Mean distance between two features of a class, float (classes,); z (N,F) of the split."""
-    y = split.labels.cpu()
-    pairs = [torch.pdist(z[y == k]) for k in range(classes)]
+def within_class(z, labels, classes):
+    """Mean distance between two features of a class, float (classes,); z (N,F) on the CPU."""
+    pairs = [torch.pdist(z[labels.cpu() == k]) for k in range(classes)]
     return torch.stack([d.mean() if len(d) else d.new_zeros(()) for d in pairs])
 
 
-def compare(made, spread, judge, classes):
+def compare(made, spread, judge):
     """What a judge says of pictures; `spread` (classes,): `within_class` of real ones."""
-    said, z = judge(made)
-    diversity = (within_class(z, made, classes) / spread).double()
+    said, z = answers_and_features(judge, made)
+    diversity = (within_class(z, made.labels, len(spread)) / spread).double()
     return {
-        "agreement": (said == made.labels.cpu()).double().mean().item(),
+        "agreement": mean_of(said == made.labels.cpu()),
         "diversity": diversity.mean().item(),
         "diversity_worst": diversity.min().item(),
     }
@@ -1800,18 +1752,6 @@ def all_rows(worlds):
         for world, rows in worlds.items()
         for row, runs in rows.items()
     }
-
-
-def near_chance(accuracy, classes):
-    """Did a net learn next to nothing? True below a tenth more than guessing gets."""
-    return accuracy < 1 / classes + 0.1
-
-
-def trained(record):
-    """False for a run that ended near chance on val, or that gives nearly always one answer."""
-    val = record["final"]["val"]
-    answers = [sum(column) for column in zip(*val["confusion"], strict=True)]
-    return not near_chance(val["acc"], len(answers)) and max(answers) <= 0.9 * sum(answers)
 
 
 def note(runs):

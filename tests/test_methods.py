@@ -3,7 +3,6 @@
 A model here is often a table of logits, so that its loss can be counted on paper.
 """
 
-import argparse
 import math
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 
-import attack
 import common
 import train
 
@@ -87,18 +85,29 @@ TABLE = [[2.0, 0.5, -1.0], [0.3, 0.1, 0.9], [-0.2, 1.5, 0.4], [1.1, 1.0, 0.2]]
 # ---- what all methods share
 
 
-def test_what_each_method_is_told():
-    assert {name: train.knows(args_of(f"--method {name}")) for name in train.METHODS} == {
-        **dict.fromkeys(("baseline", "gce", "lff", "jtt", "at", "robgan"), "nothing"),
-        **dict.fromkeys(("jitter", "lntl"), "the kind of bias"),
-        **dict.fromkeys(("grl", "combined", "biasbal", "balance", "groupdro"), "colour labels"),
-    }
+@pytest.fixture
+def in_world(tmp_path):
+    """Arguments of a run in a world whose digits have their own colour in this share."""
+
+    def args(flags, own=0.95):
+        meta = {"script": "make_data.py", "counts": {"train": 54_000}}
+        meta["own_colour_share"] = {"train": [own, own + 0.001, None, *[own] * 7]}
+        common.save_json(meta, tmp_path / "meta.json")
+        return args_of(f"{flags} --dir {tmp_path}")
+
+    return args
 
 
 @pytest.mark.parametrize(
     ("flags", "knows"),
     [
-        ("--name oracle_at_s1 --method at", "no bias in training"),
+        *[(f"--method {m}", "nothing") for m in ("baseline", "gce", "lff", "jtt")],
+        *[(f"--method {m}", "the kind of bias") for m in ("jitter", "lntl")],
+        *[(f"--method {m}", "colour labels") for m in ("grl", "combined", "biasbal")],
+        ("--method balance", "colour labels"),
+        ("--method groupdro", "colour labels"),
+        ("--method at", "nothing"),
+        ("--method robgan", "nothing"),
         ("--method at --balance", "colour labels"),
         ("--method jitter --balance", "colour labels"),
         ("--method jitter --balance --infer-groups", "the kind of bias"),
@@ -108,10 +117,15 @@ def test_what_each_method_is_told():
         ("--grayscale", "the kind of bias"),
         ("--method grl --grayscale", "colour labels"),
         ("--method balance --infer-groups --grayscale", "the kind of bias"),
+        ("--name oracle_s42", "nothing"),  # a name decides nothing
     ],
 )
-def test_inferred_groups_tell_nothing(flags, knows):
-    assert train.knows(args_of(flags)) == knows
+def test_what_a_run_is_told(in_world, flags, knows):
+    assert train.knows(in_world(flags)) == knows
+    assert train.knows(in_world(flags, own=0.1)) == "no bias in training"
+    assert train.knows(in_world(flags, own=0.11)) == knows  # seven standard errors from chance
+    (in_world(flags).dir / "meta.json").unlink()
+    assert train.knows(in_world(flags)) == knows
 
 
 def test_a_clipped_update_has_the_norm_asked_for_and_old_gradients_are_gone():
@@ -145,7 +159,7 @@ def test_crop_shifts_the_images_of_baseline_and_balance(net, data):
     for method in ("baseline", "balance"):
         shifted = method_of(method, net, {"train": data}, "--crop 1")
         shifted.loss(net, batch_of(x, data.labels[:6]), common.stream(3, "x"))
-        assert torch.equal(seen[-1], train.moved(x, shifted.args, common.stream(3, "x")))
+        assert torch.equal(seen[-1], train.moved(x, 1, common.stream(3, "x")))
         assert not torch.allclose(seen[-1], x)
 
 
@@ -257,7 +271,7 @@ def grl_losses(grl, net, batch, given_colour, given_digit):
     with train.InputOf(net.fc) as features:
         logits = net(batch.x)
     digit = (logits + given_colour[batch.colour]).log_softmax(1)
-    hidden = F.relu(F.linear(features.value, grl.head[0].weight, grl.head[0].bias))
+    hidden = F.relu(F.linear(features.seen[0], grl.head[0].weight, grl.head[0].bias))
     colour = F.linear(hidden, grl.head[2].weight, grl.head[2].bias) + given_digit[batch.y]
     n = range(len(batch.y))
     return -digit[n, batch.y].mean(), -colour.log_softmax(1)[n, batch.colour].mean()
@@ -388,11 +402,15 @@ def test_generalised_cross_entropy_of_two_coins():
 
 def test_what_a_first_net_gets_wrong_counts_twenty_times(data, gen, monkeypatch):
     model, asked = Logits(TABLE), []
-    plain = lambda splits, args, method, **changes: asked.append((method, changes))  # noqa: E731
+
+    def plain(splits, args, method, **changes):
+        asked.append((method, changes))
+        return model
+
     monkeypatch.setattr(train, "train_plain", plain)
     answers = data.labels.clone()
     answers[[1, 7]] = 2
-    monkeypatch.setattr(train, "predict", lambda *_: answers)
+    monkeypatch.setattr(train, "predict", lambda *_: F.one_hot(answers))
     jtt = method_of("jtt", model, {"train": data}, "--first-epochs 3 --seed 5")
     assert asked == [("baseline", {"epochs": 3, "seed": 6})]  # as in the paper, not gce
     index = [0, 1, 6, 7]
@@ -400,17 +418,6 @@ def test_what_a_first_net_gets_wrong_counts_twenty_times(data, gen, monkeypatch)
     losses = [-log_p(row, int(k)) for row, k in zip(TABLE, data.labels[index], strict=True)]
     by_hand = (losses[0] + 20 * losses[1] + losses[2] + 20 * losses[3]) / 42
     assert loss.item() == pytest.approx(by_hand, rel=1e-6)
-
-
-def test_another_net_is_trained_by_plain_erm_with_the_same_settings(data, monkeypatch):
-    asked = []
-    monkeypatch.setattr(train, "train", lambda net, splits, args, device: asked.append((net, args)))
-    args = args_of("--method balance --crop 2 --infer-groups --lr 0.5 --width 6")
-    net = train.train_plain({"train": data}, args, "gce", epochs=2, seed=9)
-    changed = {"method": "gce", "epochs": 2, "seed": 9, "infer_groups": False, "crop": 0}
-    assert asked[0][0] is net and asked[0][1] == argparse.Namespace(**{**vars(args), **changed})
-    assert net.fc.out_features == 3 and net.conv1.out_channels == 6
-    assert args.method == "balance" and net(data.x(slice(2))).shape == (2, 3)
 
 
 def test_a_first_net_s_answers_stand_for_colours_and_are_measured(data, monkeypatch):
@@ -428,9 +435,10 @@ def test_a_first_net_s_answers_stand_for_colours_and_are_measured(data, monkeypa
     }
     monkeypatch.setattr(train, "first_answers", lambda *_: (data.labels + 1) % 3)
     with pytest.raises(SystemExit):
-        train.infer_groups({"train": data}, args_of())  # right on none
+        train.infer_groups({"train": data}, args_of("--method grl --infer-groups"))
     monkeypatch.setattr(train, "first_answers", lambda *_: answers)
-    blind, facts = train.infer_groups({"train": data._replace(colors=None)}, args_of())
+    blind = {"train": data._replace(colors=None)}
+    blind, facts = train.infer_groups(blind, args_of("--method grl --infer-groups"))
     assert torch.equal(blind.colors, answers) and facts == {"equal_label": pytest.approx(9 / 12)}
 
 
@@ -459,12 +467,12 @@ def test_lntl_cuts_colours_into_eight_bins_where_a_feature_sees_any():
     x[1, :, 6:8, 9] = torch.tensor([0.0, 0.5, 1.0]).view(3, 1)
     with train.InputOf(model.conv2) as early:
         model(x)
-    changed = (early.value[1] != early.value[0]).any(0).flatten().nonzero()[:, 0] + 14 * 14
+    changed = (early.seen[0][1] != early.seen[0][0]).any(0).flatten().nonzero()[:, 0] + 14 * 14
     colour, seen = lntl.colour(x, None)
     assert {*changed.tolist()} <= {*seen.tolist()} and len(seen) <= 6  # none goes unguarded
     assert colour.tolist() == [0, 4, 7] * len(seen)
-    row = early.value.flatten(2)[1, :, seen[0] - 14 * 14]
-    assert torch.equal(lntl.pixels(early.value, seen)[0], row)
+    row = early.seen[0].flatten(2)[1, :, seen[0] - 14 * 14]
+    assert torch.equal(lntl.pixels(early.seen[0], seen)[0], row)
 
 
 def test_a_pixel_is_seen_by_the_four_features_that_it_can_change():
@@ -486,7 +494,7 @@ def test_lntl_has_a_colour_for_every_feature_of_every_net(model, size):
     with train.InputOf(train.early_layer(net)) as early:
         net(x)
     colour, seen = lntl.colour(x, None)
-    assert len(seen) == early.value[:, 0].numel() and len(colour) == 3 * len(seen)
+    assert len(seen) == early.seen[0][:, 0].numel() and len(colour) == 3 * len(seen)
 
 
 def test_lntl_shows_its_heads_4096_features_at_most_drawn_anew(net, data, gen):
@@ -539,7 +547,9 @@ def test_behind_a_saturated_activation_strong_colours_look_alike():
         torch.nn.init.ones_(net.conv1.weight)
         with train.InputOf(net.conv2) as early:
             net(x)
-        spread.append(((early.value[0] - early.value[1]).abs().max() / early.value.max()).item())
+        spread.append(
+            ((early.seen[0][0] - early.seen[0][1]).abs().max() / early.seen[0].max()).item()
+        )
     assert spread[0] > 0.3 and spread[1] < 0.01
 
 
@@ -552,7 +562,7 @@ def picture():
 
 
 def test_a_random_crop_is_a_shift_by_whole_pixels(picture, gen):
-    moved = train.moved(picture, args_of("--method at --crop 2"), gen)
+    moved = train.moved(picture, 2, gen)
     padded = F.pad(picture, (2, 2, 2, 2), mode="replicate")
     crops = {(i, j): padded[:, :, i : i + 12, j : j + 10] for i in range(5) for j in range(5)}
     found = [
@@ -565,7 +575,7 @@ def test_a_random_crop_is_a_shift_by_whole_pixels(picture, gen):
 
 
 def test_half_are_mirrored(picture, gen):
-    moved = train.moved(picture, args_of("--method at --flip"), gen)
+    moved = train.moved(picture, 0, gen, flip=True)
     same, mirrored = (
         (moved - other).abs().amax((1, 2, 3)) < 1e-5 for other in (picture, picture.flip(3))
     )
@@ -576,7 +586,7 @@ def test_half_are_mirrored(picture, gen):
 def test_an_image_turns_about_its_middle_by_up_to_the_angle(picture, monkeypatch, draw, turn):
     """Against one rotation of a not square picture's coordinates, written out."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, draw))
-    out = train.moved(picture, args_of("--method at --rotation 30"), None)
+    out = train.moved(picture, 0, None, degrees=30)
     angle = math.radians(30) * turn
     for i, j in ((6, 5), (4, 6), (7, 3)):
         y, x = i - 5.5, j - 4.5
@@ -614,19 +624,13 @@ def test_mixup_mixes_images_and_labels_with_one_weight(picture, gen):
     assert mixed.var().item() == pytest.approx(1 / (4 * 2), abs=0.02)  # of Beta(0.5, 0.5)
 
 
-def test_augmentations_are_applied_when_switched_on_and_in_this_order(picture, monkeypatch, gen):
-    batch = batch_of(picture, torch.arange(40) % 3)
-    x, soft = train.augment(batch, 3, args_of("--method at"), gen)
-    assert x is picture and torch.equal(soft, torch.eye(3)[batch.y])
-    for name, factor in (("moved", 2), ("cutout", 5)):
-        monkeypatch.setattr(train, name, lambda x, *_, f=factor: x * f + f)
-    monkeypatch.setitem(train.JITTERS, "mix", lambda x, grain, gen: x * 3 + grain)
-    monkeypatch.setattr(train, "mixup", lambda x, soft, alpha, gen: (x * 7 + alpha, soft * alpha))
-    flags = "--method at --cutout 2 --mixup 0.5 --recolour mix --grain 0.25"
-    for shift in ("--crop 1", "--flip", "--rotation 3"):
-        x, soft = train.augment(batch, 3, args_of(f"{flags} {shift}"), gen)
-        by_hand = (((picture * 2 + 2) * 3 + 0.25) * 5 + 5) * 7 + 0.5
-        assert torch.allclose(x, by_hand) and torch.equal(soft, torch.eye(3)[batch.y] * 0.5)
+def test_the_student_s_recipe_is_each_part_in_this_order(picture):
+    soft, gen = torch.eye(40), common.stream(5, "a")
+    by_hand = train.moved(picture, 2, gen, degrees=10, flip=True)
+    by_hand = train.cutout(train.hsv(by_hand, None, gen), 8, gen)
+    by_hand = train.mixup(by_hand, soft, 0.2, gen)
+    x, labels = train.augment(picture, soft, 2, common.stream(5, "a"))
+    assert torch.equal(x, by_hand[0]) and torch.equal(labels, by_hand[1])
 
 
 # ---- adversarial training
@@ -678,6 +682,8 @@ def test_pgd_starts_anywhere_in_the_ball_and_takes_steps_of_its_size(linear, gen
 
 
 def test_the_two_pgd_agree(net, gen):
+    import attack
+
     x, y = torch.rand(20, 3, 8, 8, generator=gen), torch.arange(20) % 10
     ours = train.pgd(net, x, y, 0.1, 5, 0.03, common.stream(2, "a"))
     theirs = attack.pgd(net, x, y, 0.1, 5, common.stream(2, "a"), step_size=0.03)
@@ -708,7 +714,7 @@ def test_the_radius_is_none_then_grows_then_stays(net, data):
         ("--steps 3", 3, 0.035),
         ("--steps 2 --step-size 0.2", 2, 0.2),
         ("--beta 6 --steps 3", 3, 0.035),
-        ("--mixup 1 --label-smoothing 0.1 --steps 2", 2, 0.035),
+        ("--augment student --steps 2", 2, 0.035),
         ("--steps 2 --eps-ramp 0.8 --step-size 0.08", 2, 0.05),
     ],
 )
@@ -737,21 +743,22 @@ def test_at_attacks_with_the_loss_that_it_learns(net, data, gen, monkeypatch, fl
         noise = (seen[0][0][8] - start).flatten()
         assert noise.std().item() == pytest.approx(0.001, rel=0.05)
         return
-    smooth = 0.9 * target + 0.1 / 10 if "smoothing" in flags else target
+    smooth = 0.9 * target + 0.1 / 10 if "student" in flags else target
     by_hand = -(smooth * net(attacked).log_softmax(1)).sum(1).mean()
     assert loss == pytest.approx(by_hand.item(), rel=1e-4)
-    assert ("mixup" in flags) == bool((target.amax(1) < 1).any())
+    assert ("student" in flags) == bool((target.amax(1) < 1).any())
+    assert ("student" in flags) == (not torch.equal(start, x))
 
 
-def test_at_is_plain_in_clean_epochs_and_clips_its_gradient(net, data, gen, monkeypatch):
-    at = method_of("at", net, {"val": data}, "--clean-epochs 1 --clip-grad 0.25")
+def test_at_is_plain_in_clean_epochs_and_clips_the_student_s_gradient(net, data, gen, monkeypatch):
     x, y = data.x(slice(8)), data.labels[:8]
+    at = method_of("at", net, {"val": data}, "--clean-epochs 1")
     loss = at.loss(net, batch_of(x, y, epoch=1), gen)
     assert loss.item() == pytest.approx(F.cross_entropy(net(x), y).item(), rel=1e-6)
-    given = []
+    at, given = method_of("at", net, {"val": data}, "--clean-epochs 1 --augment student"), []
     monkeypatch.setattr(train, "update", lambda *rest: given.append(rest))
     at.step(net, batch_of(x, y, epoch=1, weight=0.5), "optimiser", gen)
-    assert given[0][0] == "optimiser" and given[0][2:] == (0.5, 0.25)
+    assert given[0][0] == "optimiser" and given[0][2:] == (0.5, 1)
 
 
 def test_val_is_attacked_with_ten_steps_at_the_full_radius(data, linear, monkeypatch):
@@ -787,5 +794,6 @@ def test_adversarial_training_holds_where_plain_training_breaks(tiny, tmp_path):
     args = args_of("--method at --epochs 6 --clean-epochs 3 --lr 0.02 --batch 50")
     args.eps, args.steps = 0.08, 3
     torch.manual_seed(0)
-    epochs, _ = train.train(common.build_model(width=8), splits, args, torch.device("cpu"))
+    net = common.build_model(width=8)
+    epochs, _ = train.train(net, train.AT(net, splits, args), splits, args)
     assert epochs[5]["val_pgd"] > epochs[2]["val_pgd"] + 0.2

@@ -37,14 +37,17 @@ def test_two_processes_learn_what_one_learns(tiny, call, together, tmp_path):
     before = {p.name for p in (tmp_path / "results").iterdir()}
     done = together(f"{flags} two")
     assert done.returncode == 0, done.stderr
-    read = {name: (tmp_path / f"results/{name}.json").read_text() for name in ("one", "two")}
+    read = {name: (tmp_path / f"results/{name}_s42.json").read_text() for name in ("one", "two")}
     one, two = json.loads(read["one"]), json.loads(read["two"])
     losses = [e["loss"] for e in one["epochs"]]
     assert [e["loss"] for e in two["epochs"]] == pytest.approx(losses, abs=1e-5)
     assert two["final"]["val"]["acc"] == pytest.approx(one["final"]["val"]["acc"], abs=0.02)
     assert (one["run"]["processes"], two["run"]["processes"]) == (1, 2)
     assert one["args"] == two["args"]
-    assert {p.name for p in (tmp_path / "results").iterdir()} - before == {"two.pt", "two.json"}
+    assert {p.name for p in (tmp_path / "results").iterdir()} - before == {
+        "two_s42.pt",
+        "two_s42.json",
+    }
     for line in ("epoch  2/3", "wrote "):
         assert done.stdout.count(line) == 1, "the first process speaks for all"
 
@@ -80,7 +83,7 @@ def test_a_run_of_two_processes_is_not_continued_by_one(tiny, call, mistake, tmp
     tiny(tmp_path / "results", n=100)
     with monkeypatch.context() as patch, pytest.raises(KeyError):
         patch.setattr(train, "PROCESSES", 2)
-        patch.setattr(train, "init_distributed", lambda args, device: None)
+        patch.setattr(train, "meet", lambda *_: None)
         patch.setattr(train, "all_reduce", lambda tensors: None)
         patch.setattr(train.dist, "destroy_process_group", lambda: None)
         patch.setattr(train, "evaluate", lambda *_: {}["stop"])

@@ -12,17 +12,24 @@ import common
 import train
 
 KEYS = (
-    "schema script name args knows world params selected_on selected_epoch final probe epochs run"
+    "schema script name args knows world params selected_on selected_epoch final probe trained"
+    " epochs run"
 )
 SCORE_KEYS = (
     "acc n per_digit worst_digit confusion worst_group follows_colour aligned conflicting"
     " n_conflicting"
 )
-CPU = torch.device("cpu")
 
 
 def args_of(flags=""):
     return train.get_args(flags.split())
+
+
+def fit(net, splits, flags=""):
+    """(method, epochs, kept) of a training by these flags."""
+    args = args_of(flags)
+    method = train.METHODS[args.method](net, splits, args)
+    return method, *train.train(net, method, splits, args)
 
 
 def split_of(labels, colours=None, size=8):
@@ -52,21 +59,16 @@ def spy(monkeypatch):
     class Spy(train.Baseline):
         def __init__(self, model, splits, args):
             super().__init__(model, splits, args)
-            self.batches, self.draws, self.finished = [], [], []
+            self.batches, self.drawn = [], []
             self.scale = torch.nn.Parameter(torch.ones(()))
-            Spy.last = self
 
         def step(self, model, batch, optimiser, gen):
             self.batches.append(batch)
-            self.draws.append(torch.rand((), generator=gen).item())
+            self.drawn.append(torch.rand((), generator=gen).item())
             return super().step(model, batch, optimiser, gen)
 
         def loss(self, model, batch, gen):
             return F.cross_entropy(self.scale * model(batch.x), batch.y)
-
-        def finish(self, model, splits, weights):
-            self.finished.append(weights)
-            return {"record": {"more": 1}}
 
     monkeypatch.setitem(train.METHODS, "baseline", Spy)
     return Spy
@@ -80,8 +82,8 @@ def test_training_equals_a_loop_written_out(splits, net, schedule):
     """AdamW on batches of a fresh order every epoch; the rate by the formula of its schedule."""
     other, data, losses = common.build_model(classes=3, size=(8, 8)), splits["train"], []
     other.load_state_dict(net.state_dict())
-    args = args_of(f"--epochs 3 --batch 5 --lr 0.02 --schedule {schedule} --seed 7")
-    epochs, kept = train.train(net, splits, args, CPU)
+    flags = f"--epochs 3 --batch 5 --lr 0.02 --schedule {schedule} --seed 7"
+    _, epochs, kept = fit(net, splits, flags)
     optimiser = torch.optim.AdamW(other.parameters(), lr=0.02, weight_decay=1e-4)
     for step in range(9):
         up, down = min(1, step / 1.7), max(0, (step - 1.7) / 6.3)
@@ -107,14 +109,13 @@ def test_training_equals_a_loop_written_out(splits, net, schedule):
         [sum(losses[i : i + 3]) / 13 for i in (0, 3, 6)], rel=1e-4
     )
     for name, value in other.state_dict().items():
-        assert torch.allclose(value, kept[""]["weights"][name], atol=1e-5), name
-    assert (kept[""]["epoch"], kept[""]["on"]) == (3, "last epoch")
+        assert torch.allclose(value, kept[""].weights[name], atol=1e-5), name
+    assert (kept[""].epoch, kept[""].on) == (3, "last epoch")
 
 
 def test_what_a_method_is_given(splits, net, spy):
-    args = args_of("--epochs 2 --batch 5 --seed 7")
-    _, kept = train.train(net, splits, args, CPU)
-    batches, data = spy.last.batches, splits["train"]
+    method = fit(net, splits, "--epochs 2 --batch 5 --seed 7")[0]
+    batches, data = method.batches, splits["train"]
     assert [len(b.y) for b in batches] == [5, 5, 3] * 2
     assert [b.epoch for b in batches] == [1] * 3 + [2] * 3
     assert [b.progress for b in batches] == pytest.approx([k / 6 for k in range(6)])
@@ -126,9 +127,8 @@ def test_what_a_method_is_given(splits, net, spy):
     for epoch in (1, 2):
         gen = common.stream(7, f"epoch {epoch}")
         by_hand = [torch.rand((), generator=gen).item() for _ in range(3)]
-        assert spy.last.draws[3 * epoch - 3 : 3 * epoch] == by_hand
-    assert spy.last.scale.item() != 1  # its own weights join the optimiser
-    assert spy.last.finished == [kept[""]["weights"]] and kept[""]["record"] == {"more": 1}
+        assert method.drawn[3 * epoch - 3 : 3 * epoch] == by_hand
+    assert method.scale.item() != 1  # its own weights join the optimiser
 
 
 def test_each_phase_keeps_its_best_or_its_last_epoch(splits, net, spy, monkeypatch):
@@ -143,20 +143,20 @@ def test_each_phase_keeps_its_best_or_its_last_epoch(splits, net, spy, monkeypat
     monkeypatch.setattr(
         spy, "phase", lambda self, epoch: ("clean", None) if epoch < 4 else ("", "val_pgd")
     )
-    epochs, kept = train.train(net, splits, args_of("--epochs 6"), CPU)
+    _, epochs, kept = fit(net, splits, "--epochs 6")
     assert [e["epoch"] for e in epochs] == [1, 2, 3, 4, 5, 6]
-    found = {phase: (best["epoch"], best["on"]) for phase, best in kept.items()}
+    found = {phase: (best.epoch, best.on) for phase, best in kept.items()}
     assert found == {"clean": (3, "last epoch"), "": (5, "val_pgd")}  # the later of two equals
     for best in kept.values():
-        same = seen[best["epoch"] - 1]
-        assert all(torch.equal(same[k], v) for k, v in best["weights"].items())
+        same = seen[best.epoch - 1]
+        assert all(torch.equal(same[k], v) for k, v in best.weights.items())
     assert not torch.equal(seen[3]["fc.bias"], seen[5]["fc.bias"])
 
 
 def test_an_epoch_says_how_val_and_test_hard_are(splits, net, monkeypatch):
     splits["val"], splits["test_hard"] = split_of([0, 1, 1, 2], [0, 1, 2, 1]), split_of([1], [0])
-    answers = {4: torch.tensor([0, 1, 0, 2]), 1: torch.tensor([1])}
-    monkeypatch.setattr(train, "predict", lambda model, split: answers[len(split.labels)])
+    answers = {4: torch.eye(3)[[0, 1, 0, 2]], 1: torch.eye(3)[[1]]}
+    monkeypatch.setattr(train, "predict", lambda model, images: answers[len(images)])
     assert train.epoch_scores(net, splits) == {
         "val": 0.75,
         "val_aligned": 1.0,
@@ -165,11 +165,25 @@ def test_an_epoch_says_how_val_and_test_hard_are(splits, net, monkeypatch):
     }
 
 
+def test_a_line_that_is_rewritten_goes_to_a_terminal_only(splits, net, monkeypatch, capfd):
+    """Sixty steps an epoch; after fifty of them the time left is shown."""
+    splits["train"] = split_of([0, 1, 2] * 20, [0, 1, 1] * 20)
+    fit(net, splits, "--epochs 2 --batch 1")
+    said = capfd.readouterr().out
+    assert [line[:10] for line in said.splitlines()] == ["epoch  1/2", "epoch  2/2"]
+    assert "\r" not in said and "left" not in said
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    fit(net, splits, "--epochs 1 --batch 1")
+    shown = capfd.readouterr().out.split("\r\x1b[K")
+    assert shown[1].startswith("epoch  1/1") and shown[1].endswith("s left")
+    assert shown[-1].startswith("epoch  1/1  loss ") and shown[-1].endswith("s\n")
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(splits, net, spy, monkeypatch, capfd):
     for broken in (math.nan, math.inf):
         monkeypatch.setattr(spy, "loss", lambda self, model, *_, b=broken: b * self.scale)
         with pytest.raises(SystemExit) as stop:
-            train.train(net, splits, args_of("--epochs 2 --lr 0.5"), CPU)
+            fit(net, splits, "--epochs 2 --lr 0.5")
         said = capfd.readouterr().err
         assert stop.value.code == 2 and said.count("\n") == 1
         assert f"the loss is {broken} in epoch 1" in said and "smaller --lr than 0.5" in said
@@ -179,28 +193,30 @@ def test_a_loss_that_is_not_finite_ends_the_run(splits, net, spy, monkeypatch, c
     "n, batch, sizes", [(13, 5, [5, 5, 3]), (10, 5, [5, 5]), (11, 5, [5, 6]), (3, 5, [3])]
 )
 def test_a_single_image_joins_the_batch_before(n, batch, sizes):
-    assert train.batch_sizes(n, args_of(f"--batch {batch}")) == sizes
+    assert train.batch_sizes(n, batch, "simplecnn") == sizes
 
 
 @pytest.mark.parametrize(
-    "flags", ["--method balance", "--method groupdro", "--method jitter --balance"]
+    "flags", ["--method balance", "--method groupdro", "--method jitter --balance", ""]
 )
-def test_balanced_groups_come_equally_often(flags):
+def test_balanced_groups_come_equally_often(net, flags):
     data = split_of([0] * 20 + [1] * 4, [0] * 18 + [1] * 3 + [0] * 3)
-    draws = [train.draw_order(data, args_of(flags), common.stream(k, "o")) for k in range(400)]
+    args = args_of(flags)
+    balanced = train.METHODS[args.method](net, {"train": data}, args).balanced
+    draws = [train.draw_order(data, balanced, common.stream(k, "o")) for k in range(400)]
+    if not flags:
+        assert sorted(draws[1].tolist()) == [*range(24)] != draws[1].tolist()
+        return
     share = torch.cat(draws).bincount(minlength=24) / (400 * 24)
     groups = [share[:18].sum(), share[18:20].sum(), share[20:21].sum(), share[21:].sum()]
     assert len(draws[0]) == 24 and groups == [pytest.approx(0.25, abs=0.02)] * 4
-    plain = train.draw_order(data, args_of(), common.stream(1, "o"))
-    assert sorted(plain.tolist()) == [*range(24)] and plain.tolist() != [*range(24)]
 
 
 def test_a_method_s_own_weights_have_a_rate_and_momentum_of_their_own(net):
     own = torch.nn.Linear(2, 2)
     own.lr_scale, own.betas = 3, (0.0, 0.99)
-    args = args_of("--schedule onecycle --lr 0.1")
-    optimiser = train.make_optimiser(net, own, args)
-    schedule, rates = train.make_schedule(optimiser, args, 10), []
+    optimiser = train.make_optimiser(net, own, 0.1)
+    schedule, rates = train.make_schedule(optimiser, "onecycle", 10), []
     for _ in range(9):
         first, second = optimiser.param_groups
         assert second["lr"] == pytest.approx(3 * first["lr"])
@@ -234,22 +250,6 @@ def test_the_gradients_of_all_shards_are_that_of_the_batch(splits, net, monkeypa
     assert (mine.tolist(), weight) == ([3], 0.0)  # an idle one, the third of two
 
 
-def test_all_reduce_is_one_message(monkeypatch):
-    tensors, messages = [torch.ones(2, 3), torch.full((), 5.0), torch.arange(2.0)], []
-
-    def reduce(flat):
-        messages.append(flat.clone())
-        flat.mul_(10)
-
-    monkeypatch.setattr(train.dist, "all_reduce", reduce)
-    train.all_reduce(tensors)
-    assert messages == [] and tensors[1] == 5
-    monkeypatch.setattr(train, "PROCESSES", 2)
-    train.all_reduce(tensors)
-    assert messages[0].tolist() == [1] * 6 + [5, 0, 1]
-    assert [t.tolist() for t in tensors] == [[[10] * 3] * 2, 50, [0, 10]]
-
-
 def test_all_processes_name_the_colours_as_the_first_does(splits, net, monkeypatch):
     monkeypatch.setattr(train, "train_plain", lambda *_, **more: net)
     own = train.first_answers(splits, args_of("--method jtt"), "baseline")
@@ -269,21 +269,22 @@ def test_each_process_draws_alone_and_the_loss_is_of_all(splits, net, spy, monke
     monkeypatch.setattr(
         spy, "loss", lambda self, *rest: losses.append(inner(self, *rest)) or losses[-1]
     )
-    epochs, _ = train.train(net, splits, args_of("--epochs 1 --batch 5 --seed 7"), CPU)
-    assert [len(b.y) for b in spy.last.batches] == [2, 2, 1]
+    method, epochs, _ = fit(net, splits, "--epochs 1 --batch 5 --seed 7")
+    assert [len(b.y) for b in method.batches] == [2, 2, 1]
     gen = common.stream(7, "epoch 1 of process 1")
-    assert spy.last.draws == [torch.rand((), generator=gen).item() for _ in range(3)]
+    assert method.drawn == [torch.rand((), generator=gen).item() for _ in range(3)]
     order = torch.randperm(13, generator=common.stream(7, "order 1"))
-    assert spy.last.batches[0].index.tolist() == order[3:5].tolist()
+    assert method.batches[0].index.tolist() == order[3:5].tolist()
     by_hand = sum(n * loss.item() for n, loss in zip((2, 2, 1), losses, strict=True)) / 13
     assert epochs[0]["loss"] == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_torchrun_is_for_methods_that_can_share_a_batch(mistake_of):
-    able = [name for name, method in train.METHODS.items() if method.can_shard]
-    assert able == [*("baseline", "gce", "at", "jitter", "grl", "combined", "biasbal", "balance")]
-    with mistake_of("--method lff needs whole batches", ", ".join(able)):
-        train.init_distributed(args_of("--method lff"), CPU)
+    able = {name for name, method in train.METHODS.items() if method.can_shard}
+    assert able >= {"baseline", "gce", "at", "jitter", "grl", "combined", "biasbal", "balance"}
+    assert not able & {"lff", "jtt", "lntl", "groupdro", "robgan"}
+    with mistake_of("--method lff needs whole batches", "baseline, gce, at"):
+        train.meet("lff", torch.device("cpu"))
 
 
 @pytest.fixture
@@ -349,11 +350,11 @@ def test_without_colours_the_rest_is_still_scored():
     assert s["follows_colour"] is s["worst_group"] is s["aligned"] is s["n_conflicting"] is None
 
 
-def test_judged_gives_answers_and_penultimate_features(net):
+def test_a_net_gives_answers_and_penultimate_features(net):
     split = split_of([0] * 2100)
     with torch.no_grad():
         net.fc.bias -= net(split.x(slice(None))).mean(0)  # it has more than one answer
-    said, z = train.judged(net.train(), split)
+    said, z = train.answers_and_features(net.train(), split)
     with torch.no_grad():
         features = net.features(split.x(slice(None))).flatten(1)
         assert torch.allclose(z, features, atol=1e-5) and not net.training
@@ -400,12 +401,13 @@ def test_a_model_is_scored_on_every_split_but_train(splits, net, monkeypatch):
         "test_hard": 3,
         "test_unbiased": 6,
     }
-    right = (common.predict(net, splits["test_hard"]) == 1).double().mean().item()
+    said = common.predict(net, splits["test_hard"].images).argmax(1)
+    right = (said == 1).double().mean().item()
     assert record["final"]["test_hard"]["acc"] == right
     monkeypatch.setattr(train, "probe", lambda z, split: given.append((z, split)))
     train.evaluate(net, splits)
     assert given[0][1] is splits["test_unbiased"]
-    assert torch.equal(given[0][0], train.judged(net, splits["test_unbiased"])[1])
+    assert torch.equal(given[0][0], train.answers_and_features(net, splits["test_unbiased"])[1])
 
 
 # ---- the command
@@ -432,8 +434,10 @@ def outside_run(path):
         ("--method jitter --no-fade --seed 7", "jitter_nofade_s7"),
         ("--lr 0.01 --schedule onecycle", "baseline_lr0.01_onecycle_s42"),
         ("--method grl --gamma 1 --dir x --device cpu --threads 2", "grl_gamma1_s42"),
-        ("--init first_s42 --grayscale", "baseline_grayscale_firsts42_s42"),
-        ("--name mine", "mine"),
+        ("--grayscale", "baseline_grayscale_s42"),
+        ("--method at --augment student", "at_crop2_student_s42"),
+        ("--name mine", "mine_s42"),
+        ("--name mine_s7 --seed 7", "mine_s7"),
     ],
 )
 def test_a_run_is_named_after_what_differs(flags, name):
@@ -445,28 +449,49 @@ def test_the_defaults_are_the_budget_of_every_table():
     budget = {"epochs": 10, "lr": 1e-3, "schedule": "constant", "batch": 128, "width": 4}
     assert budget.items() <= usual.items()
     assert usual["model"] == "simplecnn" and usual["method"] == "baseline" and usual["seed"] == 42
-    assert not {"name", "dir", "device", "threads", "resume", "eval", "overwrite"} & usual.keys()
+    assert not {"name", "dir", "device", "threads", "resume", "overwrite"} & usual.keys()
 
 
 def test_settings_hold_what_can_decide_the_result():
     def names(flags):
         return train.settings(args_of(flags)).keys()
 
-    for method in train.METHODS:
-        plain, own = names(f"--method {method}"), {*train.METHODS[method].flags}
-        assert own - plain <= {"first_epochs", "first_loss", "generated"}, method
-    assert not {"alpha", "eps", "judge", "gamma"} & names("")
+    assert not {"alpha", "eps", "judge", "gamma", "crop"} & names("--method gce")
+    assert {"alpha", "grain", "fade", "classify", "balance"} <= names("--method jitter")
+    assert {"gamma", "alpha", "conditional"} <= names("--method combined")
+    assert {"eps", "step_size", "augment", "crop"} <= names("--method at")
+    assert "judge" in names("--method robgan") and "generator" not in names("--method robgan")
     assert "first_epochs" in names("--method jtt") and "first_loss" not in names("--method jtt")
     assert {"first_epochs", "first_loss"} <= names("--method grl --infer-groups")
+    assert not {"first_epochs", "first_loss"} & names("--method grl")
     assert "generated" in names("--method at --generator gan_s42")
 
 
+def test_a_student_s_recipe_shifts_by_two_pixels_unless_crop_says_otherwise():
+    assert args_of("--method at --augment student").crop == 2
+    assert args_of("--method at --augment student --crop 0").crop == 0
+    assert args_of("--method at").crop == 0
+
+
+def test_a_user_s_own_method_needs_a_class_and_a_row_only(world, call, monkeypatch):
+    class Mine(train.Baseline):
+        """Half of the usual loss."""
+
+        def loss(self, model, batch, gen):
+            return F.cross_entropy(model(batch.x), batch.y) / 2
+
+    monkeypatch.setitem(train.METHODS, "mine", Mine)
+    call("train.py --method mine --epochs 1")
+    assert outside_run(world / "mine_epochs1_s42.json")["knows"] == "nothing"
+
+
 def test_a_seed_repeats_a_run_and_another_does_not(world, call):
-    for name, seed in (("a", 42), ("b", 42), ("c", 43)):
-        call(f"train.py --method combined --epochs 2 --name {name} --seed {seed}")
-    a, b, c = (outside_run(world / f"{n}.json") for n in "abc")
+    names = "a_s42", "b_s42", "c_s43"
+    for name in names:
+        call(f"train.py --method combined --epochs 2 --name {name[0]} --seed {name[3:]}")
+    a, b, c = (outside_run(world / f"{name}.json") for name in names)
     assert {**a, "name": ""} == {**b, "name": ""} and a["epochs"] != c["epochs"]
-    weights = [common.load_pt(world / f"{n}.pt", "")["weights"] for n in "abc"]
+    weights = [common.load_pt(world / f"{name}.pt", "")["weights"] for name in names]
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
 
 
@@ -483,8 +508,11 @@ def test_the_json_keys_are_the_promised_ones_and_the_terminal_says_the_answer(wo
     assert {*record["probe"]} == {"colour", "digit", "n", "n_fit"}
     keys = {"epoch", "loss", "val", "val_aligned", "val_conflicting", "test_hard"}
     assert [{*e} for e in record["epochs"]] == [keys] * 2
-    run = {"seconds", "cpu_seconds", "torch", "threads", "processes", "device"}
-    assert {*record["run"]} == run
+    assert record["run"] == {
+        **{"torch": torch.__version__, "device": "cpu"},
+        **{"threads": 1, "processes": 1},
+    }
+    assert (world / "times.csv").read_text().startswith("baseline_epochs2_lr0.002_s42,")
     lines = said.splitlines()
     assert "2 epochs" in lines[0] and "4,486 parameters" in lines[0]
     assert lines[0].endswith("cpu; epochs 2, lr 0.002")
@@ -501,41 +529,24 @@ def test_the_json_keys_are_the_promised_ones_and_the_terminal_says_the_answer(wo
 
 def test_a_result_of_other_settings_is_not_replaced(world, call, mistake):
     call("train.py --epochs 1 --name mine")
-    before = outside_run(world / "mine.json")
+    before = outside_run(world / "mine_s42.json")
     mistake("train.py --epochs 2 --name mine", "epochs 1")
     call("train.py --epochs 1 --name mine --threads 1")  # the same command may run again
-    assert outside_run(world / "mine.json") == before
+    assert outside_run(world / "mine_s42.json") == before
     call("train.py --epochs 2 --name mine --overwrite")
-    assert len(outside_run(world / "mine.json")["epochs"]) == 2
-
-
-def test_eval_scores_a_saved_model_to_the_same_numbers(world, call, mistake):
-    call("train.py --epochs 1 --method jitter --name mine")
-    path = world / "mine.json"
-    before = path.read_bytes()
-    path.write_text(json.dumps({**json.loads(before), "final": None, "probe": None}))
-    said = call("train.py --eval mine")
-    assert path.read_bytes() == before and "epoch " not in said
-    mistake("train.py --eval nobody", "nobody.pt is missing")
-
-
-def test_init_starts_from_an_earlier_run(world, call, mistake):
-    call("train.py --epochs 2 --name first")
-    call("train.py --epochs 1 --lr 1e-8 --init first --name again")
-    first, again = (outside_run(world / f"{name}.json")["final"] for name in ("first", "again"))
-    assert first["val"]["confusion"] == again["val"]["confusion"]
-    mistake("train.py --init first --width 5", "--init first is another net")
+    assert len(outside_run(world / "mine_s42.json")["epochs"]) == 2
 
 
 def test_both_phases_of_adversarial_training_are_results(world, call, monkeypatch):
-    values = iter((0.9, 0.1, 0.8, 0.3))
-    monkeypatch.setattr(train.AT, "facts", lambda self, model: {"val_pgd": next(values)})
+    values, pgd = (0.9, 0.1, 0.8, 0.3), iter((0.9, 0.1, 0.8, 0.3))
+    monkeypatch.setattr(train.AT, "facts", lambda self, model: {"val_pgd": next(pgd)})
     call("train.py --method at --epochs 4 --clean-epochs 1 --steps 1 --name robust_s7 --seed 7")
     found = {}
     for name in ("robust_s7", "robust_clean_s7"):
         record = outside_run(world / f"{name}.json")
         found[record["name"]] = record["selected_on"], record["selected_epoch"]
         kept = record["epochs"][record["selected_epoch"] - 1]
+        assert record["val_pgd"] == values[record["selected_epoch"] - 1]
         assert record["final"]["val"]["acc"] == kept["val"] and len(record["epochs"]) == 4
         args = common.load_model(world, name)[1]["args"]
         assert args.get("phase") == ("clean" if "clean" in name else None)
@@ -545,7 +556,7 @@ def test_both_phases_of_adversarial_training_are_results(world, call, monkeypatc
 def test_the_first_weights_come_from_the_seed(world, monkeypatch):
     nets = []
 
-    def stop(model, splits, args, device, part):
+    def stop(model, method, splits, args, part):
         nets.append(model)
         raise InterruptedError
 
@@ -563,7 +574,7 @@ def test_the_first_weights_come_from_the_seed(world, monkeypatch):
 def test_a_null_model_learns_permuted_labels_of_the_training_split_only(world, monkeypatch):
     given = []
 
-    def stop(model, splits, args, device, part):
+    def stop(model, method, splits, args, part):
         given.append(splits)
         raise InterruptedError
 
@@ -610,13 +621,13 @@ def test_a_broken_run_resumes_to_the_bytes_of_an_unbroken_one(world, call, monke
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stop_after(2, patch)
         call(f"train.py {flags} --epochs 3 --name broken")
-    part = world / "broken.part.pt"
-    assert part.exists() and not (world / "broken.json").exists()
+    part = world / "broken_s42.part.pt"
+    assert part.exists() and not (world / "broken_s42.json").exists()
     said = call(f"train.py {flags} --epochs 3 --name broken --resume").split("after epoch 2")[1]
     assert "epoch  3/3" in said and "epoch  2/3" not in said and not part.exists()
-    one, other = ({**outside_run(world / f"{n}.json"), "name": ""} for n in ("whole", "broken"))
+    one, other = ({**outside_run(world / f"{n}_s42.json"), "name": ""} for n in ("whole", "broken"))
     assert one == other
-    weights = [common.load_pt(world / f"{n}.pt", "")["weights"] for n in ("whole", "broken")]
+    weights = [common.load_pt(world / f"{n}_s42.pt", "")["weights"] for n in ("whole", "broken")]
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
 
 
@@ -630,12 +641,12 @@ def test_what_resume_refuses(world, call, mistake, monkeypatch):
     (world / "meta.json").write_text(meta.replace("0.9", "0.8"))
     mistake("train.py --epochs 2 --name mine --resume", "world was")
     (world / "meta.json").write_text(meta)
-    part = world / "mine.part.pt"
+    part = world / "mine_s42.part.pt"
     left = common.load_pt(part, "")
     common.save_pt({**left, "model": {}}, part)
-    mistake("train.py --epochs 2 --name mine --resume", "mine.part.pt does not fit this run")
+    mistake("train.py --epochs 2 --name mine --resume", "mine_s42.part.pt does not fit this run")
     part.write_bytes(part.read_bytes()[:1000])
-    mistake("train.py --epochs 2 --name mine --resume", "mine.part.pt is no dictionary")
+    mistake("train.py --epochs 2 --name mine --resume", "mine_s42.part.pt is no dictionary")
 
 
 def test_the_clean_phase_replaces_no_other_run(world, call, mistake):
@@ -689,11 +700,10 @@ def test_other_sizes_and_a_resnet_work(tiny, call, mistake, tmp_path):
 
 
 def test_each_process_of_a_resnet_needs_two_images(mistake_of, monkeypatch):
-    args = args_of("--model resnet18 --batch 4")
-    assert train.batch_sizes(10, args) == [4, 4, 2]
+    assert train.batch_sizes(10, 4, "resnet18") == [4, 4, 2]
     monkeypatch.setattr(train, "PROCESSES", 2)
     with mistake_of("makes a batch of 2"):
-        train.batch_sizes(10, args)
+        train.batch_sizes(10, 4, "resnet18")
 
 
 def keep(n):
@@ -707,14 +717,15 @@ def keep(n):
         ("--method jitter --alpha nan", None, "--alpha"),
         ("--alpha 2", None, "--alpha means nothing for --method baseline"),
         ("--method lff --first-epochs 2", None, "--first-epochs means nothing for --method lff"),
-        ("--method grl --first-epochs 2", None, "mean nothing without --infer-groups"),
-        ("--method jitter --infer-groups", None, "nothing for --method jitter without --balance"),
+        ("--method grl --first-epochs 2", None, "a first net's flag here means nothing"),
+        ("--method jitter --infer-groups", None, "--infer-groups without --balance means nothing"),
         ("--method jtt --first-loss ce", None, "--first-loss means nothing for --method jtt"),
         ("--method grl --balance", None, "--balance means nothing for --method grl"),
         ("--method at --clean-epochs 10", None, "--epochs 10 counts all phases"),
-        ("--method at --attack fgsm --steps 7", None, "--steps means nothing for --attack fgsm"),
-        ("--method at --recolour hsv --grain 0.3", None, "--grain means nothing"),
-        ("--method jitter --jitter hsv --grain 0.3", None, "--grain means nothing"),
+        ("--method at --attack fgsm --steps 7", None, "--steps with --attack fgsm means nothing"),
+        ("--method jitter --jitter hsv --grain 0.3", None, "--grain without --jitter mix means"),
+        ("--model mlp --width 4", None, "--width with --model mlp means nothing"),
+        ("--name mine_s7", None, "is not of --seed 42"),
         ("--method at --crop 28", None, "--crop 28 leaves nothing"),
         ("--name ../escape", None, "may hold letters"),
         ("--name val", None, "belongs to other files"),
@@ -739,10 +750,10 @@ def test_mistakes_get_one_line_and_lose_nothing(world, call, mistake, command, c
 def test_splits_that_do_not_fit_each_other_get_one_line(world, mistake):
     record = common.load_pt(world / "val.pt", "")
     common.save_pt({**record, "labels": record["labels"] + 1}, world / "val.pt")
-    mistake("train.py", "val.pt has (28, 28) pixels and classes up to 10")
+    mistake("train.py", "val.pt has 11 of (28, 28)")
     small = {key: value[..., :20] for key, value in record.items() if key in ("images", "gray")}
     common.save_pt({**record, **small}, world / "val.pt")
-    mistake("train.py", "val.pt has (28, 20) pixels")
+    mistake("train.py", "val.pt has 10 of (28, 20)")
 
 
 def test_only_the_first_process_speaks_and_saves(world, monkeypatch, capfd):
@@ -751,7 +762,7 @@ def test_only_the_first_process_speaks_and_saves(world, monkeypatch, capfd):
     monkeypatch.setattr(train, "RANK", 1)
     monkeypatch.setattr(train, "PROCESSES", 2)
     met = []
-    monkeypatch.setattr(train, "init_distributed", lambda *_: met.append("met"))
+    monkeypatch.setattr(train, "meet", lambda *_: met.append("met"))
     monkeypatch.setattr(train, "all_reduce", lambda tensors: None)
     monkeypatch.setattr(train.dist, "destroy_process_group", lambda: met.append("left"))
     for name in ("stdout", "stderr"):  # main changes them

@@ -14,12 +14,14 @@ Writes  DIR/NAME.pt, DIR/NAME.json       NAME: the method, what differs from the
 import argparse
 import contextlib
 import copy
+import functools
 import math
 import os
 import re
 import sys
 import time
-from statistics import fmean
+from pathlib import Path
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +32,7 @@ import torch.nn.functional as F
 
 from common import (
     MODELS,
+    ROOT,
     SPLITS,
     Split,
     build_model,
@@ -37,23 +40,31 @@ from common import (
     chunks,
     common_args,
     die,
+    figure,
     guard,
+    ink,
+    lines,
     load_json,
     load_model,
     load_pt,
     load_split,
     luma,
+    matrix,
     name_of,
     note_time,
     number,
+    pictures,
     predict,
     progress,
+    row_of,
     run,
+    save_figure,
     save_json,
     save_pt,
     setup,
     stream,
     world_of,
+    write,
 )
 
 EVAL_SPLITS = SPLITS[1:]
@@ -1610,634 +1621,447 @@ def nearest(made, train_split, n=2000):
     return torch.stack(found).amin(0).median().item()
 
 
-# ---- tables
+# ---- the report: above each table and figure of the Markdown stands a query, answered from JSON
+#
+# <!-- table                                    a figure: <!-- figure KIND, and below it its picture
+# rows baseline jitter unbiased/oracle          NAMEs without _sSEED, of this world or WORLD/NAME;
+# row balance: told the colours                 one NAME, a label for people; rows * is all of DIR
+# from attack_untargeted:models                 FILE:KEY; the rows below are entries of that record
+# test_hard = final.test_hard.acc               HEADER = path in the JSON of each seed
+# gain = final.test_hard.acc - baseline         difference to another row, over the seeds of both
+# 0.999 = flat_999: final.test_unbiased.acc     the row of the same NAME in another world
+# published cmnist                              rows of results/published.json
+# -->
 
-SUMMARY = (  # the best of each tier
-    *("baseline", "balance_infergroups", "balance_infergroups_crop1"),
-    *("jitter", "jitter_balance_infergroups", "combined", "oracle"),
-)
-INFERRED = (
-    *("balance_infergroups", "balance_infergroups_crop1", "biasbal_infergroups"),
-    *("groupdro_infergroups", "jitter_balance_infergroups"),
-)
-STRONGER = ("baseline_width16", "baseline_epochs30", "baseline_lr0.01_onecycle")
-CURES = (*METHODS, *INFERRED, "baseline_crop1", "oracle", "oracle_crop1")
-CURVES = ("baseline", "balance_infergroups", "jitter", "combined", "oracle")
-CONFUSION = ("baseline", "balance_infergroups", "jitter", "oracle")
-ROBUST = (
-    *("at", "at_wide", "at_balanced", "mnist/at", "mnist/trades", "mnist/fgsm"),
-    *("mnist_27000/resnet50", "mnist_27000/resnet50_student"),
-)
-NUMBERS = {  # column: where the number stands in the record of a run
-    **{split: ("final", split, "acc") for split in EVAL_SPLITS},
-    "worst digit": ("final", "test_hard", "worst_digit"),
-    "follows colour": ("final", "test_hard", "follows_colour"),
-    "colour probe": ("probe", "colour"),
-    "digit probe": ("probe", "digit"),
-}
-MEASURES = {  # of pictures that a generator made; features are a judge's
-    "label agreement": "agreement",
-    "diversity within a class": "diversity",
-    "the same, worst class": "diversity_worst",
-    "accuracy of a classifier trained on them": "trained_on",
-    "distance to the nearest training image, median": "nearest",
-}
+EVERYTHING = """rows *
+knows = knows
+val = final.val.acc
+test_hard = final.test_hard.acc
+test_unbiased = final.test_unbiased.acc
+worst digit = final.test_hard.worst_digit
+follows colour = final.test_hard.follows_colour
+"""
+HOME = ROOT / "results"  # of the write-up
+MISSING = object()
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 0.975, df 1 to 9
 
 
-class Sweep(NamedTuple):
-    """Worlds that differ in one number, and what others published about them."""
-
-    title: str
-    key: str  # of meta.json: the number
-    axis: str
-    hardest: object  # max or min of that number
-    published: str  # key of published.json
+class Column(NamedTuple):
+    header: str
+    world: str  # "" for the row's own
+    path: str  # keys of the JSON, joined by dots
+    minus: str  # the row that is subtracted, "" for none
 
 
-OWN = "share of training digits in their own colour"
-SPREAD = "variance of the stroke's colour around its mean"
-SWEEPS = {  # by recipe
-    "flat": Sweep("Biased-MNIST (Bahng et al., 2020)", "corr", OWN, max, "biased_mnist"),
-    "cmnist": Sweep("Coloured MNIST (Nam et al., 2020)", "corr", OWN, max, "cmnist"),
-    "digit": Sweep("Learning Not to Learn (Kim et al., 2019)", "sigma2", SPREAD, min, "lntl"),
-}
+class Row(NamedTuple):
+    source: str  # FILE:KEY, "" for the runs of train.py
+    name: str  # without _sSEED
+    label: str
+
+
+class Query(NamedTuple):
+    where: str  # file and line
+    rows: list
+    columns: list
+    words: dict  # published, title, axis: what stands behind the word
 
 
 def report(args):
-    """Fill the tables and draw the figures of every run in --dir; trains and scores nothing."""
-    worlds = read_worlds(args.dir)
-    rows = with_oracle(worlds)
-    if not any(worlds.values()):
-        die(f"{args.dir} holds no results of train.py", f"run: python train.py --dir {args.dir}")
-    hint = "git checkout results/published.json restores it"
-    published = load_json(ROOT / "results" / "published.json", hint)
-    files = fill(args.dir, make_tables(worlds, rows, published))
-    files.append(write_csv(worlds, args.dir / "summary.csv"))
-    files += draw_figures(args.dir, worlds, rows, published)
-    count = sum(len(runs) for world in worlds.values() for runs in world.values())
-    print(f"{count} runs in {args.dir}; wrote")
+    """Answer every query of README.md and DIR/*.md, draw their figures; computes nothing else."""
+    folder = args.dir
+    if not any(runs_of(path.parent) for path in [folder / "x", *folder.glob("*/meta.json")]):
+        die(f"{folder} holds no results of train.py", f"run: python train.py --dir {folder}")
+    here = [path for path in sorted(folder.glob("*.md")) if path.name != "tables.md"]
+    files, drawn = list(here), []
+    if folder.resolve() == HOME:
+        files.append(ROOT / "README.md")
     for path in files:
-        print(f"  {path}")
+        text = path.read_text(encoding="utf-8")
+        filled = TABLE.sub(lambda found, path=path: fill(found, path, folder), text)
+        write(path, lambda file, filled=filled: file.write(filled.encode()))
+        drawn += draw_figures(path, folder)
+    if folder.resolve() != HOME:
+        files.append(folder / "tables.md")
+        tables, drawn = tables_of(folder, [ROOT / "README.md", *sorted(HOME.glob("*.md"))])
+        write(files[-1], lambda file: file.write(tables.encode()))
+    for path in [*files, *drawn]:
+        print(f"wrote {path}")
 
 
-def make_tables(worlds, rows, published):
-    """{name: Markdown, or None without results}."""
-    lazy = ("baseline", *STRONGER, "oracle")
-    lazy_columns = (*EVAL_SPLITS, "follows colour", "colour probe", "digit probe")
-    tables = {
-        "summary": table(rows, SUMMARY, ("val", "test_hard")),
-        "lazy": table(rows, lazy, lazy_columns),
-        "cures": cures_table(rows),
-        "lazy_artist": lazy_artist_table(rows, published["lazy_artist"]),
-        "parts": parts_table(rows),
-        "first_net": first_net_table(first_nets(worlds)),
-        "robust_training": robust_table(robust_rows(worlds)),
-        "robgan": robgan_table(generators(worlds)),
-        "all_runs": table(rows, rows, NUMBERS, {"worst group": worst_group}),
-    }
-    for recipe, sweep in SWEEPS.items():
-        ours = sweep_rows(worlds, recipe)
-        tables[recipe] = sweep_table(sweep, ours, published[sweep.published])
-    return tables
+TABLE = re.compile(r"<!-- table\n(.*?)-->\n.*?<!-- end -->", re.S)
+FIGURE = re.compile(r"<!-- figure (\w+)\n(.*?)-->\s*!\[[^\]]*\]\((?:results/)?([^)]+)\)", re.S)
 
 
-def read_worlds(folder):
-    """{world: {row: runs by seed}} of a folder, "" for itself, and of the worlds inside it."""
-    inside = sorted(path.parent.name for path in folder.glob("*/meta.json"))
-    names = ["", *(name for name in inside if name != "quick")]  # QUICK has a report of its own
-    return {name: read_runs(folder / name) for name in names}
+def fill(found, path, folder):
+    """A table's place in the text of `path`, with the answer to its query."""
+    table = answer(parse(found[1], position(found, path)), folder) or "*no results yet*\n"
+    return f"<!-- table\n{found[1]}-->\n\n{table}\n<!-- end -->"
 
 
-def read_runs(folder):
-    """{row: [records by seed]} of every train.py run on the present painting of this world."""
-    world, rows = world_of(folder), {}
+def position(found, path):
+    return f"{path.name}, line {found.string.count(chr(10), 0, found.start()) + 1}"
+
+
+def tables_of(folder, write_up):
+    """(all runs and the write-up's tables as far as `folder` has their rows, figures drawn)."""
+    parts, drawn = ["## All runs\n", answer(parse(EVERYTHING, "all runs"), folder) or ""], []
+    for path in write_up:
+        for found in TABLE.finditer(path.read_text(encoding="utf-8")):
+            table = answer(parse(found[1], position(found, path)), folder)
+            if table:
+                headings = re.findall(r"^#+ (.*)", found.string[: found.start()], re.M)
+                parts += [f"## {headings[-1] if headings else path.stem}\n", table]
+        drawn += draw_figures(path, folder)
+    return "\n".join(parts), drawn
+
+
+def parse(text, where):
+    """The Query of the lines between the marks; `where` names them in complaints."""
+    rows, columns, words, source = [], [], {}, ""
+    for k, line in enumerate(text.splitlines(), 1):
+        word, _, rest = line.partition(" ")
+        if word == "from" and re.fullmatch(r"[\w./+-]+:[\w. -]+", rest):
+            source = rest
+        elif word == "rows":
+            rows += [Row(source, name, f"`{name}`") for name in rest.split()]
+        elif word == "row" and ": " in rest:
+            rows.append(Row(source, *rest.split(": ", 1)))
+        elif " = " in line:
+            header, path = line.split(" = ", 1)
+            world, _, path = path.rpartition(": ")
+            path, _, minus = path.partition(" - ")
+            columns.append(Column(header, world, path, minus))
+        elif word in ("published", "title", "axis", "ylabel") and rest:
+            words[word] = rest
+        else:
+            die(f"{where} + {k}: {line!r} is no line of a query", "train.py says what lines may be")
+    return Query(where, rows, columns, words)
+
+
+# ---- finding records
+
+
+@functools.cache
+def runs_of(folder):
+    """{row: {seed: record}} of the runs of train.py on the present painting of a world."""
+    world, found = world_of(folder), {}
     for path in sorted(folder.glob("*.json")):
-        record = load_json(path, hint := "delete it, or run it again")
+        record = read(path)
         if record.get("script") != "train.py":
             continue
-        needed = {"name", "args", "knows", "world", "final", "probe", "epochs", "params"}
-        missing = needed - record.keys()
-        if missing:
-            die(f"{path} lacks {', '.join(sorted(missing))}", hint)
+        if not {"name", "args", "world", "final", "trained"} <= record.keys():
+            die(f"{path} is no whole result of train.py", "delete it, or run it again")
         if record["world"] != world:
             what = f"{path} was trained on another painting of {folder}"
             print(f"train.py: {what}, so it is left out", file=sys.stderr)
             continue
-        rows.setdefault(row_of(record["name"]), []).append(record)
-    for runs in rows.values():
-        runs.sort(key=lambda record: record["args"]["seed"])
-    return in_order(rows)
-
-
-def in_order(rows, run_of=lambda runs: runs[0]):
-    """Rows by method as METHODS has them, then by name; `run_of` finds a run of a row."""
-    place = {method: i for i, method in enumerate(METHODS)}
-
-    def key(item):
-        return place.get(run_of(item[1])["args"]["method"], len(place)), item[0]
-
-    return dict(sorted(rows.items(), key=key))
-
-
-def with_oracle(worlds):
-    """The rows of the headline world, and those named oracle of the unbiased one."""
-    unbiased = worlds.get("unbiased", {}).items()
-    return worlds[""] | {row: runs for row, runs in unbiased if row.startswith("oracle")}
-
-
-def all_rows(worlds):
-    """{row, or world/row: runs} of the headline world, and of those inside it."""
-    return {
-        f"{world}/{row}" if world else row: runs
-        for world, rows in worlds.items()
-        for row, runs in rows.items()
-    }
-
-
-def note(runs):
-    """The mark of a row, or a cell, with runs that did not train."""
-    failed = sum(not trained(record) for record in runs)
-    if failed == 0:
-        return ""
-    if failed == len(runs):
-        return " (did not train)"
-    return f" ({failed} of {len(runs)} did not train)"
-
-
-def dig(record, keys):
-    """record[key][key]...; None where there is none, as without colours."""
-    for key in keys:
-        record = None if record is None else record.get(key)
-    return record
-
-
-def get(record, column):
-    return dig(record, NUMBERS[column])
-
-
-def over_seeds(runs, column):
-    return mean_sd([get(record, column) for record in runs])
-
-
-def differences(runs, others, column):
-    """Of one number, over the seeds that both rows have, without those that did not train."""
-    mine, theirs = (
-        {record["args"]["seed"]: get(record, column) for record in row if trained(record)}
-        for row in (runs, others)
-    )
-    seeds = [seed for seed in mine if None not in (mine[seed], theirs.get(seed))]
-    return [mine[seed] - theirs[seed] for seed in seeds]
-
-
-def table(rows, names, columns, more=None):
-    """A line for each of these rows that has results; `more` is {column: function of its runs}."""
-    more = more or {}
-    lines = [
-        [
-            f"`{name}`{note(rows[name])}",
-            rows[name][0]["knows"],
-            *(over_seeds(rows[name], column) for column in columns),
-            *(value(rows[name]) for value in more.values()),
-        ]
-        for name in names
-        if name in rows
-    ]
-    return markdown(["method", "knows", *columns, *more], lines)
-
-
-def cures_table(rows):
-    """Every method at the usual budget; its cost is the change of val, over the same seeds."""
-    columns = ("val", "test_hard", "worst digit", "follows colour", "colour probe")
-
-    def cost(runs):
-        changes = differences(runs, rows.get("baseline", []), "val")
-        if not changes or runs[0]["knows"] == "no bias in training":  # the oracle's val is another
-            return "-"
-        return f"{fmean(changes):+.3f}"
-
-    return table(rows, CURES, columns, {"change of val": cost})
-
-
-def lazy_artist_table(rows, published):
-    """Our runs of the published recipes, in the published world, beside the published figures."""
-    lines = []
-    for theirs in published["rows"]:
-        runs = rows.get(theirs["row"], [])
-        if runs and published["world"].items() <= runs[0]["world"].items():
-            line = [f"`{theirs['row']}`{note(runs)}"]
-            for split in ("val", "test_hard"):
-                line += [over_seeds(runs, split), f"{theirs[split]:.3f}"]
-            lines.append(line)
-    header = ["method", "val", "published val", "test_hard", "published test_hard"]
-    return markdown(header, lines)
-
-
-def parts(rows):
-    """{row: differences of test_hard to `jitter`} of rows that change one part, best first."""
-    if "jitter" not in rows:
-        return {}
-    found, jitter = {}, rows["jitter"]
-    for row, runs in rows.items():
-        mine, usual = runs[0]["args"], jitter[0]["args"]
-        changed = {key for key in mine.keys() & usual.keys() if mine[key] != usual[key]} - {"seed"}
-        if len(changed) == 1 and changed <= {*METHODS["jitter"].flags}:
-            found[row] = differences(runs, jitter, "test_hard")
-    return dict(sorted(found.items(), key=lambda item: -fmean(item[1] or [-math.inf])))
-
-
-def parts_table(rows):
-    """The parts of the cure, one at a time; the difference is over seeds that both rows have."""
-    lines = [
-        [
-            f"`{row}`{note(rows[row])}",
-            over_seeds(rows[row], "test_hard"),
-            f"{fmean(gains):+.3f}" if gains else "-",
-            len(gains),
-        ]
-        for row, gains in parts(rows).items()
-    ]
-    header = ["method", "test_hard", "difference to `jitter`", "seeds"]
-    return markdown(header, lines)
-
-
-def sweep_rows(worlds, recipe):
-    """{row: {number of the world: runs}} of the worlds of one recipe."""
-    key, found = SWEEPS[recipe].key, {}
-    for name, rows in worlds.items():
-        for row, runs in rows.items():
-            world = runs[0]["world"]
-            if name not in ("", "unbiased") and world.get("recipe") == recipe:
-                found.setdefault(row, {}).setdefault(world[key], []).extend(runs)
-    return in_order(found, lambda by_value: next(iter(by_value.values()))[0])
-
-
-def sweep_values(sweep, ours, published):
-    """The numbers of our worlds and of the published ones, the hardest first."""
-    values = {value for by_value in ours.values() for value in by_value}
-    values |= {value for theirs in published for value in accuracies(theirs)}
-    return sorted(values, reverse=sweep.hardest is max)
-
-
-def sweep_table(sweep, ours, published):
-    """Accuracy on test_unbiased: a line a row, ours then published, and a column a world."""
-    if not ours:
-        return None
-    values, lines = sweep_values(sweep, ours, published), []
-    for row, by_value in ours.items():
-        line = [f"`{row}`", next(iter(by_value.values()))[0]["knows"]]
-        for value in values:
-            runs = by_value.get(value, [])
-            line.append(over_seeds(runs, "test_unbiased") + note(runs))
-        lines.append(line)
-    for theirs in published:
-        points = accuracies(theirs)
-        cells = [f"{points[value]:.3f}" if value in points else "-" for value in values]
-        lines.append([cite(theirs), theirs["knows"], *cells])
-    return markdown(["method", "knows", *(f"{value:g}" for value in values)], lines)
-
-
-def accuracies(theirs):
-    """{number of the world: accuracy} of a published row."""
-    return {float(value): acc for value, acc in theirs["accuracy"].items()}
-
-
-def cite(theirs):
-    """The name of a published row; it says so where the figure was not read in its source."""
-    return theirs["row"] + (", as reported" if theirs["how"] == "as reported" else "")
-
-
-class FirstNet(NamedTuple):
-    conflicting: float  # share of the training images
-    loss: str  # of the first net
-    runs: list  # that balanced by its answers
-    baseline: list  # runs of the same world
-
-
-def first_nets(worlds):
-    """{(recipe, world, row): FirstNet} of the rows that balance by a first net's answers."""
-    found = {}
-    for name, rows in worlds.items():
-        for row, runs in rows.items():
-            args, world, groups = runs[0]["args"], runs[0]["world"], runs[0].get("groups", {})
-            if args["method"] == "balance" and "equal_colour_conflicting" in groups:
-                share = 1 - world.get("corr", math.nan)  # unknown for one's own data
-                net = FirstNet(share, args["first_loss"], runs, rows.get("baseline", []))
-                found[world.get("recipe", "own"), name or "results", row] = net
-    return dict(sorted(found.items(), key=lambda item: (item[0][0], item[1].conflicting)))
-
-
-def first_net_table(found):
-    """What first nets know, and what balancing by their answers makes of it."""
-    lines = []
-    for (_, world, row), net in found.items():
-        lines.append([world, f"`{row}`{note(net.runs)}", f"{net.conflicting:.3g}", net.loss])
-        for key in ("equal_label", "equal_colour", "equal_colour_conflicting"):
-            lines[-1].append(mean_sd([dig(record, ("groups", key)) for record in net.runs]))
-        for runs in (net.baseline, net.runs):
-            lines[-1].append(over_seeds(runs, "test_unbiased"))
-    header = ["world", "method", "conflicting", "loss of the first net", "its answer is the label"]
-    header += ["the colour", "the colour, of conflicting images"]
-    return markdown([*header, "`baseline`, test_unbiased", "this method"], lines)
-
-
-def robust_rows(worlds):
-    """{row: runs} of adversarial training, here and in the worlds of plain MNIST inside."""
-    found = {}
-    for row, runs in all_rows(worlds).items():
-        here = "/" not in row or runs[0]["world"].get("recipe") == "gray"
-        if here and "val_pgd" in runs[0]["epochs"][0] and "phase" not in runs[0]["args"]:
-            found[row] = runs
+        found.setdefault(row_of(record["name"]), {})[record["args"]["seed"]] = record
     return found
 
 
-def robust_table(rows):
-    header = ["method", "eps", "parameters", "epoch kept, first seed", "val", "val under PGD"]
-    lines = [
-        [
-            f"`{row}`{note(runs)}",
-            f"{runs[0]['args']['eps']:g}",
-            f"{runs[0]['params']:,}",
-            f"{runs[0]['selected_epoch']} of {len(runs[0]['epochs'])}",
-            over_seeds(runs, "val"),
-            mean_sd([record["epochs"][record["selected_epoch"] - 1]["val_pgd"] for record in runs]),
-            over_seeds(runs, "test_hard"),
-            over_seeds(runs, "follows colour"),
+def records(folder, row, source=""):
+    """{seed: record} of a row: runs of train.py, or entries of FILE:KEY; {} where there is none."""
+    if not source:
+        return dict(sorted(runs_of((folder / row).parent).get(Path(row).name, {}).items()))
+    file, key = source.split(":")
+    path = folder / f"{file}.json"
+    entries = dig(read(path), key) if path.exists() else {}
+    if not isinstance(entries, dict):
+        return {}
+    names = {name: re.fullmatch(rf"{re.escape(row)}(?:_s(\d+))?", name) for name in entries}
+    return {m[1] and int(m[1]): entries[name] for name, m in names.items() if m}
+
+
+@functools.cache
+def read(path):
+    return load_json(path, "delete it, or run it again")
+
+
+def dig(record, path):
+    """record[key][key]... of 'key.key...', MISSING where there is no such key."""
+    for key in path.split("."):
+        if record is None:  # what needs colours, without them
+            return None
+        if not isinstance(record, dict) or key not in record:
+            return MISSING
+        record = record[key]
+    return record
+
+
+def found_rows(query, folder):
+    """[(Row, {seed: record})] of the rows that are there; one that is nowhere is a mistake."""
+    found = []
+    for row in query.rows:
+        if row.name == "*":
+            found += [(Row("", name, f"`{name}`"), records(folder, name)) for name in every(folder)]
+            continue
+        mine, name = records(folder, row.name, row.source), Path(row.name).name
+        worlds = [f"{column.world}/{name}" for column in query.columns if column.world]
+        elsewhere = [records(at, other) for at in (folder, HOME) for other in worlds]
+        if not mine and not any([*elsewhere, records(HOME, row.name, row.source)]):
+            of = f" of {row.source}" if row.source else ""
+            die(f"{query.where}: no result is a row {row.name}{of}", "correct its name, or run it")
+        found.append((row, mine))
+    return found
+
+
+def every(folder):
+    """The rows of a world, by method as METHODS has them, then by name."""
+    methods = {
+        row: next(iter(seeds.values()))["args"]["method"] for row, seeds in runs_of(folder).items()
+    }
+    place = {method: i for i, method in enumerate(METHODS)}
+    return sorted(methods, key=lambda row: (place.get(methods[row], len(place)), row))
+
+
+def values_of(column, row, mine, folder):
+    """{seed: value} of one cell, MISSING where the record has no such key."""
+    if column.world:
+        mine = records(folder, f"{column.world}/{Path(row.name).name}")
+    values = {seed: dig(record, column.path) for seed, record in mine.items()}
+    if not column.minus:
+        return mine, values
+    others = records(folder, column.minus, row.source)
+    gains = {
+        seed: MISSING if value is MISSING else plain(value) - plain(dig(others[seed], column.path))
+        for seed, value in values.items()
+        if seed in others and mine[seed].get("trained", True) and others[seed].get("trained", True)
+    }
+    return mine, gains
+
+
+# ---- cells and tables
+
+
+def answer(query, folder):
+    """The Markdown table of a query, None where no row has results."""
+    body, seen = [], set()
+    rows = found_rows(query, folder)
+    for row, mine in rows:
+        cells = []
+        for column in query.columns:
+            runs, values = values_of(column, row, mine, folder)
+            values = [value for value in values.values() if value is not MISSING]
+            seen |= {column.path} if values else set()
+            cell = signed(values) if column.minus else shown(values)
+            cells.append(cell + (did_not_train(runs) if column.world else ""))
+        if set(cells) - {"-"}:
+            body.append([row.label + did_not_train(mine), *cells])
+    for path in {column.path for column in query.columns if not column.world} - seen - {"-"}:
+        home = [
+            dig(record, path)
+            for row, _ in rows
+            for record in records(HOME, row.name, row.source).values()
         ]
-        for row, runs in rows.items()
-    ]
-    return markdown([*header, "test_hard", "follows colour"], lines)
+        if all(value is MISSING for value in home):
+            die(f"{query.where}: no row has the key {path}", "correct it")
+    if not body:
+        return None
+    header = ["", *(column.header for column in query.columns)]
+    table = [header, ["---"] * len(header), *body, *published_rows(query)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in table)
 
 
-def generators(worlds):
-    """{world/row: runs} that trained a generator."""
-    return {row: runs for row, runs in all_rows(worlds).items() if "generator" in runs[0]}
+def plain(value):
+    """A number of a rate or of anything with an interval."""
+    return value.get("rate", value.get("value")) if isinstance(value, dict) else value
 
 
-def robgan_table(rows):
-    """Did the generator collapse? Its pictures beside real ones and a collapsed control."""
-    lines = []
-    for row, runs in rows.items():
-        for kind in ("generated", "real", "collapsed"):
-            lines.append([f"`{row}`{note(runs)}", kind])
-            for key in MEASURES.values():
-                where = ("generator", "measured", kind, key)
-                lines[-1].append(mean_sd([dig(record, where) for record in runs]))
-    return markdown(["method", "pictures", *MEASURES], lines)
+def shown(values):
+    """A cell: mean ± sd (seeds); of one seed its value, with its interval where it has one."""
+    if len(values) == 1 and isinstance(values[0], list):
+        values = values[0]  # draws of one record
+    values = [value for value in values if plain(value) is not None]
+    numbers = [plain(value) for value in values]
+    if not numbers:
+        return "-"
+    if isinstance(numbers[0], int | str) and len(set(numbers)) == 1:
+        return f"{numbers[0]:,}" if isinstance(numbers[0], int) else numbers[0]
+    digits = 0 if abs(fmean(numbers)) >= 100 else 3
+    if len(numbers) > 1:
+        spread = f"{fmean(numbers):,.{digits}f} ± {stdev(numbers):,.{digits}f}"
+        return f"{spread} ({len(numbers)})"
+    interval = values[0] if isinstance(values[0], dict) else {}
+    if "value" in interval and abs(numbers[0]) < 0.1:
+        digits = 4
+    ends = f" ({interval['low']:.{digits}f} to {interval['high']:.{digits}f})" if interval else ""
+    return f"{numbers[0]:.{digits}f}{ends}"
 
 
-def worst_group(runs):
-    """Accuracy and n of the worst (digit, colour) group of all seeds."""
-    groups = [record["final"]["test_hard"]["worst_group"] for record in runs]
-    worst = min(filter(None, groups), key=lambda group: group["acc"], default=None)
-    return f"{worst['acc']:.3f} of {worst['n']}" if worst else "-"
+def signed(differences):
+    """A cell of paired differences: their mean with its 95 % t-interval over the seeds."""
+    n = len(differences)
+    if n < 2:
+        return f"{differences[0]:+.3f}" if differences else "-"
+    half = STUDENT_T[min(n - 2, 8)] * stdev(differences) / math.sqrt(n)
+    middle = fmean(differences)
+    return f"{middle:+.3f} ({middle - half:+.3f} to {middle + half:+.3f})"
 
 
-def write_csv(worlds, path):
-    """Every run of every world, a line each; returns the path."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    columns = [column.replace(" ", "_") for column in NUMBERS]
-    lines.writerow(["world", "name", "method", "seed", "knows", "trained", "params", *columns])
-    for world, rows in worlds.items():
-        for record in itertools.chain(*rows.values()):
-            args = record["args"]
-            about = [world or ".", record["name"], args["method"], args["seed"], record["knows"]]
-            lines.writerow(
-                [*about, trained(record), record["params"], *(get(record, c) for c in NUMBERS)]
-            )
-    write(path, lambda file: file.write(text.getvalue().encode()))
-    return path
+def did_not_train(runs):
+    """The mark of runs that learned next to nothing."""
+    failed = sum(not record.get("trained", True) for record in runs.values())
+    if failed == 0:
+        return ""
+    return (
+        " (did not train)" if failed == len(runs) else f" ({failed} of {len(runs)} did not train)"
+    )
+
+
+def published_rows(query):
+    """Lines of published.json: a cell stands under the header that it has there."""
+    key = query.words.get("published")
+    if key is None:
+        return []
+    hint = "git checkout results/published.json restores it"
+    every = load_json(HOME / "published.json", hint)
+    if key not in every:
+        die(f"{query.where}: published.json has no {key}", f"it has {', '.join(every)}")
+    found = []
+    for theirs in every[key]:
+        cells = {"knows": theirs.get("knows"), **theirs["cells"]}
+        values = [cells.get(column.header) for column in query.columns]
+        found.append([cite(theirs), *(shown([value]) for value in values)])
+    return found
+
+
+def cite(theirs):
+    """The name of a published row, and the source in which its figures were read, if another."""
+    row, source = (re.sub(r"\W+", " ", theirs[key]).strip() for key in ("row", "source"))
+    return theirs["row"] if source in row else f"{theirs['row']}, read in {theirs['source']}"
 
 
 # ---- figures
 
 
-def draw_figures(folder, worlds, rows, published):
-    """Every figure that has results; returns the files."""
-    robust = robust_rows(worlds)
-    figures = {
-        "learning_curves": (draw_learning_curves, curves(rows)),
-        "confusion": (draw_confusion, {row: rows[row][0] for row in CONFUSION if row in rows}),
-        "parts": (draw_parts, {row: gains for row, gains in parts(rows).items() if gains}),
-        "first_net": (draw_first_nets, first_nets(worlds)),
-        "robust_training": (draw_robust_training, {k: robust[k] for k in ROBUST if k in robust}),
-        "robgan_samples": (draw_samples, load_samples(folder, worlds)),
-    }
-    for recipe, sweep in SWEEPS.items():
-        ours = sweep_rows(worlds, recipe)
-        lines = sweep_lines(sweep, ours, published[sweep.published]) if ours else None
-        figures[recipe] = (draw_sweep, lines)
-    files = []
-    for name, (draw, data) in figures.items():
-        if data:
-            path = folder / "figures" / f"{name}.png"
-            save_figure(draw(data), path)
-            files.append(path)
-    return files
+def draw_figures(path, folder):
+    """The figures whose queries stand in the Markdown at `path`; returns their files."""
+    drawn = []
+    for found in FIGURE.finditer(path.read_text(encoding="utf-8")):
+        kind, text, file = found.groups()
+        where = position(found, path)
+        if kind not in FIGURES:
+            die(f"{where}: no figure is of the kind {kind}", f"there are {', '.join(FIGURES)}")
+        query = parse(text, where)
+        rows = [(row, mine) for row, mine in found_rows(query, folder)]
+        fig = FIGURES[kind](query, rows, folder)
+        if fig is not None:
+            save_figure(fig, folder / file)
+            drawn.append(folder / file)
+    return drawn
 
 
-def ink(record):
-    """One colour per method in every figure."""
-    is_oracle = row_of(record["name"]).startswith("oracle")
-    return INK.get("oracle" if is_oracle else record["args"]["method"], "0.4")
-
-
-def mean_low_high(values):
-    """Mean, lowest, highest."""
-    return fmean(values), min(values), max(values)
-
-
-def curves(rows):
-    """{row: its runs that trained} of the rows of CURVES."""
-    found = {row: [record for record in rows.get(row, []) if trained(record)] for row in CURVES}
-    return {row: runs for row, runs in found.items() if runs}
-
-
-def panels(n, width, height, most=4):
-    """A figure with n panels of so many inches that share their y axis, and these in a list."""
-    import matplotlib.pyplot as plt
-
-    columns = min(most, n)
-    lines = math.ceil(n / columns)
-    how = {"figsize": (width * columns + 0.5, height * lines), "layout": "constrained"}
-    fig, axes = plt.subplots(lines, columns, sharey=True, squeeze=False, **how)
-    for ax in axes.flat[n:]:
-        ax.axis("off")
-    return fig, list(axes.flat[:n])
-
-
-def by_epoch(ax, title):
-    ax.set(xlabel="epoch", ylim=(0, 1))
-    ax.set_title(title, fontsize=10)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.grid(alpha=0.3)
-
-
-def band(ax, points, colour, **style):
-    """The means of {x: (mean, lowest, highest)} as a line, the ranges as a band."""
-    mean, low, high = zip(*points.values(), strict=True)
-    ax.plot(points.keys(), mean, color=colour, **style)
-    ax.fill_between(points.keys(), low, high, color=colour, alpha=0.15, lw=0)
-
-
-def draw_learning_curves(curves):
-    fig, axes = panels(2, 4.1, 3.9)
-    titles = {"val": "val: like the training data", "test_hard": "test_hard: conflicting"}
-    for ax, (split, title) in zip(axes, titles.items(), strict=True):
-        for row, runs in curves.items():
-            style = "--" if row == "oracle" else ":" if row in INFERRED else "-"
+def draw_epochs(query, rows, folder):
+    """A panel a column, a line a row: a number of every epoch, mean and range of the seeds."""
+    rows = [(row, [r for r in mine.values() if r["trained"]]) for row, mine in rows]
+    rows = [(row, runs) for row, runs in rows if runs]
+    if not rows:
+        return None
+    fig, axes = figure(4.1 * len(query.columns) + 0.5, 3.9, 1, len(query.columns), sharey=True)
+    for ax, column in zip(axes[0], query.columns, strict=True):
+        for row, runs in rows:
             epochs = zip(*(record["epochs"] for record in runs), strict=False)  # to the shortest
-            spread = [mean_low_high([record[split] for record in epoch]) for epoch in epochs]
-            points = dict(enumerate(spread, start=1))
-            band(ax, points, ink(runs[0]), marker="o", ms=3, ls=style, label=row)
-        by_epoch(ax, title)
-    axes[0].set_ylabel("accuracy, mean and range of seeds")
-    axes[0].legend(fontsize=8, loc="lower right")
+            values = [[record.get(column.path) for record in epoch] for epoch in epochs]
+            points = {i: v for i, v in enumerate(values, start=1) if None not in v}
+            if points:
+                lines(ax, points, ink(row.name), marker="o", ms=3, label=row.label.strip("`"))
+        ax.set(xlabel="epoch", ylim=(0, 1), title=column.header)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("accuracy, mean and range of seeds")
+    axes[0, 0].legend(fontsize=8, loc="lower right")
     return fig
 
 
-def draw_confusion(runs):
-    """{row: record of a run}, a panel each: shares of a digit's images in test_hard."""
-    fig, axes = panels(len(runs), 3.1, 3.4)
-    for ax, (row, record) in zip(axes, runs.items(), strict=True):
-        counts = torch.tensor(record["final"]["test_hard"]["confusion"], dtype=torch.double)
-        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        picture = ax.imshow(share.tolist(), vmin=0, vmax=1, cmap="Blues")
-        for i, j in (share >= 0.05).nonzero().tolist():
-            colour = "white" if share[i, j] > 0.5 else "black"
-            text = f"{100 * share[i, j]:.0f}"
-            ax.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
-        ax.set_title(f"{row}, seed {record['args']['seed']}", fontsize=10)
-        ax.set(xlabel="predicted", xticks=range(len(share)), yticks=range(len(share)))
-    axes[0].set_ylabel("digit in test_hard")
-    fig.colorbar(picture, ax=axes, shrink=0.8, label="share of the digit's images (numbers: %)")
+def draw_matrices(query, rows, folder):
+    """A panel a row: the table at the first column's path, shares of a line, of the first seed."""
+    rows = [(row, next(iter(mine.values()))) for row, mine in rows if mine]
+    if not rows:
+        return None
+    fig, axes = figure(3.1 * len(rows) + 0.5, 3.4, 1, len(rows), sharey=True)
+    for ax, (row, record) in zip(axes[0], rows, strict=True):
+        counts = torch.tensor(dig(record, query.columns[0].path), dtype=torch.double)
+        share = (counts / counts.sum(1, keepdim=True).clamp(min=1)).tolist()
+        table = [[v if v >= 0.05 else None for v in line] for line in share]
+        picture = matrix(ax, table, xlabel="predicted")
+        ax.set_title(f"{row.label.strip('`')}, seed {record['args']['seed']}", fontsize=10)
+    axes[0, 0].set_ylabel(query.columns[0].header)
+    fig.colorbar(picture, ax=axes[0].tolist(), shrink=0.8, label="share of the digit's images")
     return fig
 
 
-def draw_parts(found):
-    """{row: differences of test_hard to `jitter`}, a bar each; a dot is a seed."""
-    fig, (ax,) = panels(1, 6.5, 0.4 * len(found) + 1)
-    for y, gains in enumerate(found.values()):
-        ax.barh(y, fmean(gains), color=INK["jitter"], alpha=0.6)
-        ax.plot(gains, [y] * len(gains), color="black", marker="o", ms=4, ls="")
-    ax.axvline(0, color="black", lw=0.8)
-    ax.set(yticks=range(len(found)), yticklabels=found)
-    ax.set_xlabel("accuracy on test_hard, difference to jitter over the same seeds")
-    ax.invert_yaxis()
-    ax.grid(axis="x", alpha=0.3)
-    return fig
-
-
-def draw_first_nets(found):
-    """How many conflicting images the first net calls by colour, by their share; a line a world."""
-    fig, (ax,) = panels(1, 6.5, 3.8)
-    lines = {}
-    for (recipe, *_), net in found.items():
-        named = [record["groups"]["equal_colour_conflicting"] for record in net.runs]
-        lines.setdefault((recipe, net.loss), {})[net.conflicting] = mean_low_high(named)
-    for k, ((recipe, loss), points) in enumerate(lines.items()):
-        style = {"marker": "s", "ls": "--"} if loss == "ce" else {"marker": "o"}
-        band(ax, points, f"C{k}", label=f"{recipe}, {loss}", **style)
-    shares = sorted({share for points in lines.values() for share in points})
-    ax.set(xscale="log", ylim=(0, 1.02), xlabel="share of conflicting training images")
-    ax.set_xticks(shares, [f"{share:.3g}" for share in shares])
-    ax.minorticks_off()
-    ax.set_ylabel("of these, named by their colour")
-    ax.legend(fontsize=8, loc="lower left", title="world, loss of the first net", title_fontsize=8)
-    ax.grid(alpha=0.3)
-    return fig
-
-
-def sweep_lines(sweep, ours, published):
-    """Our rows that stand in several worlds, and the published ones, as draw_sweep shows them."""
-    worlds, lines = {value for by_value in ours.values() for value in by_value}, {}
-    for row, by_value in ours.items():
-        if len(by_value) >= min(2, len(worlds)):
-            points, failed = {}, {}
-            for value, runs in by_value.items():
-                accs = [get(record, "test_unbiased") for record in runs if trained(record)]
-                if accs:
-                    points[value] = mean_low_high(accs)
-                else:
-                    failed[value] = get(runs[0], "test_unbiased")
-            lines[row] = ink(runs[0]), points, failed
-    theirs = {cite(row): accuracies(row) for row in published}
-    return sweep, sweep_values(sweep, ours, published), lines, theirs
-
-
-def draw_sweep(data):
-    """Accuracy by the number the worlds differ in; what did not train is a cross."""
-    sweep, values, lines, theirs = data
-    fig, (ax,) = panels(1, 8.5, 4.2)
-    place = {value: x for x, value in enumerate(values)}
-    for marker, (row, points) in zip(itertools.cycle("sDv^<>X*1234"), theirs.items(), strict=False):
-        x = [place[value] for value in values if value in points]
-        y = [points[value] for value in values if value in points]
-        ax.plot(x, y, color="0.6", ls="--", lw=0.8, marker=marker, ms=5, label=row)
-    seen = set()
-    for row, (colour, points, failed) in lines.items():
+def draw_sweep(query, rows, folder):
+    """A line a row, a place a column: ours in colour, published in grey; a cross did not train."""
+    fig, ((ax,),) = figure(8.5, 4.2)
+    headers = [column.header for column in query.columns if column.path != "-"]
+    empty = True
+    for row, mine in rows:
+        points, failed = {}, {}
+        for x, column in enumerate(column for column in query.columns if column.path != "-"):
+            runs, values = values_of(column, row, mine, folder)
+            for seed, value in values.items():
+                to = points if runs[seed].get("trained", True) else failed
+                if plain(value) is not None and value is not MISSING:
+                    to.setdefault(x, []).append(plain(value))
+        label, colour = row.label.strip("`"), ink(row.name)
+        empty &= not (points or failed)
         if points:
-            inside = "white" if colour in seen else colour  # the second row of a method
-            at = {place[value]: points[value] for value in values if value in points}
-            band(ax, at, colour, marker="o", mfc=inside, label=row)
-            seen.add(colour)
-        if failed:
-            x, label = [place[value] for value in failed], f"{row} (did not train)"
-            ax.plot(x, failed.values(), color=colour, marker="x", ms=8, mew=2, ls="", label=label)
-    ax.set(xticks=range(len(values)), xticklabels=[f"{value:g}" for value in values])
-    ax.set(xlabel=sweep.axis, ylabel="accuracy on test_unbiased", ylim=(0, 1))
+            lines(ax, points, colour, marker="o", label=label)
+        for x, values in failed.items():
+            ax.plot([x] * len(values), values, color=colour, marker="x", ms=8, mew=2, ls="")
+    if empty:
+        return None
+    theirs = []  # the two best at the hardest setting get a name
+    for label, *cells in published_rows(query):
+        found = dict(zip((column.header for column in query.columns), cells, strict=True))
+        theirs.append(([float(found[h]) if found[h] != "-" else math.nan for h in headers], label))
+    theirs.sort(key=lambda line: -line[0][0] if line[0][0] == line[0][0] else 0)
+    for (heights, label), look in zip(theirs, ["s", "D", *["."] * len(theirs)], strict=False):
+        name = label if look != "." else None
+        ax.plot(heights, color="0.6", ls="--", lw=0.8, marker=look, ms=5, label=name)
+    ax.set(xticks=range(len(headers)), xticklabels=headers, xlabel=query.words.get("axis", ""))
+    ylabel = query.words.get("ylabel", "accuracy on test_unbiased")
+    ax.set(ylabel=ylabel, ylim=(0, 1.02), title=query.words.get("title", ""))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    ax.set_title(f"{sweep.title}: ours in colour, published in grey", fontsize=10)
     return fig
 
 
-def draw_robust_training(rows):
-    """{row: runs}, a panel each: val, clean and under PGD, by epoch, a line a seed."""
-    fig, axes = panels(len(rows), 2.9, 2.7)
-    for ax, (row, runs) in zip(axes, rows.items(), strict=True):
-        for record in runs:
-            x = [epoch["epoch"] for epoch in record["epochs"]]
-            for key, style in (("val", "-"), ("val_pgd", "--")):
-                y = [epoch[key] for epoch in record["epochs"]]
-                ax.plot(x, y, color=ink(record), ls=style, marker=".")
-            ax.axvline(record["selected_epoch"], color="grey", lw=0.8, ls=":")
-        ax.legend(["clean", f"PGD at {runs[0]['args']['eps']:g}"], fontsize=7, loc="lower right")
-        by_epoch(ax, row)
-    fig.supylabel("accuracy on val", fontsize=10)
-    return fig
-
-
-def load_samples(folder, worlds):
-    """What a checkpoint with a generator shows, of the first run whose checkpoint is there."""
-    for row, runs in generators(worlds).items():
-        for record in runs:
-            path = (folder / row).with_name(f"{record['name']}.pt")
+def draw_samples(query, rows, folder):
+    """Pictures a class, real, generated and attacked, each with the trained net's answer."""
+    for row, mine in rows:
+        for record in mine.values():
+            path = (folder / row.name).with_name(f"{record['name']}.pt")
             if path.exists() and "shown" in (checkpoint := load_pt(path, "train it again")):
-                return checkpoint
+                return pictures(sample_rows(checkpoint))
     return None
 
 
-def draw_samples(checkpoint):
-    """Four pictures a class: real, generated, attacked; in each corner the trained net's answer."""
-    titles = {"real": "real", "generated": "generated", "attacked": "generated, then attacked"}
-    classes = len(checkpoint["said"][0]) // 4
-    fig, axes = panels(3, 3.1, 0.72 * classes + 0.5)
-    for ax, kind, said in zip(axes, titles, checkpoint["said"], strict=True):
-        pictures = checkpoint["shown"][kind]  # (4K,C,H,W)
-        _, c, h, w = pictures.shape
-        grid = pictures.reshape(classes, 4, c, h, w).permute(0, 3, 1, 4, 2)
-        ax.imshow(grid.reshape(classes * h, 4 * w, c).numpy(), cmap="gray", vmin=0, vmax=255)
-        for i, answer in enumerate(said):
-            right = answer == i // 4
-            look = {"color": "#56B4E9"} if right else {"color": "#FF5544", "weight": "bold"}
-            x, y = w * (i % 4 + 0.97), h * (i // 4 + 0.97)
-            ax.text(x, y, answer, ha="right", va="bottom", fontsize=8, **look)
-        centres = [h * (k + 0.5) for k in range(classes)]
-        ax.set(xticks=[], yticks=centres, yticklabels=range(classes))
-        ax.set_title(titles[kind], fontsize=10)
-    axes[0].set_ylabel("class asked for")
-    return fig
+def sample_rows(checkpoint):
+    """Two pictures of every class a line: [(title, [(pixels, caption, look)])]."""
+    titles = ("real", "generated", "generated, then attacked")
+    found = []
+    kinds = checkpoint["shown"].values()
+    for title, said, kind in zip(titles, checkpoint["said"], kinds, strict=True):
+        wanted = torch.arange(len(said) // 4).repeat_interleave(4).tolist()
+        for first in (0, 1):
+            cells = []
+            for i in range(first, len(said), 4):
+                wrong = said[i] != wanted[i]
+                look = {"weight": "bold" if wrong else "normal"}
+                cells.append(
+                    (kind[i].expand(3, -1, -1), f"{'✗' if wrong else '✓'} {said[i]}", look)
+                )
+            found.append((title if first == 0 else "", cells))
+    return found
+
+
+FIGURES = {
+    "epochs": draw_epochs,
+    "matrices": draw_matrices,
+    "sweep": draw_sweep,
+    "samples": draw_samples,
+}
 
 
 if __name__ == "__main__":

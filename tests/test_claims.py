@@ -3,45 +3,44 @@
 One test a claim, named after it. A claim without its evidence fails: then the sentence goes.
 """
 
-import json
-from functools import cache
-from pathlib import Path
 from statistics import fmean
 
 import pytest
 from conftest import ROOT
 
-from common import row_of
+from common import load_json
+from train import dig, records, runs_of
 
 RESULTS = ROOT / "results"
 CURES = ("jtt", "lff", "jitter", "grl", "combined", "biasbal", "groupdro")
 CMNIST = ("995", "99", "98", "95")
-CAMS = ("gradcam", "hirescam")
+CAMS = {"gradcam": "gradcam_all", "hirescam": "gradcam_all_hirescam"}
 PAIRS = [(images, kind) for images in ("all", "both_right") for kind in ("argmax", "confidence")]
+TARGETED, UNTARGETED = "attack_7to3_n500", "attack_untargeted_n2000"
 
 
-# ---- the evidence
+# ---- the evidence, selected as the tables select it
 
 
-@cache
-def load(path):
-    return json.loads(Path(path).read_text())
+def load(file):
+    return load_json(RESULTS / f"{file}.json", "it belongs to the repository")
 
 
-@cache
 def rows(world="."):
     """{row: {seed: record}} of every training run of one world."""
-    found = {}
-    for path in sorted((RESULTS / world).glob("*.json")):
-        record = load(path)
-        if record.get("script") == "train.py":
-            found.setdefault(row_of(record["name"]), {})[record["args"]["seed"]] = record
-    return found
+    return runs_of(RESULTS / world)
 
 
 def runs(row):
     """{seed: record} of a row of the main world; the oracle's runs lie in the unbiased one."""
-    return rows("unbiased" if row.startswith("oracle") else ".")[row]
+    return records(RESULTS, f"unbiased/{row}" if row.startswith("oracle") else row)
+
+
+def entries(file, row):
+    """{seed: entry} of the models of a row in a record of gradcam.py or attack.py."""
+    found = records(RESULTS, row, f"{file}:models")
+    assert found, f"{file} has no row {row}"
+    return found
 
 
 def hard(record):
@@ -81,18 +80,10 @@ def gains(row, other, number=hard):
     return [number(runs(row)[seed]) - number(runs(other)[seed]) for seed in seeds]
 
 
-@cache
-def gradcam(cam):
-    """The record of this kind of map with the most models."""
-    records = [load(path) for path in RESULTS.glob("gradcam*.json")]
-    of_kind = (r for r in records if r["args"].get("cam") == cam)
-    return max(of_kind, key=lambda r: len(r["models"]))
-
-
 def looks(cam, row, number):
     """One number of every model of a row that has maps."""
-    models = gradcam(cam)["models"]
-    return [number(model) for name, model in models.items() if row_of(name) == row]
+    row = f"unbiased/{row}" if row.startswith("oracle") else row
+    return [number(model) for model in entries(CAMS[cam], row).values()]
 
 
 def lift(model):
@@ -107,35 +98,25 @@ def flip(part):
     return lambda model: model["flips"][part]["changed"]["rate"]
 
 
-@cache
-def attacks(mode, model, world="."):
-    """The record of this mode with the most images that attacks this model."""
-    records = [load(path) for path in (RESULTS / world).glob("attack_*.json")]
-    found = [r for r in records if r["mode"] == mode and model in r["models"]]
-    assert found, f"no {mode} attack on {model}"
-    return max(found, key=lambda r: r.get("n") or len(r.get("index", ())))
+def survive(row, file):
+    """{seed: share right under every attack} of a row in a record of attack.py."""
+    return {seed: model["robust"]["rate"] for seed, model in entries(file, row).items()}
 
 
-def worst(mode_record, model):
-    return mode_record["models"][model]["robust"]["rate"]
+def clean(file, row):
+    """{seed: how many pictures are right without an attack}."""
+    return {seed: model["attacks"]["clean"]["k"] for seed, model in entries(file, row).items()}
 
 
-def compared_models(record, row):
-    """{seed: model} of the models of a row in a record of gradcam.py or attack.py."""
-    found = {name: model for name, model in record["models"].items() if row_of(name) == row_of(row)}
-    return {int(name.rsplit("_s", 1)[1]): model for name, model in found.items()}
+def published(table, start=""):
+    """[{setting: accuracy}] of the published rows whose name begins so."""
+    return [row["cells"] for row in load("published")[table] if row["row"].startswith(start)]
 
 
-def survive(row, world="."):
-    """{seed: share right under every attack} of the models of a row, where they are compared."""
-    models = compared_models(attacks("untargeted", f"{row}_s42", world), row)
-    return {seed: model["robust"]["rate"] for seed, model in models.items()}
-
-
-def published(table, start):
-    """{setting: accuracy} of a published row."""
-    (found,) = [r for r in load(RESULTS / "published.json")[table] if r["row"].startswith(start)]
-    return found["accuracy"]
+def published_best(table, setting, knows):
+    """The best published figure of the rows that know this much."""
+    rows = load("published")[table]
+    return max(row["cells"][setting] for row in rows if row["knows"] == knows)
 
 
 # ---- does it cheat?
@@ -201,7 +182,7 @@ def test_the_lifts_of_lazy_and_cured_networks_overlap(cam):
 
 def by_seed(cam, row, number):
     """{seed: one number} of every model of a row that has maps."""
-    return {seed: number(m) for seed, m in compared_models(gradcam(cam), f"{row}_s0").items()}
+    return {seed: number(m) for seed, m in entries(CAMS[cam], row).items()}
 
 
 def test_gradcam_lifts_do_not_separate_them():
@@ -216,7 +197,7 @@ def test_gradcam_lifts_do_not_separate_them():
 def test_by_hirescam_even_lazy_networks_score_above_one_but_so_do_random_layers():
     assert min(looks("hirescam", "baseline", lift)) > 1
     assert min(looks("hirescam", "baseline", flip("background"))) > 0.5
-    for step in gradcam("hirescam")["null"]["cascade"]:
+    for step in load(CAMS["hirescam"])["null"]["cascade"].values():
         assert fmean(step["lift"]) > 1
 
 
@@ -244,55 +225,31 @@ def test_hirescam_maps_are_not_empty():
     assert max(looks("hirescam", row, zero_maps)[0] for row in ("baseline", "jitter")) == 0
 
 
-def test_a_hirescam_map_adds_up_to_the_score_without_bias_and_a_gradcam_map_does_not():
-    for model in gradcam("gradcam")["models"].values():
-        residual = model["residual"]
-        assert residual["hirescam"]["max"] < 1e-4 < residual["gradcam"]["max"]
-
-
 @pytest.mark.parametrize("cam", CAMS)
 def test_random_weights_in_the_last_layer_leave_nothing_of_the_map(cam):
-    assert abs(fmean(gradcam(cam)["null"]["cascade"][0]["rank_correlation"])) < 0.15
+    assert abs(fmean(dig(load(CAMS[cam]), "null.cascade.fc.rank_correlation"))) < 0.15
 
 
 # ---- what does each answer want to see?
 
+WANTS = "gradcam_maximise_all"
+
 
 def wanted(row, key):
-    """{seed: number} of the pictures that maximise the answers of a row's models."""
-    models = compared_models(load(RESULTS / "gradcam_maximise_all.json"), row)
-    return {seed: model[key] for seed, model in models.items()}
-
-
-@pytest.mark.parametrize("row", ["jitter", "combined"])
-def test_recoloured_networks_want_less_tint_than_the_lazy_one_in_each_seed(row):
-    key = "variance between channels"
-    lazy, cured = wanted("baseline", key), wanted(row, key)
-    assert len(lazy) >= 3 and all(cured[seed] < lazy[seed] for seed in lazy)
-    places = "variance between places"
-    lazy = {seed: 1 - lazy[seed] - wanted("baseline", places)[seed] for seed in lazy}
-    cured = {seed: 1 - cured[seed] - wanted(row, places)[seed] for seed in cured}
-    assert all(cured[seed] > lazy[seed] for seed in lazy)  # colour that differs from place to place
+    """The mean over seeds, of the pictures that maximise the answers of a row's models."""
+    return fmean(model[key] for model in entries(WANTS, row).values())
 
 
 def test_where_nothing_was_learned_no_picture_convinces():
-    record = load(RESULTS / "gradcam_maximise_all.json")
-    assert record["models"]["baseline_shufflelabels_s42"]["confidence"] < 0.2
-    assert record["null"]["confidence"] < 0.2
-    assert min(fmean(wanted(row, "confidence").values()) for row in ("baseline", "jitter")) > 0.9
+    assert wanted("baseline_shufflelabels", "confidence") < 0.2
+    assert load(WANTS)["null"]["confidence"] < 0.2
+    assert min(wanted(row, "confidence") for row in ("baseline", "jitter")) > 0.9
 
 
-def test_what_the_lazy_network_wants_is_not_its_digits_own_colour():
-    assert fmean(wanted("baseline", "nearest colour is its own").values()) < 0.2
-    assert fmean(wanted("baseline", "named as flat colour").values()) < 0.5
-
-
-def test_another_oracle_reads_more_than_half_of_them_and_an_oracles_own_carry_more_tint():
-    record = load(RESULTS / "gradcam_maximise_all.json")
-    assert record["reader"] not in record["models"]
-    assert fmean(wanted("baseline", "read by an oracle").values()) > 0.5
-    key = "variance between channels"
-    assert fmean(wanted("oracle", key).values()) > fmean(wanted("baseline", key).values())
+def test_another_oracle_reads_more_than_half_of_the_lazy_ones_and_fewer_of_the_robust_ones():
+    assert load(WANTS)["reader"] not in load(WANTS)["models"]
+    read = "read by an oracle"
+    assert wanted("baseline", read) > 0.5 and wanted("at_balanced", read) < wanted("baseline", read)
 
 
 # ---- what cures it, and at what cost?
@@ -504,17 +461,16 @@ def test_in_coloured_mnist_it_names_fewer_the_more_pictures_conflict():
 
 
 def test_told_nothing_biasbal_stands_above_every_published_row_where_the_shortcut_is_strongest():
-    theirs = [r for r in load(RESULTS / "published.json")["cmnist"] if r["knows"] == "nothing"]
-    best = {corr: max(row["accuracy"][f"0.{corr}"] for row in theirs) for corr in CMNIST}
+    best = {corr: published_best("cmnist", f"0.{corr}", "nothing") for corr in CMNIST}
     ours = {corr: in_world(f"cmnist_{corr}", "biasbal_infergroups") for corr in CMNIST}
     assert ours["995"] > best["995"]
     assert all(abs(ours[corr] - best[corr]) < 0.015 for corr in ("99", "98", "95"))
 
 
 def test_our_plain_network_is_above_the_published_one_in_coloured_mnist_and_below_in_biased_mnist():
-    theirs = published("cmnist", "vanilla")
+    (theirs,) = published("cmnist", "vanilla")
     assert all(in_world(f"cmnist_{c}", "baseline") > theirs[f"0.{c}"] + 0.04 for c in CMNIST)
-    theirs = published("biased_mnist", "vanilla")
+    (theirs,) = published("biased_mnist", "vanilla")
     for corr in ("997", "995", "99"):
         assert in_world(f"flat_{corr}", "baseline") < theirs[f"0.{corr}"] - 0.1
 
@@ -553,11 +509,10 @@ def test_without_the_grain_every_seed_is_a_little_lower():
 
 
 def test_with_its_own_recipe_we_find_about_what_the_lazy_artist_found_but_for_the_reversal():
-    theirs = {row["row"]: row for row in load(RESULTS / "published.json")["lazy_artist"]["rows"]}
-    row = "jitter_hsv_image_nofade"
-    assert abs(fmean(of(row, hard)) - theirs[row]["test_hard"]) < 0.05
+    (jitter,), (plain,) = (published("lazy_artist", start) for start in ("jitter", "plain"))
+    assert abs(fmean(of("jitter_hsv_image_nofade", hard)) - jitter["test_hard"]) < 0.05
     assert abs(fmean(gains("grl_noconditional", "baseline"))) < 0.05
-    assert min(of("baseline", hard)) > theirs["baseline"]["test_hard"] + 0.1
+    assert min(of("baseline", hard)) > plain["test_hard"] + 0.1
 
 
 # ---- two other worlds
@@ -569,42 +524,35 @@ def test_jitter_is_hardly_affected_by_how_perfect_the_shortcut_is():
 
 
 def test_jitter_stands_above_every_published_row_at_999_of_1000():
-    theirs = load(RESULTS / "published.json")["biased_mnist"]
-    best = max(row["accuracy"]["0.999"] for row in theirs)
+    best = max(row["0.999"] for row in published("biased_mnist"))
     assert in_world("flat_999", "jitter") > best
 
 
 def test_the_highest_lines_at_999_of_1000_were_told_of_colour():
-    told = [
-        row["accuracy"]["0.999"]
-        for row in load(RESULTS / "published.json")["biased_mnist"]
-        if row["knows"] != "nothing"
-    ]
+    every = load("published")["biased_mnist"]
+    told = [row["cells"]["0.999"] for row in every if row["knows"] != "nothing"]
     highest = sorted([*told, in_world("flat_999", "jitter")])[-4:]
     untold = [in_world("flat_999", row) for row in ("baseline", "lff", "balance_infergroups")]
     assert max(untold) < min(highest)
 
 
 def test_told_nothing_balance_beats_the_published_in_the_two_hardest_worlds_only():
-    theirs = [
-        r for r in load(RESULTS / "published.json")["biased_mnist"] if r["knows"] == "nothing"
-    ]
-    lff = published("biased_mnist", "LfF")
+    (lff,) = published("biased_mnist", "LfF")
     for corr in ("0.999", "0.997"):
-        best = max(row["accuracy"][corr] for row in theirs)
+        best = published_best("biased_mnist", corr, "nothing")
         assert in_world(f"flat_{corr[2:]}", "balance_infergroups") > best
     for corr in ("0.995", "0.99"):
         assert in_world(f"flat_{corr[2:]}", "balance_infergroups") < lff[corr]
 
 
 def test_our_lff_stays_below_its_published_figures_everywhere():
-    theirs = published("biased_mnist", "LfF")
+    (theirs,) = published("biased_mnist", "LfF")
     for corr in ("0.999", "0.997", "0.995", "0.99"):
         assert in_world(f"flat_{corr[2:]}", "lff") < theirs[corr]
 
 
 def test_biasbal_trained_longer_comes_close_in_the_easiest_world_and_hardly_trains_in_the_hardest():
-    theirs = published("biased_mnist", "BiasBal")
+    (theirs,) = published("biased_mnist", "BiasBal")
     assert abs(in_world("flat_99", "biasbal_long") - theirs["0.99"]) < 0.02
     for world, few in (("flat_999", 1), ("flat_997", 2)):
         for record in rows(world)["biasbal"].values():
@@ -623,7 +571,8 @@ def test_lntl_gains_little_with_its_papers_weights_and_much_with_both_changes():
 
 def test_lntl_stands_above_its_published_figures_where_the_shortcut_is_strong_then_level():
     gain = {}
-    for variance, accuracy in published("lntl", "LNTL").items():
+    (theirs,) = published("lntl", "LNTL")
+    for variance, accuracy in theirs.items():
         world = f"lntl_{round(1000 * float(variance)):03d}"
         gain[float(variance)] = in_world(world, "lntl") - accuracy
     assert len(gain) == 7
@@ -655,8 +604,8 @@ def test_the_plain_network_falls_as_the_shortcut_grows_while_the_cured_ones_hold
 
 
 def compared(other):
-    found = attacks("targeted", "grl_s42")["compared"]
-    (entry,) = [e for e in found if (e["other"], e["reference"]) == (other, "baseline")]
+    entry = load(TARGETED)["compared"][other]
+    assert entry["reference"] == "baseline"
     return entry
 
 
@@ -674,57 +623,62 @@ def test_the_oracle_needs_less_too_by_argmax_only_just():
 
 
 def test_7_to_3_is_no_special_case():
-    models = attacks("pairs", "jitter_s42")["models"]
+    models = load("attack_pairs")["models"]
     lazy, cured = (models[f"{row}_s42"]["argmax"] for row in ("baseline", "jitter"))
     pairs = [(i, j) for i in range(10) for j in range(10) if i != j]
     assert fmean(cured[i][j] >= lazy[i][j] for i, j in pairs) > 0.9
 
 
+def test_more_attacks_reach_their_digit_in_the_cured_network_by_both_criteria():
+    lazy, cured = (load("attack_pairs")["models"][f"{row}_s42"] for row in ("baseline", "jitter"))
+    for criterion in ("argmax_mean", "confidence_mean"):
+        assert cured[criterion]["low"] > lazy[criterion]["high"]
+
+
 def test_at_eps_005_hardly_a_picture_survives_in_any_network_of_the_usual_training():
-    record = attacks("untargeted", "grl_s42")
+    record = load(UNTARGETED)
     assert record["args"]["eps"] == 0.05
-    assert max(worst(record, model) for model in record["models"]) < 0.01
+    assert max(model["robust"]["rate"] for model in record["models"].values()) < 0.01
 
 
 def kept_within(eps, row):
     """Accuracy under APGD of each seed of a row, from the robust curve of the main world."""
-    record = attacks("untargeted", "grl_s42")
-    at = record["radii"].index(eps)
-    return [m["curve"][at]["rate"] for m in compared_models(record, f"{row}_s0").values()]
+    at = load(UNTARGETED)["radii"].index(eps)
+    return [m["curve"][at]["rate"] for m in entries(UNTARGETED, row).values()]
 
 
 def test_under_tiny_changes_jitter_keeps_more_than_the_lazy_and_fewer_under_somewhat_larger_ones():
     assert len(kept_within(0.01, "jitter")) == len(kept_within(0.01, "baseline")) == 3
     assert min(kept_within(0.01, "jitter")) > max(kept_within(0.01, "baseline"))
     assert fmean(kept_within(0.025, "jitter")) < fmean(kept_within(0.025, "baseline"))
-    for eps in attacks("untargeted", "grl_s42")["radii"]:
+    for eps in load(UNTARGETED)["radii"]:
         cured, lazy = (fmean(kept_within(eps, row)) for row in ("jitter", "baseline"))
         assert cured >= lazy or max(cured, lazy) < 0.06  # hardly an answer is left in either
     assert max(kept_within(0.05, row)[0] for row in ("jitter", "grl", "combined")) < 0.01
 
 
 def test_the_first_coloured_pictures_are_harder_than_the_rest_and_the_first_grey_ones_easier():
-    record = attacks("untargeted", "grl_s42")
-    for name, model in record["models"].items():
-        seed = int(name.rsplit("_s", 1)[1])
-        assert model["attacks"]["clean"]["rate"] < hard(runs(row_of(name))[seed]), name
-    record = attacks("untargeted", "../mnist_27000/resnet50_s42", "mnist")
-    for name, model in record["models"].items():
-        whole = hard(rows("mnist_27000")[row_of(name)][42])
-        assert record["n"] == 200 and model["attacks"]["clean"]["rate"] > whole, name
+    for row in ("baseline", "jitter", "grl", "combined", "unbiased/oracle"):
+        for seed, model in entries(UNTARGETED, row).items():
+            assert model["attacks"]["clean"]["rate"] < hard(records(RESULTS, row)[seed]), row
+    for row in ("resnet50", "resnet50_clean", "resnet50_student"):
+        (model,) = entries("mnist/attack_resnet", f"../mnist_27000/{row}").values()
+        whole = hard(rows("mnist_27000")[row][42])
+        assert model["robust"]["n"] == 200 and model["attacks"]["clean"]["rate"] > whole, row
 
 
 def test_square_fools_a_few_that_gradients_had_left_on_plain_mnist():
-    models = attacks("untargeted", "at_s42", "mnist")["models"]
-    for name in ("at_s42", "trades_s42"):
-        left = [models[name]["attacks"][attack]["so_far"]["k"] for attack in ("APGD-T", "Square")]
+    for row in ("at", "trades"):
+        (model,) = entries("mnist/attack_at", row).values()
+        left = [model["attacks"][attack]["so_far"]["k"] for attack in ("APGD-T", "Square")]
         assert 0 < left[0] - left[1] < 20
 
 
 def test_our_attacks_pass_every_check():
-    for world, model in ((".", "jitter_s42"), (".", "at_balanced_s42"), ("mnist", "at_s42")):
-        record = attacks("check", model, world)
-        assert all(check["pass"] for m in record["models"].values() for check in m["checks"])
+    for file in ("attack_check_n200", "attack_at_check", "mnist/attack_check_eps0.3_n100"):
+        for model in load(file)["models"].values():
+            assert len(model["checks"]) == 9
+            assert all(check["pass"] for check in model["checks"].values())
 
 
 # ---- can it be made robust?
@@ -759,7 +713,7 @@ def test_where_colour_says_nothing_the_same_training_costs_hardly_anything():
 
 
 def test_the_shortcut_takes_robustness_away_too():
-    robust, free = survive("at_wide"), survive("unbiased/oracle_at_wide")
+    robust, free = (survive(row, "attack_wide") for row in ("at_wide", "unbiased/oracle_at_wide"))
     assert len(robust) == 3 and all(robust[seed] < 0.5 * free[seed] for seed in robust)
 
 
@@ -769,32 +723,27 @@ def test_at_balanced_reads_conflicting_pictures_about_as_well_as_the_oracles_of_
 
 
 def test_at_balanced_alone_keeps_most_of_its_answers_under_attack():
-    record = attacks("untargeted", "at_balanced_s42")
-    for name, model in record["models"].items():
-        kept = worst(record, name) > 0.5 * model["attacks"]["clean"]["rate"]
-        assert kept == (row_of(name) == "at_balanced"), name
+    for row in ("baseline", "jitter", "balance", "at_balanced", "unbiased/oracle"):
+        (model,) = entries("attack_at", row).values()
+        kept = model["robust"]["rate"] > 0.5 * model["attacks"]["clean"]["rate"]
+        assert kept == (row == "at_balanced"), row
 
 
 def test_unbiased_data_alone_are_not_enough():
-    record = attacks("untargeted", "at_balanced_s42")
-    assert max(worst(record, "balance_s42"), *survive("unbiased/oracle_wide").values()) < 0.02
+    kept = [*survive("balance", "attack_at").values()]
+    assert max(kept + [*survive("unbiased/oracle_wide", "attack_wide").values()]) < 0.02
 
 
 def test_before_its_adversarial_epochs_the_network_keeps_nothing():
-    record = attacks("untargeted", "at_clean_s42", "mnist")
-    assert worst(record, "at_clean_s42") < 0.01 and worst(record, "at_s42") > 0.8
-
-
-def under(attack, model):
-    """Accuracy of a model of plain MNIST under one attack alone, at eps 0.3."""
-    record = attacks("untargeted", "at_s42", "mnist")
-    return record["models"][model]["attacks"][attack]["own"]["rate"]
+    (clean,), (robust,) = (survive(row, "mnist/attack_at").values() for row in ("at_clean", "at"))
+    assert clean < 0.01 and robust > 0.8
 
 
 def test_trades_comes_close_and_fgsm_promises_too_much():
-    robust = {row: survive(row, "mnist")[42] for row in ("at", "trades", "fgsm")}
+    robust = {row: survive(row, "mnist/attack_at")[42] for row in ("at", "trades", "fgsm")}
     assert 0 < robust["at"] - robust["trades"] < 0.02
-    assert under("FGSM", "fgsm_s42") > 0.9 and robust["fgsm"] < 0.7
+    (fgsm,) = entries("mnist/attack_at", "fgsm").values()
+    assert fgsm["attacks"]["FGSM"]["own"]["rate"] > 0.9 and robust["fgsm"] < 0.7
 
 
 def watched(row, world="mnist"):
@@ -808,7 +757,7 @@ def test_the_robustness_of_fgsm_did_not_collapse():
 
 def test_a_high_val_under_pgd_is_not_yet_robustness():
     assert max(of("at", hard)) < 0.01 and max(watched("at", ".")) > 0.9
-    for seed, kept in survive("at_wide").items():
+    for seed, kept in survive("at_wide", "attack_wide").items():
         assert kept < 0.5 * max(e["val_pgd"] for e in runs("at_wide")[seed]["epochs"])
 
 
@@ -823,16 +772,15 @@ def test_no_network_lost_its_robustness_in_training():
 
 
 def test_both_resnets_keep_most_answers_nothing_before_and_were_still_rising():
-    record = attacks("untargeted", "../mnist_27000/resnet50_s42", "mnist")
     ours, plain, theirs = (
-        record["models"][f"../mnist_27000/resnet50{name}_s42"]
+        entries("mnist/attack_resnet", f"../mnist_27000/resnet50{name}")[42]
         for name in ("", "_clean", "_student")
     )
-    assert record["n"] == 200 and plain["robust"]["k"] == 0
+    assert ours["robust"]["n"] == 200 and plain["robust"]["k"] == 0
     assert theirs["attacks"]["clean"]["k"] < ours["attacks"]["clean"]["k"]
     assert theirs["robust"]["k"] > ours["robust"]["k"] > 0.5 * ours["attacks"]["clean"]["k"]
-    (project,) = load(RESULTS / "published.json")["robust_mnist"]["0.1"]
-    assert project["PGD"] < 0.01
+    (project,) = published("robust_resnet")
+    assert project["PGD, 20 steps"] < 0.01
     for row in ("resnet50", "resnet50_student"):
         risen = watched(row, "mnist_27000")
         assert risen == sorted(risen) and len(risen) == 4
@@ -847,6 +795,8 @@ def test_both_resnets_had_the_same_net_pictures_epochs_and_attack():
 
 
 # ---- does a generator help?
+
+ROBGAN, ROBGAN_2000 = "mnist/attack_robgan", "mnist/attack_robgan_2000"
 
 
 def measured(kind, key, world="mnist"):
@@ -881,7 +831,7 @@ def test_with_2000_pictures_its_digits_vary_less_and_teach_clearly_worse():
 
 
 def test_the_network_beside_the_generator_is_less_robust_in_each_seed():
-    with_it, without = survive("robgan", "mnist"), survive("robgan_without", "mnist")
+    with_it, without = (survive(row, ROBGAN) for row in ("robgan", "robgan_without"))
     assert with_it.keys() == without.keys() == {42, 43, 44}
     assert all(with_it[seed] < without[seed] for seed in with_it)
 
@@ -890,12 +840,12 @@ SHARES = ("generated_0.3", "generated_0.5", "generated_0.7")  # of generated pic
 
 
 def test_generated_pictures_as_additional_data_are_no_gain():
-    none = survive("robgan_without", "mnist")
+    none = survive("robgan_without", ROBGAN)
     for row, seeds in zip(SHARES, ({42}, {42, 43, 44}, {42}), strict=True):
-        found = survive(row, "mnist")
+        found = survive(row, ROBGAN)
         assert found.keys() == seeds <= none.keys()
         assert fmean(found.values()) < fmean(none[seed] for seed in found)
-    half = survive("generated_0.5", "mnist")
+    half = survive("generated_0.5", ROBGAN)
     assert max(half[seed] - none[seed] for seed in half) > 0, "though not in every seed"
     spread = max(half.values()) - min(half.values())
     assert fmean(none.values()) - fmean(half.values()) < spread
@@ -903,19 +853,15 @@ def test_generated_pictures_as_additional_data_are_no_gain():
 
 def test_with_few_pictures_they_help_a_little_at_the_smaller_shares_in_each_seed():
     without = "../mnist_2000/robgan_without"
-    none, clean = survive(without, "mnist"), {}
+    none, right = survive(without, ROBGAN_2000), clean(ROBGAN_2000, without)
     for row, times in zip(SHARES, (3, 3, 2), strict=True):
-        found = survive(f"../mnist_2000/{row}", "mnist")
+        row = f"../mnist_2000/{row}"
+        found = survive(row, ROBGAN_2000)
         assert found.keys() == none.keys() == {42, 43, 44}
         assert sum(found[seed] > none[seed] for seed in none) == times
         if times == 3:
             assert 0.015 < fmean(found.values()) - fmean(none.values()) < 0.035
-    record = attacks("untargeted", f"{without}_s42", "mnist")
-    for row in ("robgan_without", *SHARES):
-        models = compared_models(record, f"{row}_s0")
-        clean[row] = [models[seed]["attacks"]["clean"]["k"] for seed in (42, 43, 44)]
-    for row in SHARES:  # the cost
-        costs = [b - a for a, b in zip(clean[row], clean["robgan_without"], strict=True)]
+        costs = [right[seed] - k for seed, k in clean(ROBGAN_2000, row).items()]
         assert min(costs) > 0, row
 
 

@@ -77,13 +77,13 @@ NOT_SETTINGS = ("dir", "device", "threads", "overwrite", "report", "name", "resu
 def get_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    everyone, told = " ".join(METHODS), " ".join(m for m in METHODS if METHODS[m].wants_colours)
+    told = " ".join(m for m in METHODS if METHODS[m].wants_colours)
     groups, owners, usual = {}, {}, {}
 
-    def add(flag, of=everyone, default=None, help="", **how):
-        """A flag of these methods; argparse leaves None where it is not given."""
+    def add(flag, of="", default=None, help="", **how):
+        """A flag of these methods, of all if none; argparse leaves None where it is not given."""
         if of not in groups:
-            title = "every method" if of == everyone else f"only {of.replace(' ', ', ')}"
+            title = f"only {of.replace(' ', ', ')}" if of else "every method"
             groups[of] = p.add_argument_group(title)
         if default is not None and default is not False:
             help += f" ({default})"
@@ -94,7 +94,8 @@ def get_args(argv=None):
     yes = {"action": argparse.BooleanOptionalAction, "default": True}
     rate, share, weight = number(float, 1e-8, 10), number(float, 0, 1), number(float, 0, 1e6)
     count, some = number(int, 0, 10_000), number(int, 1, 100_000)
-    p.add_argument("--method", choices=METHODS, default="baseline", help="default: baseline")
+    text = f"{', '.join(METHODS)}, or FILE.py with a class of your own (baseline)"
+    p.add_argument("--method", type=method_of, default="baseline", metavar="METHOD", help=text)
 
     of = "jitter combined"
     add("--alpha", of=of, type=weight, default=2.0, help="weight of the KL term")
@@ -141,11 +142,13 @@ def get_args(argv=None):
 
     args = p.parse_args(argv)
     given = {key for key in owners if getattr(args, key) is not None}
+    kin = [name for name in METHODS if METHODS[name] in METHODS[args.method].__mro__[:2]]
     for key, methods in owners.items():
-        if args.method not in methods and key in given:
+        foreign = methods and not set(kin) & set(methods)
+        if foreign and key in given:
             flag = f"--{key.replace('_', '-')}"
             p.error(f"{flag} means nothing for --method {args.method}; leave it out")
-        if args.method not in methods:
+        if foreign:
             delattr(args, key)
         elif key not in given:
             setattr(args, key, usual[key])
@@ -158,6 +161,27 @@ def get_args(argv=None):
     elif not args.name.endswith(f"_s{args.seed}"):
         args.name += f"_s{args.seed}"
     return args
+
+
+def method_of(text):
+    """An argparse type: the name of a method; FILE.py adds the last class in it, as FILE.
+
+    The file sees every name of this script, so it may begin with `class Mine(Baseline):`.
+    """
+    path = Path(text)
+    if path.suffix == ".py" and path.is_file():
+        names = {**globals()}
+        exec(compile(path.read_text(encoding="utf-8"), path, "exec"), names)
+        new = [thing for name, thing in names.items() if name not in globals()]
+        classes = [thing for thing in new if isinstance(thing, type) and issubclass(thing, Method)]
+        if not classes or path.stem in METHODS:
+            what = "is named like a method of ours" if classes else "has no class of a Method"
+            raise argparse.ArgumentTypeError(f"{path} {what}")
+        text = path.stem
+        METHODS[text] = classes[-1]
+    if text not in METHODS:
+        raise argparse.ArgumentTypeError(f"there is no {text!r}; choose from {', '.join(METHODS)}")
+    return text
 
 
 def check_args(p, args, given):

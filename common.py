@@ -474,20 +474,21 @@ def pictures(rows):
     """A figure of titled rows of pictures: [(title, [(pixels, caption, look)])].
 
     Pixels are uint8 or float (3,H,W), or (H,W), a map up to its own maximum. `look` may hold
-    outline, uint8 (H,W): its edge at a tenth of white is drawn; the rest is for the caption's text.
+    outline, uint8 (H,W): its edge at a tenth of white is drawn; or written: what is written on a
+    tile of one colour; the rest is for the caption's text.
     """
     columns = max(len(cells) for _, cells in rows)
     wide = max(1.12 * columns + 0.2, 5)
     fig = blank(wide, 1.62 * len(rows) + 0.1)
     parts = fig.subfigures(len(rows), squeeze=False)[:, 0]  # whose titles do not move the pictures
     for part, (title, cells) in zip(parts, rows, strict=True):
-        part.suptitle(textwrap.fill(title, int(11 * wide)), fontsize=10.5, weight="bold")
+        part.suptitle(textwrap.fill(title, int(10 * wide)), fontsize=10.5, weight="bold")
         line = part.subplots(1, columns, squeeze=False)[0]
         for ax in line:
             ax.axis("off")
         for ax, (pixels, caption, look) in zip(line, cells, strict=False):
             look = dict(look)
-            outline = look.pop("outline", None)
+            outline, written = look.pop("outline", None), look.pop("written", "")
             ax.axis("on")
             if pixels.ndim == 3:
                 ax.imshow(pixels.permute(1, 2, 0).numpy())
@@ -495,10 +496,17 @@ def pictures(rows):
                 ax.imshow(pixels.numpy(), cmap="inferno", vmin=0, vmax=pixels.max().item() or 1)
             if outline is not None and outline.min() < 25.5 < outline.max():
                 ax.contour(outline.numpy(), levels=[25.5], colors="#56B4E9", linewidths=0.8)
+            if written:
+                bright = luma((pixels[None] / 255).pow(2.2)).item() > 0.18  # black stands out more
+                font = {"fontsize": min(30, 90 / len(written)), "weight": "bold"}
+                place = {"ha": "center", "va": "center", "color": "black" if bright else "white"}
+                ax.text(0, 0, written, **place, **font)
             ax.set(xticks=[], yticks=[])
-            ax.set_xlabel(caption, **look)
+            ax.set_xlabel(textwrap.fill(caption, 14), **look)
     return fig
 
 
-def save_figure(fig, path):
-    write(path, lambda file: fig.savefig(file, dpi=150, metadata={"Software": None}))
+def save_figure(fig, path, source=None):
+    """`source` stands in the file: what the figure was drawn from."""
+    metadata = {"Software": None, "Source": source}
+    write(path, lambda file: fig.savefig(file, dpi=150, metadata=metadata))

@@ -8,7 +8,7 @@ Writes  DIR/gradcam.json, DIR/gradcam.pt (maps that the figures show), DIR/figur
     python gradcam.py --cam hirescam --digit 7
     python gradcam.py --models jitter_s42 jitter_s43 --split val --name two
     python gradcam.py --maximise                            # what each answer wants to see
-    python gradcam.py --image my_digit.png                  # one picture of your own
+    python gradcam.py --image my_digit.png                  # your own digit on ten colours
     python gradcam.py --report                              # figures again, from the files
 
 A heat map is a suggestion: it can miss a shortcut or show one that is not there (Adebayo et al.,
@@ -20,13 +20,17 @@ changes, and how often when nothing but the digit does.
 import argparse
 import contextlib
 import copy
+import hashlib
 import itertools
 import math
 import re
+import textwrap
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -72,6 +76,7 @@ BATCH = 500  # images; small enough for a ResNet-50, large enough for the tiny n
 SANITY_IMAGES, SANITY_DRAWS = 1000, 5  # the cascade: images of the split, sets of random weights
 ROWS = 2  # models in the figures of heat maps
 STARTS = 3  # pictures that --maximise finds for each class
+LARGEST = 50_000_000  # pixels of a picture of one's own, those of a large phone camera
 TITLES = {"gradcam": "Grad-CAM", "hirescam": "HiResCAM"}  # kinds of heat map
 MAPS, MAXIMISE, IMAGE = "heat maps", "--maximise", "--image"  # what the script can do
 
@@ -101,7 +106,10 @@ def get_args(argv=None):
     g = p.add_argument_group("instead of heat maps").add_mutually_exclusive_group()
     helps = "find the pictures that each class wants to see"
     g.add_argument("--maximise", action="store_true", help=helps)
-    g.add_argument("--image", type=Path, metavar="FILE", help="show one picture of your own")
+    helps = "find the digit in pictures of your own, show it on ten colours"
+    g.add_argument("--image", nargs="+", type=Path, metavar="FILE", help=helps)
+    helps = "show the picture as it is, with heat maps, not on ten colours"
+    add(p, "--raw", IMAGE, action="store_true", help=helps)
     helps = "a model that reads the pictures found, say one trained where there is no bias"
     add(p, "--reader", MAXIMISE, metavar="NAME", help=helps)
     common_args(p, seed_of="textures, digit partners and the null rows")
@@ -133,11 +141,17 @@ def check_args(args):
 def result_name(args):
     """gradcam, gradcam_val_digit7_hirescam, gradcam_NAME_hirescam, gradcam_maximise, ..."""
     head = "gradcam_maximise" if args.maximise else "gradcam"
-    skip = {"models", "name", "maximise", "image", "reader"}
+    skip = {"models", "name", "maximise", "image", "raw", "reader"}
     if args.name:
         head = f"{head}_{args.name}"
         skip = vars(args).keys() - {"cam"}
     return name_of(head, args, get_args([]), skip)
+
+
+def check_numbers(values, name):
+    """Weights may be finite and answers not."""
+    if not values.isfinite().all():
+        die(f"{name} gives answers that are no numbers", "train it again, say with a smaller --lr")
 
 
 def facts(args, device):
@@ -337,28 +351,55 @@ class Painting(NamedTuple):
     """How a world is painted."""
 
     recipe: str
-    sigma2: float | None
+    sigma2: float
     names: list  # of the palette's colours
     means: torch.Tensor  # float (colours,3) in [0, 1]
 
 
-def painting_of(folder, split):
-    """(Painting of a world, None), or (None, why nothing can be repainted)."""
+USUAL = Painting("background", 0.0, list(PALETTE), rgb(PALETTE))
+
+
+def meta_of(folder):
+    """What meta.json says of a world; {} without one."""
     path = folder / "meta.json"
-    if split.colors is None or not path.exists():
-        return None, f"they need colors in the split and {path}"
-    meta = load_json(path, "delete it")
+    return load_json(path, "mend it or take it away") if path.exists() else {}
+
+
+def painting_of(folder):
+    """The Painting that meta.json describes; None where it does not, or not well."""
+    meta = meta_of(folder)
     if meta.get("recipe") not in PAINTERS:
-        recipes = " or ".join(PAINTERS)
-        return None, f"{path} names the recipe {meta.get('recipe')!r}, not {recipes}"
-    names, means = list(PALETTE), rgb(PALETTE)
-    if "palette" in meta:
-        names = [name for name, _ in meta["palette"]]
-        means = torch.tensor([mean for _, mean in meta["palette"]]) / 255
+        return None
+    usual = zip(PALETTE, (255 * USUAL.means).round().tolist(), strict=True)
+    try:
+        names, means = zip(*meta.get("palette", usual), strict=True)
+        means = torch.tensor(means).reshape(len(names), 3) / 255
+        sigma2 = float(meta.get("sigma2") or 0)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if sigma2 < 0 or means.min() < 0 or means.max() > 1:
+        return None
+    return Painting(meta["recipe"], sigma2, [str(name) for name in names], means)
+
+
+def obstacle_to(painting, split, folder):
+    """Why nothing can be repainted, in one line; None where it can."""
+    if split.colors is None:
+        return "the split has no colors, (N,): the class that owns each picture's colour"
     last = max(int(split.colors.max()), int(split.labels.max()))
-    if last >= len(names):
-        return None, f"classes run to {last}, but the palette ends at {len(names) - 1}"
-    return Painting(meta["recipe"], meta.get("sigma2"), names, means), None
+    if painting is None or last >= len(painting.names):
+        recipes = ", ".join(f'"{recipe}"' for recipe in PAINTERS)
+        colours = f'[["red", [255, 0, 0]], ...], the colours of classes 0 to {last}'
+        return f'{folder}/meta.json must hold "recipe": one of {recipes}, and "palette": {colours}'
+
+
+def class_names(folder):
+    """What meta.json calls the classes, else their numbers."""
+    names = meta_of(folder).get("classes", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        hint = 'as in "classes": ["shirt", "trouser"]'
+        die(f"{folder}/meta.json: classes must be a list of names", hint)
+    return [*names, *(str(k) for k in range(len(names), 1000))]
 
 
 def repaint(split, colours, painting, seed):
@@ -379,9 +420,11 @@ def counterfactuals(models, split, painting, seed):
     on_colour = {name: [] for name in models}
     for c, colour in enumerate(painting.names):
         progress(f"every digit on {colour}, colour {c + 1} of {len(painting.names)}")
-        painted = repaint(split, torch.full_like(split.labels, c), painting, seed)
+        every = repaint(split, torch.full_like(split.labels, c), painting, seed)
         for name, model in models.items():
-            on_colour[name].append(predict(model, painted.images).argmax(1).cpu())
+            logits = predict(model, every.images)
+            check_numbers(logits, name)
+            on_colour[name].append(logits.argmax(1).cpu())
     progress("another digit on every background")
     partner = torch.randperm(len(split.labels), generator=stream(seed, "partner"))
     swapped = repaint(split._replace(gray=split.gray[partner]), split.colors, painting, seed)
@@ -435,6 +478,7 @@ def measure(subjects, split, where, painting, seed):
     for k, (name, subject) in enumerate(subjects.items(), 1):
         progress(f"heat maps of {name}, model {k} of {len(subjects)}")
         heat = heat_of(subject, split)
+        check_numbers(heat.confidence, name)
         scores, flips, correlation = heat_scores(heat.maps, split.gray.cpu()), None, None
         if painting:
             flips, changed = flip_rates(*answers[name], partner, labels, split.colors.cpu())
@@ -511,7 +555,7 @@ def random_net(checkpoint, gen):
 # ---- the pictures that the figures show
 
 
-def paintings(split, choice, painting, seed):
+def painted(split, choice, painting, seed):
     """A Split of the pictures at [(index, colour), ...], all with one texture."""
     each = []
     for i, c in choice:
@@ -520,18 +564,18 @@ def paintings(split, choice, painting, seed):
     return Split(*(torch.cat(column) for column in zip(*each, strict=True)))
 
 
-def scene(title, shown, subjects, names=None):
+def scene(title, shown, subjects, classes, colour_names=None):
     """Pictures and what models make of them: tensors and strings fit for save_pt.
 
-    `names` of the palette's colours; None where there are no colours.
+    `classes`: their names; `colour_names` of the palette, None where there are no colours.
     """
     labels = shown.labels.cpu()
     foreign = torch.ones_like(labels).bool()
-    below = [str(label) for label in labels.tolist()]
-    if names:
+    below = [classes[label] for label in labels]
+    if colour_names:
         colours = shown.colors.cpu()
         foreign = colours != labels
-        below = [f"{label} on {names[c]}" for label, c in zip(below, colours, strict=True)]
+        below = [f"{label} on {colour_names[c]}" for label, c in zip(below, colours, strict=True)]
     return {
         "title": title,
         "images": shown.images.cpu().contiguous(),
@@ -549,7 +593,7 @@ def firsts_of(names):
     return [name for name in names if name in firsts.values()]
 
 
-def scenes_of(subjects, split, painting, digit, seed):
+def scenes_of(subjects, split, painting, classes, digit, seed):
     """{figure: scene} of the first model of each of the first two rows.
 
     Five digits, each on its own and on its foreign colour, and one digit on every colour.
@@ -557,7 +601,8 @@ def scenes_of(subjects, split, painting, digit, seed):
     few = {name: subjects[name] for name in firsts_of(list(subjects))[:ROWS]}
     kind = TITLES[next(iter(few.values())).cam]
     if painting is None:
-        return {"examples": scene(f"{kind}: the first pictures", split.take(slice(10)), few)}
+        title = f"{kind}: the first pictures"
+        return {"examples": scene(title, split.take(slice(10)), few, classes)}
     labels, colours = split.labels.tolist(), split.colors.tolist()
     foreign = [i for i in range(len(labels)) if colours[i] != labels[i]]
     foreign = foreign or [0]  # every digit has its own colour
@@ -567,10 +612,10 @@ def scenes_of(subjects, split, painting, digit, seed):
     ten = [(one, c) for c in range(len(painting.names))]
     titles = {
         "examples": (f"{kind}: digits on their own and on a foreign colour", pairs),
-        "ten_colours": (f"{kind}: one {digit} on ten colours", ten),
+        "ten_colours": (f"{kind}: one {classes[digit]} on ten colours", ten),
     }
     return {
-        name: scene(title, paintings(split, choice, painting, seed), few, painting.names)
+        name: scene(title, painted(split, choice, painting, seed), few, classes, painting.names)
         for name, (title, choice) in titles.items()
     }
 
@@ -578,7 +623,7 @@ def scenes_of(subjects, split, painting, digit, seed):
 # ---- figures
 
 
-def draw_scene(scene):
+def draw_scene(scene, classes):
     """Pictures, then the maps of a model a row; its title counts the colours that fooled it.
 
     Under a map: ✓ or a bold ✗, the predicted class and its probability.
@@ -592,9 +637,9 @@ def draw_scene(scene):
         wrong = seen["predicted"] != scene["labels"]
         maps, cells = upsample(seen["maps"], gray.shape[1:]), []
         for i, heat in enumerate(maps):
-            said = f"{int(seen['predicted'][i])} ({float(seen['confidence'][i]):.2f})"
-            look = {"outline": gray[i], "weight": "bold" if wrong[i] else "normal"}
-            cells.append((heat, f"{'✗' if wrong[i] else '✓'} {said}", look))
+            mark, weight = ("✗", "bold") if wrong[i] else ("✓", "normal")
+            said = f"{mark} {classes[seen['predicted'][i]]} ({seen['confidence'][i]:.2f})"
+            cells.append((heat, said, {"outline": gray[i], "weight": weight}))
         fooled = int((wrong & foreign).sum())
         rows.append((f"{name}: fooled on {fooled} of {int(foreign.sum())}", cells))
     return pictures(rows)
@@ -605,47 +650,47 @@ def draw_lift_flip(record):
     rows = {}
     for name in record["args"]["models"]:
         rows.setdefault(row_of(name), []).append(record["models"][name])
-    fig, axes = figure(7.2, 4.0)
+    fig, axes = figure(7.2, max(4.4, 0.22 * len(rows) + 0.4))  # the legend has a line a row
     ax = axes[0, 0]
     for (row, models), marker in zip(rows.items(), itertools.cycle("osD^vPX*<>hp")):
         flips = [m["flips"]["background"]["changed"]["rate"] for m in models]
         lifts = [m["maps"][record["split"]]["lift"] for m in models]
         lifts = [math.nan if lift is None else lift for lift in lifts]
         look = {"s": 50, "marker": marker, "edgecolor": "white", "zorder": 3}
-        ax.scatter(flips, lifts, color=ink(row), label=row, **look)
+        ax.scatter(flips, lifts, color=ink(row), label=textwrap.fill(row, 24), **look)
     ax.axhline(1, color="black", lw=1, ls="--")
     ax.annotate("uniform map", (1, 1), (-4, 4), textcoords="offset points", fontsize=9, ha="right")
-    ax.set_xlabel("background flip rate: new backgrounds that change the prediction", fontsize=9)
+    ax.set_xlabel("background flip rate:\nnew backgrounds that change the prediction")
     ax.set_ylabel(f"lift ({TITLES[record['args']['cam']]}): heat on the digit / its area")
-    ax.set_title(f"What the maps show, what the model does ({record['split']})")
-    ax.set(xlim=(0, 1), ylim=(0, 1.1 * max(1.5, ax.get_ylim()[1])))
+    ax.set_title(f"What the maps show,\nwhat the model does ({record['split']})")
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.05, 1.1 * max(1.5, ax.get_ylim()[1])))
     ax.grid(alpha=0.3)
     fig.legend(fontsize=9, loc="outside right upper")
     return fig
 
 
-def draw_wants(found):
+def draw_wants(found, classes):
     """A model a row, a class a column: a picture that it wants to see, and how sure it is."""
     rows = []
     for name, seen in found.items():
-        below = [f"{k} ({sure:.2f})" for k, sure in enumerate(seen["confidence"])]
+        below = [f"{classes[k]} ({sure:.2f})" for k, sure in enumerate(seen["confidence"])]
         rows.append((name, [(x, b, {}) for x, b in zip(seen["images"], below, strict=True)]))
     return pictures(rows)
 
 
-def draw(path):
+def draw(path, classes):
     """The figures of one record, named after its file; returns their paths."""
     record, beside = load_json(path, "delete it"), path.with_suffix(".pt")
     shown = load_pt(beside, "delete it") if beside.exists() else {}
     figures = {}
     if "split" not in record:
         if shown:
-            figures[path.stem] = draw_wants(shown)
+            figures[path.stem] = draw_wants(shown, classes)
     else:
         if record["repainting"] is None:
             figures[f"{path.stem}_lift_flip"] = draw_lift_flip(record)
         for name, scene in shown.items():
-            figures[f"{path.stem}_{name}"] = draw_scene(scene)
+            figures[f"{path.stem}_{name}"] = draw_scene(scene, classes)
     drawn = []
     for name, fig in figures.items():
         drawn.append(path.parent / "figures" / f"{name}.png")
@@ -657,9 +702,10 @@ def report(folder):
     """Redraw the figures of every record in the folder."""
     if not folder.is_dir():
         die(f"--dir {folder} is missing", "choose another")
+    classes = class_names(folder)
     for path in sorted(folder.glob("gradcam*.json")):
-        if load_json(path, "delete it").get("script") == "gradcam.py":
-            for figure in draw(path):
+        if load_json(path, "move it away").get("script") == "gradcam.py":
+            for figure in draw(path, classes):
                 print(f"wrote {figure}")
 
 
@@ -673,7 +719,10 @@ def look(args, device):
     decide = ("models", "split", "digit", "cam", "layer", "target", "seed")
     settings = {flag: getattr(args, flag) for flag in decide}
     split = load_world(args.dir, args.split, args.digit, device)
-    painting, obstacle = painting_of(args.dir, split)
+    painting, classes = painting_of(args.dir), class_names(args.dir)
+    obstacle = obstacle_to(painting, split, args.dir)
+    if obstacle:
+        painting = None
     subjects = {}
     for model_name in args.models:
         model, checkpoint = load_model(args.dir, model_name, device)
@@ -694,9 +743,10 @@ def look(args, device):
         "null": null_rows(first, subjects[first], split, args.split, args.seed),
         "run": facts(args, device),
     }
-    save_pt(scenes_of(subjects, split, painting, args.digit, args.seed), path.with_suffix(".pt"))
+    scenes = scenes_of(subjects, split, painting, classes, args.digit, args.seed)
+    save_pt(scenes, path.with_suffix(".pt"))
     save_json(record, path)
-    drawn = draw(path)
+    drawn = draw(path, classes)
     seconds = note_time(args.dir, name, began)
     progress("")
     if obstacle:
@@ -788,12 +838,14 @@ def look_for(args, device):
     settings = {"models": args.models, "seed": args.seed, "starts": STARTS}
     found = {model: load_model(args.dir, model, device) for model in args.models}
     reader = load_model(args.dir, args.reader, device) if args.reader else None
+    classes = class_names(args.dir)
     guard(path, {**settings, "reader": args.reader}, args.overwrite)
     print(f"what {len(found)} models want to see, {STARTS} starts a class", flush=True)
     models, shown = {}, {}
     for model_name, (model, checkpoint) in found.items():
         progress(f"pictures of {model_name}")
         wants, shown[model_name] = wants_of(model, checkpoint, reader, args.seed, device)
+        check_numbers(torch.tensor(wants["confidence"]), model_name)
         models[model_name] = {**wants, "trained": checkpoint.get("trained", True)}
     progress("pictures of random weights")
     checkpoint = found[args.models[0]][1]
@@ -810,7 +862,7 @@ def look_for(args, device):
     }
     save_pt({model: shown[model] for model in firsts_of(args.models)}, path.with_suffix(".pt"))
     save_json(record, path)
-    (drawn,) = draw(path)
+    (drawn,) = draw(path, classes)
     seconds = note_time(args.dir, name, began)
     progress("")
     wide = max(len(model) for model in args.models)
@@ -822,42 +874,179 @@ def look_for(args, device):
     print(f"open  {drawn}")
 
 
-# ---- one picture of one's own
+# ---- pictures of one's own
 
 
 def read_picture(path):
-    """float (1,3,H,W) in [0, 1] of a picture file: gray gets three channels, transparency goes."""
-    from matplotlib.image import imread
+    """float (3,H,W) in [0, 1], H and W at most 1024, as a viewer shows it.
+
+    Upright, transparency on white, whatever the file is called.
+    """
+    from PIL import Image, ImageOps
 
     try:
-        pixels = torch.tensor(imread(path))
-    except (OSError, SyntaxError, ValueError) as e:
-        die(f"--image {path} is no picture ({type(e).__name__})", "give the path of a PNG file")
-    if not pixels.is_floating_point():
-        pixels = pixels / torch.iinfo(pixels.dtype).max
-    pixels = pixels.float().reshape(*pixels.shape[:2], -1)  # (H,W,channels)
-    pixels = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., :1].expand(-1, -1, 3)
-    return pixels.permute(2, 0, 1)[None]
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            file = Image.open(path)
+        with file:
+            if file.width * file.height > LARGEST:
+                raise Image.DecompressionBombError
+            image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # 16 bits
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        image = image.convert("RGBA")
+        image.thumbnail((1024, 1024))
+        white = Image.new("RGBA", image.size, "white")
+        pixels = np.array(Image.alpha_composite(white, image).convert("RGB"))
+    except Image.DecompressionBombError:
+        die(f"--image {path} has more than {LARGEST // 10**6} million pixels", "make it smaller")
+    except FileNotFoundError:
+        die(f"--image {path} is missing", "give the path of a picture")
+    except Exception as e:  # a foreign file can make Pillow raise anything
+        die(f"--image {path} is no picture ({type(e).__name__})", "save it as a PNG or JPEG file")
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
-def look_at_image(args, device):
-    """Prediction and heat maps of every model on one picture of one's own."""
-    picture, rows = read_picture(args.image), []
-    for name in args.models:
-        model, checkpoint = load_model(args.dir, name, device)
-        x = F.interpolate(picture, tuple(checkpoint["size"]), mode="bilinear", antialias=True)
-        images = (x.clamp(0, 1) * 255).round().to(device, torch.uint8)
-        one = Split(images, torch.zeros(1, dtype=torch.int64, device=device), None, None)
-        subject = Subject(model, checkpoint, *find_layer(model, args.layer, one, name))
-        cells = [(images[0].cpu(), "what it sees", {})]
+def paper_of(picture):
+    """The colour (3,1,1) of most of a picture's border."""
+    edges = picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]
+    return torch.cat(edges, dim=1).median(dim=1).values[:, None, None]
+
+
+def resize(picture, height, width):
+    """float (C,H,W) to (C,height,width)."""
+    size = max(1, round(height)), max(1, round(width))
+    return F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0]
+
+
+def find_digit(picture, size):
+    """The drawn digit of a picture (3,H,W) as MNIST would frame it, uint8 `size`; None without.
+
+    Ink is what differs from the paper, dark or bright; a quarter of its strength is still shadow
+    or noise. It fills a 20x20 box, and its centre of mass is that of the 28x28 picture (LeCun et
+    al., 1998), in proportion for other sizes.
+    """
+    ink = (picture - paper_of(picture)).abs().amax(0)
+    strength = ink.max()
+    if strength < 0.1:
+        return None
+    ink = ((ink / strength - 0.25) / 0.5).clamp(0, 1)
+    y, x = ink.nonzero().T
+    ink = ink[y.min() : y.max() + 1, x.min() : x.max() + 1]
+    scale = 20 / 28 * min(side / length for side, length in zip(size, ink.shape, strict=True))
+    ink = resize(ink[None], *(scale * length for length in ink.shape))[0]
+    corner = []
+    for axis in (0, 1):
+        weight = ink.sum(1 - axis)
+        centre = float((weight * (torch.arange(len(weight)) + 0.5)).sum() / weight.sum())
+        room = size[axis] - len(weight)
+        corner.append(min(max(round(size[axis] / 2 - centre), 0), room))
+    digit = torch.zeros(*size)
+    digit[corner[0] : corner[0] + len(ink), corner[1] : corner[1] + ink.shape[1]] = ink / ink.max()
+    return digit.mul(255).round().byte()
+
+
+def on_ten_colours(title, digits, models, painting, classes, seed):
+    """(rows of `pictures`, lines for the terminal): one digit on every colour, all answers.
+
+    digits: {name: uint8 (H,W)}, of each model's size. An answer is a tile in the colour that the
+    class owns, with its name; grey for a class beyond the palette.
+    """
+    owned = [*painting.means.mul(255).round().byte(), torch.full((3,), 160, dtype=torch.uint8)]
+    rows, said = [], []
+    for name, digit in digits.items():
+        zero = torch.zeros(1, dtype=torch.int64)
+        one = Split(zero, zero, zero, digit[None])  # its images are painted now
+        images = painted(one, [(0, c) for c in range(len(painting.names))], painting, seed).images
+        device = next(models[name][0].parameters()).device
+        logits = predict(models[name][0], images.to(device)).cpu()
+        check_numbers(logits, name)
+        if not rows:
+            cells = zip(images, painting.names, strict=True)
+            rows.append((title, [(image, colour, {}) for image, colour in cells]))
+        cells, places = [], {}
+        for probability, colour in zip(logits.softmax(1), painting.names, strict=True):
+            answer, sure = int(probability.argmax()), float(probability.max())
+            tile = owned[min(answer, len(owned) - 1)].view(3, 1, 1)
+            cells.append((tile, f"({sure:.2f})", {"written": classes[answer]}))
+            places.setdefault(classes[answer], []).append(colour)
+        line = "; ".join(f"{answer} on {', '.join(where)}" for answer, where in places.items())
+        short = f"{len(places)} different answers"
+        if len(places) == 1:
+            line = short = f"{classes[answer]} on every colour"
+        said.append(f"{name}: {line}")
+        rows.append((f"{name}: {short}", cells))
+    return rows, said
+
+
+def as_it_is(picture, models, classes):
+    """(rows of `pictures`, lines for the terminal): predictions and heat maps on raw pixels.
+
+    What the models' size leaves free beside a wide or tall picture gets the colour of its border.
+    """
+    rows, said = [], []
+    for name, (model, checkpoint) in models.items():
+        height, width = checkpoint["size"]
+        scale = min(height / picture.shape[1], width / picture.shape[2])
+        small = resize(picture, picture.shape[1] * scale, picture.shape[2] * scale)
+        image = paper_of(picture).repeat(1, height, width)
+        top, left = (height - small.shape[1]) // 2, (width - small.shape[2]) // 2
+        image[:, top : top + small.shape[1], left : left + small.shape[2]] = small
+        image = image.clamp(0, 1).mul(255).round().byte()
+        device = next(model.parameters()).device
+        one = Split(image[None].to(device), torch.zeros(1, dtype=torch.int64), None, None)
+        subject = Subject(model, checkpoint, *find_layer(model, None, one, name))
+        cells = [(image, "what it sees", {})]
         for cam in CAMS:
             heat = heat_of(subject._replace(cam=cam), one)
-            cells.append((upsample(heat.maps, images.shape[2:])[0], TITLES[cam], {}))
-        rows.append((f"{name}: {int(heat.predicted)} ({float(heat.confidence):.2f})", cells))
-        print(rows[-1][0])
-    path = args.dir / "figures" / "gradcam_image.png"
-    save_figure(pictures(rows), path)
-    print(f"open  {path}")
+            check_numbers(heat.confidence, name)
+            cells.append((upsample(heat.maps, (height, width))[0], TITLES[cam], {}))
+        said.append(f"{name}: {classes[heat.predicted]} ({float(heat.confidence):.2f})")
+        rows.append((said[-1], cells))
+    return rows, said
+
+
+def path_of_figure(folder, picture, kind):
+    """(path, fingerprint of the picture): a figure that no figure of another picture replaces.
+
+    Named after the picture's file; where another picture has that name, after its folder too, then
+    after its content. The fingerprint stands in the figure.
+    """
+    from PIL import Image
+
+    content = hashlib.sha256(picture.read_bytes()).hexdigest()
+    beside, stem = picture.resolve().parent.name[:80], picture.stem[:80]
+    for name in (stem, f"{beside}_{stem}", f"{stem}_{content[:12]}"):
+        path = folder / "figures" / f"gradcam_{kind}_{name}.png"
+        if not path.exists():
+            break
+        with Image.open(path) as drawn:
+            if drawn.info.get("Source") == content:
+                break
+    return path, content
+
+
+def look_at_images(args, device):
+    """Show every picture of one's own to every model, on ten colours or as it is."""
+    models = {name: load_model(args.dir, name, device) for name in args.models}
+    painting, classes = painting_of(args.dir) or USUAL, class_names(args.dir)
+    found = {}
+    for path in args.image:
+        picture = read_picture(path)
+        if args.raw:
+            found[path] = as_it_is(picture, models, classes)
+            continue
+        digits = {}
+        for name, (_, checkpoint) in models.items():
+            digits[name] = find_digit(picture, checkpoint["size"])
+            if digits[name] is None:
+                die(f"--image {path} is empty, nothing differs from its border", "draw a digit")
+        title = f"{path.name} on {len(painting.names)} colours"
+        found[path] = on_ten_colours(title, digits, models, painting, classes, args.seed)
+    for path, (rows, said) in found.items():  # all or none
+        drawn, content = path_of_figure(args.dir, path, "raw" if args.raw else "image")
+        save_figure(pictures(rows), drawn, content)
+        print("\n".join(said))
+        print(f"open  {drawn}")
 
 
 # ---- the command
@@ -869,7 +1058,7 @@ def main(argv=None):
         return report(args.dir)
     check_args(args)
     device = setup(args)
-    do = {MAPS: look, MAXIMISE: look_for, IMAGE: look_at_image}
+    do = {MAPS: look, MAXIMISE: look_for, IMAGE: look_at_images}
     do[mode_of(args)](args, device)
 
 

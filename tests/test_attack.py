@@ -1,5 +1,6 @@
 """The attacks against models whose answer is known in closed form, and the command line."""
 
+import io
 import json
 import math
 import re
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.text import Text
 
 import attack
 from common import Split, build_model, load_split, save_json, save_pt, stream
@@ -83,6 +85,35 @@ def test_pgd_stays_in_the_ball_and_the_box_and_leaves_the_model_alone():
     assert model.training and model.w.grad is None
     attack.pgd(model.eval(), x, 0 * ones(x), 0.3, 1, gen)
     assert not model.training
+
+
+@pytest.mark.parametrize("outside", (False, True))
+def test_pgd_leaves_every_submodule_in_its_mode_also_after_an_error(outside):
+    """As someone calls it who trains with frozen batch norms, or inside no_grad."""
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2), nn.Dropout())
+    net[0].eval()
+    x, before = plain(0.2, 0.7), [module.training for module in net.modules()]
+    mean = net[0].running_mean.clone()
+    with torch.set_grad_enabled(not outside):
+        a = attack.pgd(net, x, 0 * ones(x), 0.1, 3, stream(0, "t"))
+        assert not torch.equal(a.x, x) and not a.x.requires_grad
+        assert torch.is_grad_enabled() != outside
+        with pytest.raises(ZeroDivisionError):
+            attack.pgd(net, x, 0 * ones(x), 0.1, 3, None, loss=lambda z, y: 1 / 0, start=x)
+    assert [module.training for module in net.modules()] == before
+    assert torch.equal(net[0].running_mean, mean)
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [lambda x: x * 255, lambda x: (x * 255).byte(), lambda x: x - 0.5, lambda x: x / 0 * 0],
+)
+def test_pgd_refuses_pixels_outside_the_box_and_says_how_to_mend_them(linear, strange):
+    model, x = linear
+    with pytest.raises(
+        ValueError, match="floats in .0, 1., but x is .*; divide uint8 images by 255"
+    ):
+        attack.pgd(model, strange(x), ones(x), 8, 1, stream(0, "t"))
 
 
 @pytest.mark.parametrize("decay, wanted", [(False, [4, 8, 12, 16]), (True, [4, 7.1, 9.3, 10.6])])
@@ -594,11 +625,6 @@ def test_noise_is_a_corner_and_towards_aims_at_its_class():
 # ---- numbers
 
 
-def test_numbers_of_a_record_have_four_digits():
-    numbers = {"rate": 0.81234567, "n": 10, "k": None}
-    assert attack.rounded(numbers) == {"rate": 0.8123, "n": 10, "k": None}
-
-
 def test_bootstrap_on_known_cases():
     constant = attack.bootstrap(torch.full((3, 50), -0.01), torch.nanmedian, stream(0, "b"))
     assert constant == {"value": -0.01, "low": -0.01, "high": -0.01}
@@ -692,6 +718,9 @@ def trained(tmp_path_factory):
             optimiser.step()
         save_model(folder / f"{name}.pt", model, 10)
     save_model(folder / "odd_s1.pt", build_model(classes=5), 5)
+    with torch.no_grad():
+        model.fc.weight.fill_(3e38)  # finite, but not what it answers
+    save_model(folder / "lost_s1.pt", model, 10)
     return folder
 
 
@@ -708,6 +737,12 @@ def world(trained, tmp_path, monkeypatch):
     for name, value in few.items():
         monkeypatch.setattr(attack, name, value)
     return shutil.copytree(trained, tmp_path / "results")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For tests that look at no figure: a set takes three seconds."""
+    monkeypatch.setattr(attack, "draw", lambda record, path: [])
 
 
 @pytest.fixture
@@ -731,36 +766,69 @@ def read(path):
 
 
 @pytest.mark.parametrize(
-    "command, name, keys",
+    "command, name, keys, answer",
     [
-        ("--src 7 --tgt 3 --eps 0.05 --steps 5", "7to3_steps5", "index summary compared"),
-        ("--pairs --n 2 --steps 3", "pairs_steps3_n2", "n_per_digit"),
-        ("--untargeted --steps 3 --n 30 --sweep 0.1 --queries 9", "mine", "n sample radii"),
-        ("--check --steps 3 --n 20", "check_steps3_n20", "n passed"),
+        (
+            "targeted: --src 7 --tgt 3 --steps 5",
+            "7to3_steps5",
+            "index summary compared",
+            r"of 10 images (none|\d+ \(median \d+ steps\)) become a 3, (none|\d+ .*) with "
+            r"probability 0.9 or more; median eps needed: [^;]+, with that probability [^;]+",
+        ),
+        (
+            "pairs: --pairs --eps 0.1 --steps 3 --n 2",
+            "pairs_eps0.1_steps3_n2",
+            "n_per_digit",
+            r"\d+ of \d+ reach the digit they want, \d+ with probability 0.9",
+        ),
+        (
+            "untargeted: --untargeted --eps 0.05 --steps 3 --queries 9 --n 30 --seed 1 --name mine",
+            "mine",
+            "n sample radii",
+            r"of 30 images \d+ are right when clean, \d+ under every attack \(FGSM, PGD, .*\)",
+        ),
+        (
+            "check: --check --eps 0.05 --steps 3 --n 20",
+            "check_steps3_n20",
+            "n passed",
+            r"\d of 9 checks fail",
+        ),
     ],
 )
-def test_each_mode_runs_repeats_and_tells(world, attacked, command, name, keys):
-    command += " --name mine" if name == "mine" else ""
+def test_each_mode_runs_repeats_and_tells(
+    world, attacked, monkeypatch, command, name, keys, answer
+):
+    mode, command = command.split(": ")
     code, said, _ = attacked(command)
     path = world / f"attack_{name}.json"
-    record, first = read(path), path.read_bytes()
+    record, written = read(path), path.read_bytes()
     always = {"schema", "script", "name", "mode", "args", "models", "run"}
     assert set(record) == always | set(keys.split()) and record["schema"] == 2
     assert set(record["run"]) == {"torch", "threads", "device"}
     assert set(record["models"]) == set(TWO.split())
     assert code == (0 if record.get("passed", True) else 1)
-    told = said[said.index("\nbaseline_s42:") :]
+    first, *_ = said.splitlines()
+    assert first.startswith(f"{mode} attack on {TWO} in {world}: ")
+    given = re.sub(r"--(pairs|check|untargeted|name mine) ?", "", command).split("--")[1:]
+    of_mode = [*map(str.strip, given), *(["eps 0.05"] if mode == "targeted" else [])]
+    assert sorted(first.split(": ")[1].split(", ")) == sorted(of_mode)
+    told = said[said.index("\nbaseline_s42: ") :]
+    assert re.match(rf"\nbaseline_s42: {answer}\n", told), told
     assert told.count("\n") <= 12 + 18 * (code == 1) and f"wrote {path}" in told
     assert "|" not in said and "(2 of 2)" in said
-    assert ("look at" in said) == (record["mode"] != "check")
+    assert ("look at" in said) == (mode != "check")
     figures = re.findall(r"attack_\w+\.png", said)
     assert all(png.startswith(path.stem) and (world / "figures" / png).is_file() for png in figures)
-    assert attacked(command)[0] == code and path.read_bytes() == first
+    monkeypatch.setattr(attack, "draw", lambda record, path: [])
+    assert attacked(command)[0] == code and path.read_bytes() == written
     assert (world / "times.csv").read_text().count(f"{path.stem},") == 2
 
 
-def test_lists_are_parallel_and_the_worst_case_is_the_worst(world, attacked):
-    attacked("--steps 3 --name lists")
+def test_lists_are_parallel_and_the_worst_case_is_the_worst(world, attacked, undrawn):
+    said = attacked("--steps 3 --name lists")[1]
+    told = r"of \d+ images that both read correctly, jitter needs a smaller eps than baseline "
+    assert re.search(told + r"on \d+%; for probability 0.9, on \d+%\n", said)
+    assert torch.load(world / "attack_lists.pt")["script"] == "attack.py", "so it is no model"
     record = read(world / "attack_lists.json")
     for m in record["models"].values():
         lists = [m["clean"], *(m[c][k] for c in attack.CRITERIA for k in ("steps", "min_eps"))]
@@ -795,7 +863,7 @@ def test_a_result_is_named_by_what_differs(command, name):
     assert attack.result_name(*attack.get_args(command.split())) == name
 
 
-def test_a_result_of_other_models_is_not_replaced(world, attacked):
+def test_a_result_of_other_models_is_not_replaced(world, attacked, undrawn):
     one = "--pairs --n 1 --steps 1 --models"
     assert attacked(f"{one} jitter_s42")[0] == 0
     path = world / "attack_pairs_steps1_n1.json"
@@ -832,12 +900,26 @@ def test_bad_input_gets_one_line_and_exit_code_2(trained, mistake, command, wron
     mistake(f"attack.py {'' if '--dir' in command else f'--dir {trained}'} {command}", wrong)
 
 
-def test_pairs_go_as_far_as_every_model_has_classes(world, attacked):
+@pytest.mark.parametrize("mode", ("", "--pairs", "--untargeted", "--check"))
+def test_a_model_that_answers_with_nan_is_not_called_robust(world, mistake, mode):
+    command = f"attack.py --dir {world} --models jitter_s42 lost_s1 --n 5 --steps 2 {mode}"
+    mistake(command, "lost_s1 answers some images with NaN or infinity")
+
+
+def test_pairs_go_as_far_as_every_model_has_classes(world, attacked, undrawn):
     split = torch.load(world / "test_hard.pt")
     save_pt({k: v[split["labels"] < 5] for k, v in split.items()}, world / "test_hard.pt")
     code, said, _ = attacked("--pairs --n 1 --steps 1 --models jitter_s42 odd_s1")
     assert code == 0 and "odd_s1" in said
     assert len(read(world / "attack_pairs_steps1_n1.json")["models"]["odd_s1"]["argmax"]) == 5
+
+
+def test_pairs_need_an_image_that_every_model_reads(world, attacked):
+    split = torch.load(world / "test_hard.pt")
+    one = {k: v[:1] for k, v in split.items()}
+    save_pt({**one, "labels": (one["labels"] + 5) % 10}, world / "test_hard.pt")
+    code, _, said = attacked("--pairs --steps 1 --models jitter_s42")
+    assert code == 2 and "no image is read correctly by every model" in said
 
 
 def test_a_digit_that_is_not_there(world, attacked):
@@ -850,25 +932,38 @@ def test_a_digit_that_is_not_there(world, attacked):
 # ---- figures
 
 
-def test_rows_of_one_colour_differ_in_style():
-    rows = ["at", "at_balanced", "oracle_wide", "oracle_at_wide", "my_own", "another"]
-    found = attack.looks(rows)
-    assert len({tuple(style.values()) for style in found.values()}) == len(rows)
-    assert len({found[row]["color"] for row in rows}) == 4
+def test_long_names_cut_no_title_and_hide_no_data(world, attacked, monkeypatch):
+    long = [f"{row}_{'infergroups_classifyimage_' * 3}s42" for row in ("jitter", "balance")]
+    for name in long:
+        shutil.copy(world / "jitter_s42.pt", world / f"{name}.pt")
+    saved = []
+    monkeypatch.setattr(attack, "save_figure", lambda fig, path: saved.append(fig))
+    for mode in ("--n 2", "--pairs --n 1", "--untargeted --n 9 --queries 2 --sweep 0.1"):
+        attacked(f"--models {' '.join(long)} --steps 1 {mode}")
+    assert len(saved) == 4
+    for fig in saved:
+        fig.savefig(io.BytesIO(), dpi=fig.dpi)
+        for text in fig.findobj(Text):
+            if re.search("[a-z]", text.get_text()):
+                box = text.get_window_extent()
+                inside = box.x0 >= -1 and box.x1 <= fig.bbox.x1 + 1 and box.y1 <= fig.bbox.y1 + 1
+                assert inside and box.y0 >= -1, text.get_text()
+        for legend in filter(None, (ax.get_legend() for ax in fig.axes)):
+            assert not legend.get_window_extent().overlaps(legend.axes.get_window_extent())
 
 
-def test_report_draws_each_results_own_figures_and_nothing_else(world, attacked):
+def test_report_draws_each_results_own_figures_and_nothing_else(world, attacked, monkeypatch):
     (world / "mnist").mkdir()
     assert "holds no results" in attacked("--report")[1]
-    models = "--models jitter_s42 baseline_s42 --steps 1"
-    for options in (models, f"{models} --pairs --n 1", f"{models} --check --n 10"):
-        attacked(options)
-    attacked("--untargeted --n 20 --queries 5 --steps 1 --sweep 0.1")
+    models = "--models jitter_s42 baseline_s42 --steps 1"  # in JSON they are sorted
+    for options in ("", "--pairs --n 1", "--untargeted --n 20 --queries 5 --sweep 0.1"):
+        attacked(f"{models} {options}")
+    figures = conftest.contents(world / "figures")
+    monkeypatch.setattr(attack, "MODES", {})  # --report computes nothing
     shutil.copy(world / "attack_7to3_steps1.json", world / "mnist" / "attack_7to3.json")
-    before = conftest.contents(world)
     shutil.rmtree(world / "figures")
     code, said, _ = attacked("--report")
-    assert code == 0 and "|" not in said and conftest.contents(world) == before
+    assert code == 0 and "|" not in said and conftest.contents(world / "figures") == figures
     assert {path.name for path in (world / "figures").iterdir()} == {
         "attack_7to3_steps1_examples.png",
         "attack_7to3_steps1_min_eps.png",

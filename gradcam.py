@@ -8,6 +8,7 @@ Writes  DIR/gradcam.json, DIR/gradcam.pt (maps that the figures show), DIR/figur
     python gradcam.py --cam hirescam --digit 7
     python gradcam.py --models jitter_s42 jitter_s43 --split val --name two
     python gradcam.py --maximise                            # what each answer wants to see
+    python gradcam.py --page                                # demo.js, which demo.html reads
     python gradcam.py --image my_digit.png                  # your own digit on ten colours
     python gradcam.py --report                              # figures again, from the files
 
@@ -18,10 +19,12 @@ changes, and how often when nothing but the digit does.
 """
 
 import argparse
+import base64
 import contextlib
 import copy
 import hashlib
 import itertools
+import json
 import math
 import re
 import textwrap
@@ -69,6 +72,7 @@ from common import (
     save_pt,
     setup,
     stream,
+    write,
 )
 
 DIGIT_PIXEL = 0.1  # brighter than this before painting, a pixel is digit
@@ -78,7 +82,7 @@ ROWS = 2  # models in the figures of heat maps
 STARTS = 3  # pictures that --maximise finds for each class
 LARGEST = 50_000_000  # pixels of a picture of one's own, those of a large phone camera
 TITLES = {"gradcam": "Grad-CAM", "hirescam": "HiResCAM"}  # kinds of heat map
-MAPS, MAXIMISE, IMAGE = "heat maps", "--maximise", "--image"  # what the script can do
+MAPS, MAXIMISE, IMAGE, PAGE = "heat maps", "--maximise", "--image", "--page"  # what it can do
 
 
 def get_args(argv=None):
@@ -108,6 +112,8 @@ def get_args(argv=None):
     g.add_argument("--maximise", action="store_true", help=helps)
     helps = "find the digit in pictures of your own, show it on ten colours"
     g.add_argument("--image", nargs="+", type=Path, metavar="FILE", help=helps)
+    helps = "write DIR/demo.js: the networks that DIR/demo.html names, for the page"
+    g.add_argument("--page", action="store_true", help=helps)
     helps = "show the picture as it is, with heat maps, not on ten colours"
     add(p, "--raw", IMAGE, action="store_true", help=helps)
     helps = "a model that reads the pictures found, say one trained where there is no bias"
@@ -123,6 +129,8 @@ def get_args(argv=None):
 def mode_of(args):
     if args.maximise:
         return MAXIMISE
+    if args.page:
+        return PAGE
     return IMAGE if args.image else MAPS
 
 
@@ -141,7 +149,7 @@ def check_args(args):
 def result_name(args):
     """gradcam, gradcam_val_digit7_hirescam, gradcam_NAME_hirescam, gradcam_maximise, ..."""
     head = "gradcam_maximise" if args.maximise else "gradcam"
-    skip = {"models", "name", "maximise", "image", "raw", "reader"}
+    skip = {"models", "name", "maximise", "image", "raw", "page", "reader"}
     if args.name:
         head = f"{head}_{args.name}"
         skip = vars(args).keys() - {"cam"}
@@ -1052,13 +1060,93 @@ def look_at_images(args, device):
 # ---- the command
 
 
+# ---- the page to play with
+
+
+def make_page(args, device):
+    """DIR/demo.js from the query in DIR/demo.html."""
+    path = args.dir / "demo.html"
+    if not path.is_file():
+        die(f"{path} is missing", "copy results/demo.html there, and name your networks in it")
+    shown, opening = page_query(path.read_text(encoding="utf-8"), path)
+    path = write_page(args.dir, shown, opening, args.seed)
+    print(f"wrote {path}, {path.stat().st_size // 1000} kB\nopen  {args.dir / 'demo.html'}")
+
+
+def page_query(html, path):
+    """([(NAME, label, what it is)], (sample, colour) shown first) of the comment in the page.
+
+    The first network is the lazy one; the visitor's choice is between it and the one after `or`.
+    """
+    found = re.search(r"<!-- networks\n(.*?)\nopening (\d+) (\d+) -->", html, re.S)
+    lines = found[1].splitlines() if found else []
+    if not lines or any(line.count(": ") < 2 for line in lines):
+        die(f"{path} names no networks", "git checkout results/demo.html shows how it does")
+    return [tuple(line.split(": ", 2)) for line in lines], (int(found[2]), int(found[3]))
+
+
+def write_page(folder, shown, opening=(0, 4), seed=42, rivals=(0, 2), per_digit=4):
+    """DIR/demo.js: networks, sample digits, palette and numbers of the page; returns its path.
+
+    `shown` holds (NAME, label, what it is); `rivals` are the two that a visitor chooses between,
+    the lazy one first. Samples are the first digits of test_hard. Weights and noise are
+    little-endian float32, digits uint8 (N,28,28), all of it in base64.
+    """
+    meta = load_json(folder / "meta.json", f"run: python make_data.py --dir {folder}")
+    if meta.get("recipe") != "background":
+        die(f"{folder} holds the recipe {meta.get('recipe')}", "the page paints backgrounds only")
+    every = load_split(folder, "test_hard")
+    firsts = [(every.labels == d).nonzero()[:per_digit, 0] for d in every.labels.unique()]
+    samples = every.take(torch.cat(firsts))
+    noise = torch.randn(1, *samples.gray.shape[1:], generator=stream(seed, "texture"))
+    record = {
+        "script": "gradcam.py",
+        "schema": 1,
+        "aligned": meta["corr"],
+        "palette": list(PALETTE.items()),
+        "noise": base64_of(noise),
+        "digits": base64_of(samples.gray),
+        "labels": samples.labels.tolist(),
+        "networks": [described(folder, *row) for row in shown],
+        "rivals": list(rivals),
+        "opening": dict(zip(("digit", "colour"), opening, strict=True)),
+    }
+    text = json.dumps(record, indent=1, ensure_ascii=True, allow_nan=False)
+    path = folder / "demo.js"
+    write(path, lambda file: file.write(f"window.DEMO = {text};\n".encode()))
+    return path
+
+
+def base64_of(tensor):
+    return base64.b64encode(tensor.contiguous().numpy().tobytes()).decode()
+
+
+def described(folder, name, label, about):
+    """One network of the page: what people call it, its test score, its weights."""
+    model, record = load_model(folder, name)
+    kind = record["args"]["model"], tuple(record["size"]), record["classes"]
+    if kind != ("simplecnn", (28, 28), 10) or record["args"].get("grayscale"):
+        die(f"{name} is no plain SimpleCNN for ten digits of 28x28", "the page knows no other net")
+    score = load_json(folder / f"{name}.json", "train it again")["final"]["test_hard"]
+    weights = torch.cat([part.contiguous().flatten() for part in model.state_dict().values()])
+    return {
+        "label": label,
+        "about": about,
+        "name": name,
+        "width": model.conv1.out_channels,
+        "right": score["acc"],
+        "of": score["n"],
+        "weights": base64_of(weights),
+    }
+
+
 def main(argv=None):
     args = get_args(argv)
     if args.report:
         return report(args.dir)
     check_args(args)
     device = setup(args)
-    do = {MAPS: look, MAXIMISE: look_for, IMAGE: look_at_images}
+    do = {MAPS: look, MAXIMISE: look_for, IMAGE: look_at_images, PAGE: make_page}
     do[mode_of(args)](args, device)
 
 

@@ -142,9 +142,11 @@ def get_args(argv=None):
 
     args = p.parse_args(argv)
     given = {key for key in owners if getattr(args, key) is not None}
-    kin = [name for name in METHODS if METHODS[name] in METHODS[args.method].__mro__[:2]]
+    kin = {args.method}
+    if args.method not in OURS:  # a class of one's own has the flags of the one that it extends
+        kin |= {name for name in OURS if METHODS[name] is METHODS[args.method].__base__}
     for key, methods in owners.items():
-        foreign = methods and not set(kin) & set(methods)
+        foreign = methods and not kin & set(methods)
         if foreign and key in given:
             flag = f"--{key.replace('_', '-')}"
             p.error(f"{flag} means nothing for --method {args.method}; leave it out")
@@ -1341,6 +1343,7 @@ METHODS = {
     "balance": Balance,
     "groupdro": GroupDRO,
 }
+OURS = tuple(METHODS)  # a FILE.py of one's own adds another
 
 
 # ---- scoring

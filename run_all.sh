@@ -53,7 +53,8 @@ hash_code() {  # SCRIPT...: of what Python sees of them, so a comment does not c
 }
 
 one() {  # MARK LABEL COMMAND: a step; what it printed is shown if it fails
-  local mark=$1 log=$1.log began=$SECONDS child
+  local mark=$1 log=$R/.done/log.${1##*/} began=$SECONDS child=
+  trap '' INT  # Ctrl-C reaches every process at once; the run passes it on as TERM
   trap 'kill $child 2> /dev/null || :; rm -f $log; exit 143' TERM
   "$PYTHON" ${3#python } $AGAIN > $log 2>&1 &
   child=$!
@@ -70,7 +71,7 @@ one() {  # MARK LABEL COMMAND: a step; what it printed is shown if it fails
 
 work() {  # STAGE...: what is not done yet, JOBS steps side by side; a line of dashes waits for all before it
   local -A code
-  local command script mark lines=() k=0 n left
+  local command script mark lines=() running k=0 n all left
   for script in make_data train gradcam attack; do
     code[$script.py]=$(hash_code common.py make_data.py $([ $script = make_data ] || echo train.py) $script.py) || fail "$script.py is no Python"
   done
@@ -79,11 +80,11 @@ work() {  # STAGE...: what is not done yet, JOBS steps side by side; a line of d
     mark=$R/.done/$(cksum <<< "$command ${code[${script[1]:-train.py}]}" | tr ' ' -)
     [ -e $mark ] || lines+=("$mark $command")
   done < <(list "$@")
-  n=$(printf '%s\n' "${lines[@]}" | grep -c python || :)
-  echo "$*: $n steps to do"
+  n=$(printf '%s\n' "${lines[@]}" | grep -c python || :) all=$(list "$@" | grep -c python)
+  echo "$*: $n steps to do, $((all - n)) done before"
   for command in "${lines[@]}"; do
     case $command in *----) wait; continue ;; esac
-    while [ "$(jobs -rp | wc -l)" -ge $JOBS ]; do sleep 0.2; done
+    while running=($(jobs -rp)) && [ ${#running[@]} -ge $JOBS ]; do sleep 0.2; done
     [ ! -e $R/.done/failed ] || break
     [ ! -e ${command%% *} ] || continue  # two stages may ask for one world
     left=
@@ -261,7 +262,9 @@ robust() {  # 60 min: adversarial training: the published problem, a ResNet, and
   how="--untargeted --restarts 2 --n 500 --sweep 0.05"
   run attack.py --dir $R $how --name wide --models $(models 3 baseline_wide at_wide unbiased/oracle_wide unbiased/oracle_at_wide)
   run attack.py --dir $R $how --name at --models {baseline,jitter,balance,at_balanced,unbiased/oracle}_s42
-  run gradcam.py --dir $R --maximise --name all --reader unbiased/oracle_s45 --models \
+  reader="--reader unbiased/oracle_s45"
+  [ $QUICK = 0 ] || reader=  # it would read its own pictures
+  run gradcam.py --dir $R --maximise --name all $reader --models \
     $(models 3 baseline balance_infergroups jitter combined unbiased/oracle) at_balanced_s42 baseline_shufflelabels_s42  # what each answer wants to see
   [ $QUICK = 1 ] || run attack.py --dir $R/mnist --check --eps 0.3 --n 100 --models at_s42  # two epochs say nothing about attacks
   [ $QUICK = 1 ] || run attack.py --dir $R --check --name at_check --n 100 --models at_balanced_s42
@@ -304,7 +307,7 @@ for word in "$@"; do
   case $word in report | test) [ ${LIST:-0}$# = 01 ] || fail "'$word' goes alone" ;; esac
 done
 [ -z "${LIST:-}" ] || { list "$@" | sed '$d'; exit; }
-trap 'kill $(jobs -p) 2> /dev/null; wait; echo "run_all.sh: interrupted; run the same command again to continue" >&2; exit 130' INT TERM
+trap 'kill $(jobs -p) 2> /dev/null || :; wait; echo "run_all.sh: interrupted; run the same command again to continue" >&2; exit 130' INT TERM
 setup
 [ $1 != test ] || { tests; exit; }
 alone

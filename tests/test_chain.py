@@ -155,7 +155,7 @@ def test_a_second_call_repeats_nothing_and_fresh_replaces_everything(sandbox):
 
 def test_it_says_how_far_it_is_and_which_file_to_open(sandbox):
     said = sandbox("cures").stdout.splitlines()
-    assert said[0] == "cures: 5 steps to do"
+    assert said[0] == "cures: 5 steps to do, 0 done before"
     assert re.fullmatch(r"  5 of 5, 1 min left at this pace +\d+s  python train.py .*", said[-2])
     assert said[-1].endswith("open results/quick/tables.md")
 
@@ -190,15 +190,6 @@ def test_changed_code_makes_its_steps_run_again(sandbox, script, old, new):
     rows = sandbox.runs("cures")
     sandbox.edit(script, old, new)
     assert sorted(sandbox.runs("cures")) == sorted(rows)
-
-
-def test_a_repainted_world_and_a_retrained_model_make_their_readers_stale(sandbox):
-    results = sandbox.folder / "results" / "quick"
-    sandbox.runs("lazy")
-    (results / "jitter_s42.json").write_text("{}")  # as train.py by hand would
-    (results / "unbiased" / "meta.json").write_text("{}")
-    again = sorted(line.split()[0] for line in sandbox.runs("lazy"))
-    assert again == ["attack.py", "gradcam.py", "gradcam.py", "train.py"]
 
 
 @pytest.mark.slow

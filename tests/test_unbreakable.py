@@ -54,7 +54,8 @@ def test_flags(world, mistake, command, says):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_every_script_refuses(world, mistake, script):
     if not torch.cuda.is_available():
-        mistake(f"{script} --device cuda", "--device cuda")
+        where = " --dir new" if script == "make_data.py" else ""
+        mistake(f"{script} --device cuda{where}", "--device cuda")
     mistake(f"{script} --dir results/val.pt", "val.pt")  # a file where the folder should be
 
 
@@ -85,17 +86,22 @@ LAST = torch.zeros(50, 28, 28, 3, dtype=torch.uint8)  # channels last
 @pytest.mark.parametrize(
     "command, file, spoil, says",
     [
-        ("train.py", "val.pt", lambda path: path.unlink(), "val.pt is missing"),
+        ("train.py --name mine", "val.pt", lambda path: path.unlink(), "val.pt is missing"),
         ("gradcam.py", "test_hard.pt", cut, "test_hard.pt"),
         ("attack.py", "test_hard.pt", holds(pickle.dumps(Evil())), "test_hard.pt"),
-        ("train.py", "train.pt", change(images=Evil()), "train.pt"),
-        ("train.py", "val.pt", change(images=LAST), "permute"),
-        ("train.py", "val.pt", change(images=torch.zeros(50, 3, 28, 28)), "val.pt: images"),
-        ("train.py", "val.pt", change(labels=torch.zeros(49).long()), "val.pt: labels"),
+        ("train.py --name mine", "train.pt", change(images=Evil()), "train.pt"),
+        ("train.py --name mine", "val.pt", change(images=LAST), "permute"),
+        (
+            "train.py --name mine",
+            "val.pt",
+            change(images=torch.zeros(50, 3, 28, 28)),
+            "val.pt: images",
+        ),
+        ("train.py --name mine", "val.pt", change(labels=torch.zeros(49).long()), "val.pt: labels"),
         ("gradcam.py", "test_hard.pt", change(colors=torch.zeros(50)), "test_hard.pt: colors"),
         ("gradcam.py", "jitter_s42.pt", change(weights={}), "jitter_s42.pt"),
         ("attack.py", "jitter_s42.pt", change(args={"model": "vgg16"}), "jitter_s42.pt"),
-        ("train.py", "meta.json", holds(b'{"corr": '), "meta.json"),
+        ("train.py --name mine", "meta.json", holds(b'{"corr": '), "meta.json"),
     ],
 )
 def test_files(world, mistake, command, file, spoil, says):

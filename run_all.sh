@@ -3,6 +3,7 @@
 #
 #   bash run_all.sh                every stage; a second call continues where the first one stopped
 #   bash run_all.sh STAGE...       only these: lazy evidence cures groups ablations biased lntl robust robgan
+#   bash run_all.sh compare NAME   a --method of yours (its name, FILE.py, or flags in quotes) beside three of ours
 #   bash run_all.sh report         refill tables and redraw figures from the results that are there
 #   bash run_all.sh test           format, lint and the fast tests
 #   bash run_all.sh --list STAGE   print the commands; those below a line of dashes need those above it
@@ -71,13 +72,15 @@ one() {  # MARK LABEL COMMAND: a step; what it printed is shown if it fails
 
 work() {  # STAGE...: what is not done yet, JOBS steps side by side; a line of dashes waits for all before it
   local -A code
-  local command script mark lines=() running k=0 n all left
+  local command script own mark lines=() running k=0 n all left
   for script in make_data train gradcam attack; do
     code[$script.py]=$(hash_code common.py make_data.py $([ $script = make_data ] || echo train.py) $script.py) || fail "$script.py is no Python"
   done
   while read -r command; do
     script=($command)
-    mark=$R/.done/$(cksum <<< "$command ${code[${script[1]:-train.py}]}" | tr ' ' -)
+    own=
+    ! [[ $command =~ --method\ ([^ ]+\.py) ]] || own=$(hash_code "${BASH_REMATCH[1]}")
+    mark=$R/.done/$(cksum <<< "$command ${code[${script[1]:-train.py}]}$own" | tr ' ' -)
     [ -e $mark ] || lines+=("$mark $command")
   done < <(list "$@")
   n=$(printf '%s\n' "${lines[@]}" | grep -c python || :) all=$(list "$@" | grep -c python)
@@ -295,6 +298,30 @@ robgan() {  # 29 min: a generator beside adversarial training, the same net and 
   run attack.py --dir $R/mnist $how --name robgan_2000 --models $(models 3 ../mnist_2000/{robgan_without,generated_0.{3,5,7}})
 }
 
+compare() {  # 8 min: your own beside what knows nothing, the kind of bias, and nothing again; five seeds
+  run make_data.py --dir $R
+  level
+  for own in "--method baseline" "--method jitter" "--method balance --infer-groups" "${OWN[@]}"; do
+    each 5 train.py --dir $R $own
+  done | awk '!seen[$0]++'  # yours may be one of ours
+}
+
+differences() {  # ROW...: the question that train.py --report answers
+  cat << END
+<!-- table
+rows $*
+knows = knows
+val = final.val.acc
+test_hard = final.test_hard.acc
+difference to baseline = final.test_hard.acc - baseline
+to jitter = final.test_hard.acc - jitter
+to told nothing = final.test_hard.acc - balance_infergroups
+processor seconds = cpu
+-->
+<!-- end -->
+END
+}
+
 case ${1:-} in
   --help | -h) sed -n '2,/^set/s/^# \{0,1\}//p' run_all.sh; exit ;;
   --list) LIST=1; shift ;;
@@ -302,14 +329,31 @@ esac
 [ $# -gt 0 ] || set -- $STAGES
 case $JOBS in *[!0-9]* | 0* | ????*) fail "JOBS is '$JOBS'; give a number from 1 to 999" ;; esac
 case $QUICK$FRESH in [01][01]) ;; *) fail "QUICK is '$QUICK' and FRESH is '$FRESH'; both are 0 or 1" ;; esac
+OWN=()
+if [ "$1" = compare ]; then
+  [ $# -gt 1 ] || fail "compare what? give a --method of train.py, or its flags in quotes"
+  for own in "${@:2}"; do case $own in -*) OWN+=("$own") ;; *) OWN+=("--method $own") ;; esac; done
+  set -- compare
+fi
 for word in "$@"; do
-  case " $STAGES report test " in *" ${word// /_} "*) ;; *) fail "there is no stage '$word'; choose from: $STAGES report test" ;; esac
-  case $word in report | test) [ ${LIST:-0}$# = 01 ] || fail "'$word' goes alone" ;; esac
+  case " $STAGES compare report test " in *" ${word// /_} "*) ;; *) fail "there is no stage '$word'; choose from: $STAGES compare report test" ;; esac
+  case ${LIST:-}$word$# in 1report* | 1test* | *[!1]) ;; *) continue ;; esac
+  case $word in compare | report | test) fail "'$word' goes alone" ;; esac
 done
 [ -z "${LIST:-}" ] || { list "$@" | sed '$d'; exit; }
 trap 'kill $(jobs -p) 2> /dev/null || :; wait; echo "run_all.sh: interrupted; run the same command again to continue" >&2; exit 130' INT TERM
 setup
 [ $1 != test ] || { tests; exit; }
+rows="baseline jitter balance_infergroups"
+for own in ${OWN[@]+"${OWN[@]}"}; do
+  rows+=" $("$PYTHON" -c 'import sys, train; sys.argv[0] = "train.py"; print(train.row_of(train.get_args(sys.argv[1:]).name))' $own)" || exit 2
+done
 alone
 [ $1 = report ] || work "$@"
-report
+if [ $1 = compare ]; then
+  differences $(xargs -n 1 <<< "$rows" | awk '!seen[$0]++') > $R/compare.md
+  "$PYTHON" train.py --dir $R --report > /dev/null || fail "train.py --report failed; the reason is above"
+  grep '^|' $R/compare.md
+else
+  report
+fi

@@ -1771,7 +1771,7 @@ def parse(text, where):
 @functools.cache
 def runs_of(folder):
     """{row: {seed: record}} of the runs of train.py on the present painting of a world."""
-    world, found = world_of(folder), {}
+    world, spent, found = world_of(folder), processor_seconds(folder), {}
     for path in sorted(folder.glob("*.json")):
         record = read(path)
         if record.get("script") != "train.py":
@@ -1782,8 +1782,16 @@ def runs_of(folder):
             what = f"{path} was trained on another painting of {folder}"
             print(f"train.py: {what}, so it is left out", file=sys.stderr)
             continue
+        record = record | spent.get(record["name"], {})
         found.setdefault(row_of(record["name"]), {})[record["args"]["seed"]] = record
     return found
+
+
+def processor_seconds(folder):
+    """{NAME: {"cpu": seconds}} of what ran on this machine, each the last time."""
+    path = folder / "times.csv"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {name: {"cpu": float(cpu)} for name, _, cpu in (line.split(",") for line in lines)}
 
 
 def records(folder, row, source=""):
@@ -1874,7 +1882,7 @@ def answer(query, folder):
             cells.append(cell + (did_not_train(runs) if column.world else ""))
         if set(cells) - {"-"}:
             body.append([row.label + did_not_train(mine), *cells])
-    for path in {column.path for column in query.columns if not column.world} - seen - {"-"}:
+    for path in {column.path for column in query.columns if not column.world} - seen - {"-", "cpu"}:
         home = [
             dig(record, path)
             for row, _ in rows

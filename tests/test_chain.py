@@ -105,15 +105,19 @@ def test_levels_are_separated_by_dashes():
 
 @pytest.fixture
 def sandbox(tmp_path):
-    """The real scripts and a python that runs none of them; train.py fails if `broken` is there."""
+    """The real scripts and a python that runs none of them; train.py fails if `broken` is there.
+
+    Where there is a README.md, train.py --report is run.
+    """
     for name in ("run_all.sh", "common.py", *SCRIPTS):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     python = tmp_path / "python"
     python.write_text(
         f"""#!/bin/sh
-        case "$1" in
-          train.py) [ ! -e broken ] || {{ echo no luck; exit 1; }} ;;
-          *.py) ;;
+        case "$*" in
+          train.py*--report) [ ! -e README.md ] || exec {sys.executable} "$@" ;;
+          train.py*) [ ! -e broken ] || {{ echo no luck; exit 1; }} ;;
+          [a-z]*.py*) ;;
           *) exec {sys.executable} "$@" ;;
         esac
         echo "$*" >> ran
@@ -190,6 +194,54 @@ def test_changed_code_makes_its_steps_run_again(sandbox, script, old, new):
     rows = sandbox.runs("cures")
     sandbox.edit(script, old, new)
     assert sorted(sandbox.runs("cures")) == sorted(rows)
+
+
+MINE = """class Mine(Baseline):
+    def loss(self, model, batch, gen):
+        return super().loss(model, batch, gen)
+"""
+
+
+def test_compare_shows_ones_own_method_beside_ours(sandbox):
+    """The steps leave no results here, so the records of five seeds lie there before."""
+    results = sandbox.folder / "results"
+    results.mkdir()
+    (sandbox.folder / "README.md").touch()
+    (sandbox.folder / "mine.py").write_text(MINE)
+    times = (results / "times.csv").open("w")
+    for row, gain in (
+        ("baseline", 0),
+        ("jitter", 0.5),
+        ("balance_infergroups", 0.4),
+        ("mine", 0.3),
+    ):
+        for seed in range(42, 47):
+            score = {"acc": 0.4 + gain + seed % 2 / 100}
+            record = {"script": "train.py", "name": f"{row}_s{seed}", "trained": True, "world": {}}
+            record |= {"args": {"method": row, "seed": seed}, "knows": "nothing"}
+            record["final"] = {"val": score, "test_hard": score}
+            (results / f"{record['name']}.json").write_text(json.dumps(record))
+            times.write(f"{record['name']},9.0,{seed}.0\n")
+    times.close()
+    done = sandbox("compare", "nonsense")
+    assert done.returncode == 2 and re.fullmatch("train.py: .*'nonsense'.*\n", done.stderr)
+    done = sandbox("compare", "mine.py", "jitter", QUICK="0")
+    assert (done.returncode, done.stderr) == (0, "")
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip(" `") for line in table[2:]] == [
+        "baseline",
+        "jitter",
+        "balance_infergroups",
+        "mine",
+    ]
+    assert "| +0.300 (+0.300 to +0.300) | -0.200 (-0.200 to -0.200) |" in table[-1]
+    assert table[-1].endswith("| 44.000 ± 1.581 (5) |")
+    ran = (sandbox.folder / "ran").read_text().splitlines()
+    assert len(ran) == len(set(ran)) == 1 + 4 * 5
+    (sandbox.folder / "mine.py").write_text(MINE.replace("super().loss", "2 * super().loss"))
+    sandbox("compare", "mine.py", QUICK="0")
+    again = (sandbox.folder / "ran").read_text().splitlines()[len(ran) :]
+    assert len(again) == 5 and all("--method mine.py" in line for line in again)
 
 
 @pytest.mark.slow

@@ -119,6 +119,7 @@ def test_files(world, mistake, command, file, spoil, says):
         (["lazy evidence"], {}, "there is no stage 'lazy evidence'"),  # one word with a blank
         (["--list", "test"], {}, "'test' goes alone"),
         (["lazy", "report"], {}, "'report' goes alone"),
+        (["compare"], {}, "compare what?"),
         (["lazy"], {"JOBS": "0"}, "JOBS is '0'"),
         (["lazy"], {"QUICK": "yes"}, "QUICK is 'yes'"),
         (["lazy"], {"PYTHON": "/nowhere/python"}, "PYTHON is '/nowhere/python'"),

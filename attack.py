@@ -149,9 +149,8 @@ def refuse_nonsense(args):
     if len({row_and_seed(name) for name in args.models}) < len(args.models):
         hint = "name each once, or save one of them under another --name"
         die("--models names two that would share one row", hint)
-    if args.name and not re.fullmatch(r"(?!pairs|check|untargeted|\d)\w{1,60}", args.name, re.A):
-        what = "must be letters, digits and _, and begin like no default name"
-        die(f"--name {args.name!r} {what}", "choose another name")
+    if args.name and not re.fullmatch(r"\w{1,60}", args.name, re.A):
+        die(f"--name {args.name!r} must be letters, digits and _", "choose another name")
 
 
 def row_and_seed(name):

@@ -893,7 +893,6 @@ def test_a_result_of_other_models_is_not_replaced(world, attacked, undrawn):
         ("--dir nowhere --report", "missing"),
         ("--split few --src 9", "--split"),
         ("--untargeted --name a/b", "--name"),
-        ("--untargeted --name check", "--name"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(trained, mistake, command, wrong):

@@ -18,7 +18,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # threads of processes side by side on few cores stall each other
 STAGES="lazy evidence cures groups ablations biased lntl robust robgan"
-QUICK=${QUICK:-0} FRESH=${FRESH:-0} JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)} R=results AGAIN=
+QUICK=${QUICK:-0} FRESH=${FRESH:-0} JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)} R=results AGAIN= EPOCHS=4
 [ "$QUICK" = 0 ] || R=results/quick
 [ "$FRESH" = 0 ] || AGAIN=--overwrite
 
@@ -115,23 +115,32 @@ tests() {  # one process a file
 
 # ---- what the stages are written in; NAME is what differs from the defaults, so a name is given where a row needs another
 
-run() {  # SCRIPT FLAGS...
-  local small=
-  case $QUICK$* in
-    1make_data*2222) ;;
-    1make_data*) small=" --limit 6000" ;;
-    1train*resnet50*) small=" --model resnet18 --epochs 2" ;;
-    1train*--name*) small=" --epochs 2" ;;
-    1attack*--name*) small=" --n 50 --queries 50" ;;
-  esac
-  echo "python $*$small"
-}
+run() { if [ $QUICK = 1 ]; then small "$*"; else echo "python $*"; fi; }  # SCRIPT FLAGS...
 each() { for s in $(seeds $1); do run "${@:2}" --seed $s; done; }  # N COMMAND: with N seeds
 seeds() { seq 42 $((QUICK ? 42 : 41 + $1)); }
 models() { for row in "${@:2}"; do seeds $1 | sed "s|^|${row}_s|"; done | paste -sd' '; }  # N ROW...: their names
 some() { echo "${@:QUICK ? $# : 1}"; }  # all of these worlds; the last one if QUICK
+row() {  # FLAGS: the name that train.py and attack.py make of them
+  sed -E 's/ --(models|seed) .*//; s/ --(method|jitter|classify|schedule|first-loss) / /g; s/[^ ]*\///; s/\.py//; s/ ([0-9])/\1/g; s/-//g; s/^ //; s/ +/_/g; s/^n5/7to3_&/' <<< " $*"
+}
+small() {  # COMMAND for QUICK: fewer images, epochs and queries, under the name that it has without
+  local less=
+  case $1 in *--name* | make_data* | gradcam* | *--src*) ;; *) less=" --name $(row "${1#* --dir * }")" ;; esac
+  case $1 in
+    *" 30000") less=" --limit 1500" ;;
+    *" 2222" | *--src* | gradcam*) ;;
+    make_data*) less=" --limit 6000" ;;
+    train*resnet50*) less+=" --model resnet18 --epochs 2" ;;
+    train*--epochs*) less+=" --epochs 2" ;;
+    train*) less+=" --lr 0.01 --schedule onecycle --epochs $EPOCHS" ;;
+    attack*--untargeted*) less+=" --n 20 --queries 50" ;;
+    attack*--pairs*) less+=" --n 2" ;;
+    attack*) less+=" --n 20" ;;
+  esac
+  echo "python $1$less"
+}
 level() { echo "----"; }  # what follows reads what came before
-list() { for stage in "$@"; do $stage; level; done; }
+list() { for stage in "$@"; do ($stage); level; done; }
 
 # ---- the stages; minutes on two cores of a recent server
 
@@ -139,6 +148,7 @@ lazy() {  # 9 min
   run make_data.py --dir $R  # samples.png
   run make_data.py --dir $R/unbiased --corr 0.1  # the oracle's world
   level
+  EPOCHS=10  # in QUICK, where the cure should show
   for m in combined jitter grl baseline; do each 5 train.py --dir $R --method $m; done  # headline table
   each 5 train.py --dir $R/unbiased --name oracle  # what every row is compared with
   level
@@ -169,7 +179,7 @@ groups() {  # 24 min: told nothing, a first net names the colours
   for c in $(some 995 99 98 95); do run make_data.py --dir $R/cmnist_$c --recipe cmnist --corr 0.$c; done
   for c in $(some 8 3 6); do run make_data.py --dir $R/corr_$c --corr 0.$c; done  # where the shortcut is weaker
   level
-  each 5 train.py --dir $R --method balance --infer-groups
+  EPOCHS=10 each 5 train.py --dir $R --method balance --infer-groups
   each 5 train.py --dir $R --method balance --infer-groups --crop 1
   each 3 train.py --dir $R --method balance --infer-groups --first-loss ce
   each 5 train.py --dir $R --method jitter --balance --infer-groups
@@ -299,6 +309,7 @@ robgan() {  # 29 min: a generator beside adversarial training, the same net and 
 }
 
 compare() {  # 8 min: your own beside what knows nothing, the kind of bias, and nothing again; five seeds
+  EPOCHS=10
   run make_data.py --dir $R
   level
   for own in "--method baseline" "--method jitter" "--method balance --infer-groups" "${OWN[@]}"; do
@@ -346,7 +357,9 @@ setup
 [ $1 != test ] || { tests; exit; }
 rows="baseline jitter balance_infergroups"
 for own in ${OWN[@]+"${OWN[@]}"}; do
-  rows+=" $("$PYTHON" -c 'import sys, train; sys.argv[0] = "train.py"; print(train.row_of(train.get_args(sys.argv[1:]).name))' $own)" || exit 2
+  name=$("$PYTHON" -c 'import sys, train; sys.argv[0] = "train.py"; print(train.row_of(train.get_args(sys.argv[1:]).name))' $own) || exit 2
+  [ $QUICK = 0 ] || name=$(row "$own")
+  rows+=" $name"
 done
 alone
 [ $1 = report ] || work "$@"

@@ -2,7 +2,7 @@
 # Regenerates every table and figure on real MNIST: a runner, and below it the commands, stage by stage.
 #
 #   bash run_all.sh                every stage; a second call continues where the first one stopped
-#   bash run_all.sh STAGE...       only these: lazy evidence cures groups ablations biased lntl robust robgan
+#   bash run_all.sh STAGE...       only these: lazy evidence cures groups ablations biased lntl robust robgan page
 #   bash run_all.sh compare NAME   a --method of yours (its name, FILE.py, or flags in quotes) beside three of ours
 #   bash run_all.sh report         refill tables and redraw figures from the results that are there
 #   bash run_all.sh test           format, lint and the fast tests
@@ -17,7 +17,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # threads of processes side by side on few cores stall each other
-STAGES="lazy evidence cures groups ablations biased lntl robust robgan"
+STAGES="lazy evidence cures groups ablations biased lntl robust robgan page"
 QUICK=${QUICK:-0} FRESH=${FRESH:-0} JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)} R=results AGAIN= EPOCHS=4
 [ "$QUICK" = 0 ] || R=results/quick
 [ "$FRESH" = 0 ] || AGAIN=--overwrite
@@ -306,6 +306,17 @@ robgan() {  # 29 min: a generator beside adversarial training, the same net and 
   how="--untargeted --eps 0.3 --n 500 --steps 50 --queries 1000 --sweep 0.3"
   run attack.py --dir $R/mnist $how --name robgan --models $(models 3 robgan robgan_without generated_0.5) generated_0.{3,7}_s42
   run attack.py --dir $R/mnist $how --name robgan_2000 --models $(models 3 ../mnist_2000/{robgan_without,generated_0.{3,5,7}})
+}
+
+page() {  # 2 min: what demo.html shows beside networks of lazy and robust
+  run make_data.py --dir $R
+  run make_data.py --dir $R/unbiased --corr 0.1
+  level
+  run train.py --dir $R --name baseline_epochs1 --method baseline --epochs 1
+  run train.py --dir $R --name told_nothing --method balance --infer-groups --crop 1
+  run train.py --dir $R/unbiased --name fair
+  level
+  [ $QUICK = 1 ] || run gradcam.py --dir $R --page
 }
 
 compare() {  # 8 min: your own beside what knows nothing, the kind of bias, and nothing again; five seeds

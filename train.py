@@ -1962,8 +1962,9 @@ def published_rows(query):
 
 def cite(theirs):
     """The name of a published row, and the source in which its figures were read, if another."""
-    row, source = (re.sub(r"\W+", " ", theirs[key]).strip() for key in ("row", "source"))
-    return theirs["row"] if source in row else f"{theirs['row']}, read in {theirs['source']}"
+    source = theirs["source"].partition(", arXiv")[0]
+    row, read_in = (re.sub(r"\W+", " ", text).strip() for text in (theirs["row"], source))
+    return theirs["row"] if read_in in row else f"{theirs['row']}, {theirs['how']} in {source}"
 
 
 # ---- figures
@@ -1994,13 +1995,18 @@ def draw_epochs(query, rows, folder):
         return None
     fig, axes = figure(4.1 * len(query.columns) + 0.5, 3.9, 1, len(query.columns), sharey=True)
     for ax, column in zip(axes[0], query.columns, strict=True):
+        seen = set()
         for row, runs in rows:
             epochs = zip(*(record["epochs"] for record in runs), strict=False)  # to the shortest
             values = [[record.get(column.path) for record in epoch] for epoch in epochs]
             points = {i: v for i, v in enumerate(values, start=1) if None not in v}
             if points:
-                lines(ax, points, ink(row.name), marker="o", ms=3, label=row.label.strip("`"))
-        ax.set(xlabel="epoch", ylim=(0, 1), title=column.header)
+                colour, label = ink(row.name), row.label.strip("`")
+                style = "--" if colour in seen else "-"  # the second row of a colour
+                lines(ax, points, colour, marker="o", ms=3, ls=style, label=label)
+                seen.add(colour)
+        ax.set(xlabel="epoch", ylim=(0, 1))
+        ax.set_title(column.header, fontsize=10)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel("accuracy, mean and range of seeds")
@@ -2027,9 +2033,9 @@ def draw_matrices(query, rows, folder):
 
 def draw_sweep(query, rows, folder):
     """A line a row, a place a column: ours in colour, published in grey; a cross did not train."""
-    fig, ((ax,),) = figure(8.5, 4.2)
+    fig, ((ax,),) = figure(7, 5.6)
     headers = [column.header for column in query.columns if column.path != "-"]
-    empty = True
+    empty, seen = True, set()
     for row, mine in rows:
         points, failed = {}, {}
         for x, column in enumerate(column for column in query.columns if column.path != "-"):
@@ -2041,7 +2047,9 @@ def draw_sweep(query, rows, folder):
         label, colour = row.label.strip("`"), ink(row.name)
         empty &= not (points or failed)
         if points:
-            lines(ax, points, colour, marker="o", label=label)
+            fill = "white" if colour in seen else colour  # the second row of a colour
+            lines(ax, points, colour, marker="o", mfc=fill, label=label)
+            seen.add(colour)
         for x, values in failed.items():
             ax.plot([x] * len(values), values, color=colour, marker="x", ms=8, mew=2, ls="")
     if empty:
@@ -2052,13 +2060,14 @@ def draw_sweep(query, rows, folder):
         theirs.append(([float(found[h]) if found[h] != "-" else math.nan for h in headers], label))
     theirs.sort(key=lambda line: -line[0][0] if line[0][0] == line[0][0] else 0)
     for (heights, label), look in zip(theirs, ["s", "D", *["."] * len(theirs)], strict=False):
-        name = label if look != "." else None
+        name = re.split(", read in|, as reported", label)[0] if look != "." else None
         ax.plot(heights, color="0.6", ls="--", lw=0.8, marker=look, ms=5, label=name)
     ax.set(xticks=range(len(headers)), xticklabels=headers, xlabel=query.words.get("axis", ""))
     ylabel = query.words.get("ylabel", "accuracy on test_unbiased")
-    ax.set(ylabel=ylabel, ylim=(0, 1.02), title=query.words.get("title", ""))
+    ax.set(ylabel=ylabel, ylim=(0, 1.02))
+    ax.set_title(query.words.get("title", ""), fontsize=10)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     return fig
 
 

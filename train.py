@@ -176,7 +176,7 @@ def method_of(text):
         exec(compile(path.read_text(encoding="utf-8"), path, "exec"), names)
         new = [thing for name, thing in names.items() if name not in globals()]
         classes = [thing for thing in new if isinstance(thing, type) and issubclass(thing, Method)]
-        if not classes or path.stem in METHODS:
+        if not classes or path.stem in OURS:
             what = "is named like a method of ours" if classes else "has no class of a Method"
             raise argparse.ArgumentTypeError(f"{path} {what}")
         text = path.stem

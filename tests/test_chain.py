@@ -17,7 +17,7 @@ SCRIPTS = ("make_data.py", "train.py", "gradcam.py", "attack.py")
 
 def test_the_four_commands_of_the_card(cli, call, tmp_path):
     """Warnings are errors in `cli`."""
-    write_idx(tmp_path / "idx", n=(200, 120))
+    write_idx(tmp_path / "idx", n=(100, 20))
     cli("make_data.py --mnist idx")
     call("train.py")
     cli("train.py --method jitter --alpha 2")
@@ -56,7 +56,8 @@ def steps():
                 steps.append((script, args, args.dir / args.name))
             elif script == "gradcam.py":
                 args = gradcam.get_args(words)
-                steps.append((script, args, args.dir / gradcam.result_name(args)))
+                path = None if args.page else args.dir / gradcam.result_name(args)
+                steps.append((script, args, path))
             elif script == "attack.py":
                 args, usual = attack.get_args(words)
                 steps.append((script, args, args.dir / attack.result_name(args, usual)))

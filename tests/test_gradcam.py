@@ -544,10 +544,10 @@ def test_a_net_whose_answers_are_no_numbers_leaves_no_file(world, mistake):
     common.save_pt(broken, world / "broken.pt")
     draw_seven(world / "seven.png")
     for mode in ("", "--maximise", "--image results/seven.png", "--image results/seven.png --raw"):
-        mistake(f"gradcam.py --models broken {mode}", "broken gives answers that are no numbers")
+        mistake(f"gradcam.py --models broken {mode}", "NaN or infinity")
     split = common.load_pt(world / "test_hard.pt", "")
     common.save_pt({**split, "colors": None}, world / "test_hard.pt")  # heat maps alone
-    mistake("gradcam.py --models broken", "broken gives answers that are no numbers")
+    mistake("gradcam.py --models broken", "NaN or infinity")
 
 
 # ---- pictures of one's own
@@ -745,5 +745,6 @@ def test_mistakes_get_one_line_and_exit_code_2(world, mistake, arguments, says):
     split = torch.load(world / "val.pt", weights_only=True)
     del split["gray"]
     common.save_pt(split, world / "val.pt")
-    common.save_json({"args": {"models": ["baseline_s42"]}}, world / "gradcam.json")
+    record = {"script": "gradcam.py", "args": {"models": ["baseline_s42"]}}
+    common.save_json(record, world / "gradcam.json")
     mistake(f"gradcam.py {arguments}", says)

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import conftest
 import pytest
@@ -353,11 +354,11 @@ def test_apgd_stays_in_the_ball_and_the_box():
 class Flat(nn.Module):
     """Constant logits, class 0 ahead, whose gradient is not zero; counts its calls."""
 
-    calls = 0
+    calls, turns = 0, False
 
     def forward(self, x):
         self.calls += 1
-        pull = x.flatten(1).sum(1, keepdim=True)
+        pull = x.flatten(1).sum(1, keepdim=True) * (-1 if self.turns and self.calls == 2 else 1)
         return torch.tensor([[2.0, 1.0, 0.0]]) + (pull - pull.detach()) * torch.tensor([-1, 1, 0])
 
 
@@ -374,6 +375,35 @@ def test_apgd_halves_its_step_at_the_authors_checkpoints_where_the_loss_does_not
     assert [step for step, *_ in found] == [22, 41, 57, 70, 80, 87, 93, 99]  # of 100
     assert all(halved == [True, True] for _, halved, _ in found)
     assert [rate for *_, rate in found] == pytest.approx([0.2 / 2**k for k in range(1, 9)])
+
+
+def test_apgd_keeps_a_quarter_of_its_last_move():
+    model, seen = Flat(), []
+    model.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach()))
+    model.turns = True  # up, then down
+    x = torch.full((2, 3, 4, 4), 0.5)
+    attack.apgd(model, x, torch.zeros(2).long(), torch.tensor([0.1, 0.1]), 10, stream(0, "t"))
+    assert torch.allclose(seen[1], torch.full_like(x, 0.6))
+    assert torch.allclose(seen[2], 0.6 + 0.75 * (0.4 - 0.6) + 0.25 * (0.6 - seen[0]))
+
+
+def test_a_checkpoint_halves_where_the_loss_seldom_rose_or_its_best_did_not_move():
+    s = SimpleNamespace(
+        rose=torch.tensor([7, 8, 8, 8]),  # in ten steps
+        best_loss=torch.tensor([2.0, 2.0, 1.0, 1.0]),
+        mark=torch.ones(4),
+        halved=torch.tensor([False, False, False, True]),  # never twice for its best alone
+        rate=torch.ones(4, 1, 1, 1),
+        z=plain(0.1, 0.1, 0.1, 0.1),
+        best=plain(0.2, 0.2, 0.2, 0.2),
+        grad=plain(0.3, 0.3, 0.3, 0.3),
+        best_grad=plain(0.4, 0.4, 0.4, 0.4),
+    )
+    attack.halve_where_stuck(s, span=10)
+    assert s.halved.tolist() == [True, False, True, False] and s.rose.tolist() == [0] * 4
+    assert s.rate.flatten().tolist() == [0.5, 1, 0.5, 1] and torch.equal(s.mark, s.best_loss)
+    assert torch.equal(s.z, plain(0.2, 0.1, 0.2, 0.1))
+    assert torch.equal(s.grad, plain(0.4, 0.3, 0.4, 0.3))
 
 
 def test_the_difference_of_logits_ratio_by_hand():

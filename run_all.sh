@@ -134,8 +134,9 @@ small() {  # COMMAND for QUICK: fewer images, epochs and queries, under the name
     train*--epochs*) less+=" --epochs 2" ;;
     train*) less+=" --lr 0.01 --schedule onecycle --epochs $EPOCHS" ;;
     attack*--untargeted*) less+=" --n 20 --queries 50" ;;
+    attack*--check*) less+=" --n 10" ;;
     attack*--pairs*) less+=" --n 2" ;;
-    attack*) less+=" --n 20" ;;
+    attack*) less+=" --n 5" ;;
   esac
   echo "python $1$less"
 }

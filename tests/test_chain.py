@@ -15,6 +15,7 @@ from test_make_data import write_idx
 SCRIPTS = ("make_data.py", "train.py", "gradcam.py", "attack.py")
 
 
+@pytest.mark.slow
 def test_the_four_commands_of_the_card(cli, call, tmp_path):
     """Warnings are errors in `cli`."""
     write_idx(tmp_path / "idx", n=(100, 20))

@@ -167,7 +167,7 @@ def predict(model, images):
     model.eval()
     logits = torch.cat([model(as_seen(images[part])) for part in chunks(len(images))])
     if not logits.isfinite().all():
-        die("a model answers NaN or infinity", "train it again with a smaller --lr")
+        die("a model gives answers that are no numbers", "train it again with a smaller --lr")
     return logits
 
 

@@ -318,6 +318,7 @@ page() {  # 2 min: what demo.html shows beside networks of lazy and robust
   run train.py --dir $R/unbiased --name fair
   level
   [ $QUICK = 1 ] || run gradcam.py --dir $R --page
+  run gradcam.py --dir $R --image results/drawn_4.png --models {baseline_epochs1,baseline,told_nothing}_s42  # README's first picture
 }
 
 compare() {  # 8 min: your own beside what knows nothing, the kind of bias, and nothing again; five seeds

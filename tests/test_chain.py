@@ -57,7 +57,8 @@ def steps():
                 steps.append((script, args, args.dir / args.name))
             elif script == "gradcam.py":
                 args = gradcam.get_args(words)
-                path = None if args.page else args.dir / gradcam.result_name(args)
+                no_record = args.page or args.image
+                path = None if no_record else args.dir / gradcam.result_name(args)
                 steps.append((script, args, path))
             elif script == "attack.py":
                 args, usual = attack.get_args(words)

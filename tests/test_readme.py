@@ -35,7 +35,7 @@ def prose(page):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command, tmp_path, monkeypatch):
     (tmp_path / "fashion").mkdir()
-    (tmp_path / "focal.py").write_text("class Focal(Baseline): pass")
+    (tmp_path / "mixed.py").write_text("class Mixed(Baseline): pass")
     monkeypatch.chdir(tmp_path)
     script, *flags = command.split()
     importlib.import_module(script.removesuffix(".py")).get_args(flags)
@@ -47,7 +47,7 @@ def test_no_command_writes_over_committed_results():
 
 
 def test_the_quick_start_looks_at_the_models_it_trained():
-    quick = [c for c in COMMANDS if c.startswith("train.py") and "focal" not in c and "lr" in c]
+    quick = [c for c in COMMANDS if c.startswith("train.py") and "mixed" not in c and "lr" in c]
     trained = [train.get_args(c.split()[1:]).name for c in quick]
     (looked,) = (c for c in COMMANDS if c.startswith("gradcam.py") and "hirescam" in c)
     assert len(trained) == 2 and all(name in looked.split() for name in trained)
@@ -98,13 +98,13 @@ def test_readme_and_ci_use_the_same_test_command():
 
 
 def test_the_recipe_for_a_method_is_complete(tiny, tmp_path, call):
-    (tmp_path / "focal.py").write_text(recipe("class Focal"), encoding="utf-8")
+    (tmp_path / "mixed.py").write_text(recipe("class Mixed"), encoding="utf-8")
     tiny(tmp_path / "demo")
-    call("train.py --dir demo --method focal.py --epochs 1")
-    record = json.loads((tmp_path / "demo" / "focal_epochs1_s42.json").read_text())
-    assert record["args"]["method"] == "focal" and record["knows"] == "nothing"
+    call("train.py --dir demo --method mixed.py --epochs 1")
+    record = json.loads((tmp_path / "demo" / "mixed_epochs1_s42.json").read_text())
+    assert record["args"]["method"] == "mixed" and record["knows"] == "nothing"
     call("train.py --dir demo --report")
-    assert "`focal_epochs1`" in (tmp_path / "demo" / "tables.md").read_text(encoding="utf-8")
+    assert "`mixed_epochs1`" in (tmp_path / "demo" / "tables.md").read_text(encoding="utf-8")
 
 
 def test_a_method_file_that_cannot_be_meant_gets_one_line(tmp_path, mistake):

@@ -1295,7 +1295,7 @@ def main(argv=None):
     device = setup(args)
     path = args.dir / f"{result_name(args, usual)}.json"
     settings = {k: v for k, v in vars(args).items() if k not in (*WHERE, "mode", "name")}
-    guard(path, {**settings, "mode": args.mode}, args.overwrite)
+    guard(path, {**settings, "mode": args.mode, "script": "attack.py"}, args.overwrite)
     models, split = load(args.dir, args.models, args.split, device)
     print(f"{args.mode} attack on {' '.join(models)} in {args.dir}: {differing(settings, usual)}")
     began = time.time()

@@ -737,7 +737,7 @@ def look(args, device):
         check_fit(model_name, checkpoint, split, args.split)
         layer = find_layer(model, args.layer, split, model_name)
         subjects[model_name] = Subject(model, checkpoint, *layer, args.cam, args.target)
-    guard(path, settings, args.overwrite)
+    guard(path, {**settings, "script": "gradcam.py"}, args.overwrite)
     kind, n = TITLES[args.cam], len(split.labels)
     print(f"{kind} of {len(subjects)} models on {n:,} pictures of {args.split}", flush=True)
     first = args.models[0]

@@ -415,7 +415,7 @@ def main(argv=None):
     mnist, is_mnist, source = read_mnist(args.mnist, args.limit, args.seed)
     print(f"MNIST from {source}", flush=True)
     splits = make_splits(mnist, args)
-    meta = {**describe(splits, args), "is_mnist": is_mnist, "run": {"mnist_from": source}}
+    meta = {**describe(splits, args), "is_mnist": is_mnist}
     names = class_names(args.mnist, int(splits["train"]["labels"].max()) + 1)
     if names:
         meta["classes"] = names

@@ -283,7 +283,7 @@ def main(argv=None):
     device, began = setup(args), time.time()
     for phase in ("", "clean") if getattr(args, "clean_epochs", 0) else ("",):
         path = args.dir / f"{phase_name(args.name, phase)}.json"
-        guard(path, settings(args), args.overwrite)
+        guard(path, {**settings(args), "script": "train.py"}, args.overwrite)
     if PROCESSES > 1:
         meet(args.method, device)
     splits = load_splits(args, device)
@@ -1376,8 +1376,8 @@ def save_results(model, method, splits, args, epochs, kept, facts):
         }
         if "val_pgd" in epochs[best.epoch - 1]:
             record["val_pgd"] = epochs[best.epoch - 1]["val_pgd"]
-        checkpoint = {"weights": best.weights, "args": flags, "trained": record["trained"]}
-        checkpoint |= shape_of(splits["train"])
+        checkpoint = {"script": "train.py", "weights": best.weights, "args": flags}
+        checkpoint |= {"trained": record["trained"], **shape_of(splits["train"])}
         if method.draws() is not None and not phase:
             record["generator"], more = score_generator(method.draws(), model, splits, args)
             checkpoint |= more
@@ -1657,8 +1657,13 @@ def nearest(made, train_split, n=2000):
 # test_hard = final.test_hard.acc               HEADER = path in the JSON of each seed
 # gain = final.test_hard.acc - baseline         difference to another row, over the seeds of both
 # 0.999 = flat_999: final.test_unbiased.acc     the row of the same NAME in another world
-# published cmnist                              rows of results/published.json
+# cpu seconds = cpu                             of times.csv
+# published cmnist                              rows of results/published.json: a cell stands under
+# certified = -                                 the header that it has there; - is theirs alone
+# title, axis, ylabel                           words of a figure
 # -->
+# Kinds of figure: epochs (paths in the record of an epoch), matrices (the first column's, of the
+# first seed), sweep (a place a column), samples (of a generator).
 
 EVERYTHING = """rows *
 knows = knows
@@ -1835,7 +1840,8 @@ def found_rows(query, folder):
         elsewhere = [records(at, other) for at in (folder, HOME) for other in worlds]
         if not mine and not any([*elsewhere, records(HOME, row.name, row.source)]):
             of = f" of {row.source}" if row.source else ""
-            die(f"{query.where}: no result is a row {row.name}{of}", "correct its name, or run it")
+            hint = "correct its name (without _sSEED), or run it"
+            die(f"{query.where}: no result is a row {row.name}{of}", hint)
         found.append((row, mine))
     return found
 
@@ -1856,7 +1862,8 @@ def values_of(column, row, mine, folder):
     values = {seed: dig(record, column.path) for seed, record in mine.items()}
     if not column.minus:
         return mine, values
-    others = records(folder, column.minus, row.source)
+    other = f"{column.world}/{column.minus}" if column.world else column.minus
+    others = records(folder, other, row.source)
     gains = {
         seed: MISSING if value is MISSING else plain(value) - plain(dig(others[seed], column.path))
         for seed, value in values.items()
@@ -1877,24 +1884,47 @@ def answer(query, folder):
         for column in query.columns:
             runs, values = values_of(column, row, mine, folder)
             values = [value for value in values.values() if value is not MISSING]
-            seen |= {column.path} if values else set()
+            if any(not is_cell(value) for value in values):
+                die(f"{query.where}: {column.path} is no number", "add the key that holds one")
+            seen |= {column} if values else set()
             cell = signed(values) if column.minus else shown(values)
             cells.append(cell + (did_not_train(runs) if column.world else ""))
         if set(cells) - {"-"}:
             body.append([row.label + did_not_train(mine), *cells])
-    for path in {column.path for column in query.columns if not column.world} - seen - {"-", "cpu"}:
-        home = [
-            dig(record, path)
-            for row, _ in rows
-            for record in records(HOME, row.name, row.source).values()
-        ]
-        if all(value is MISSING for value in home):
-            die(f"{query.where}: no row has the key {path}", "correct it")
+    for column in query.columns:
+        if column not in seen and column.path not in ("-", "cpu"):
+            refuse_misspelt(column, query)
     if not body:
         return None
     header = ["", *(column.header for column in query.columns)]
     table = [header, ["---"] * len(header), *body, *published_rows(query)]
     return "".join("| " + " | ".join(line) + " |\n" for line in table)
+
+
+def refuse_misspelt(column, query):
+    """A column without a value here must have one in the write-up's own folder."""
+    for row in query.rows:
+        name, source = row.name, row.source
+        if column.world:
+            name, source = f"{column.world}/{Path(row.name).name}", ""
+        minus = f"{column.world}/{column.minus}" if column.world else column.minus
+        found = records(HOME, name, source)
+        if column.minus and not records(HOME, minus, source):
+            continue
+        if any(dig(record, column.path) is not MISSING for record in found.values()):
+            return
+    what = f"{column.world}: {column.path}" if column.world else column.path
+    what += f" - {column.minus}" if column.minus else ""
+    die(f"{query.where}: no row has {what}", "correct the key, the world or the row")
+
+
+def is_cell(value):
+    """Can it stand in a cell: a number, a word, a rate, draws of one record."""
+    if isinstance(value, dict):
+        return "rate" in value or "value" in value
+    return not isinstance(value, list) or all(
+        v is None or isinstance(v, int | float) for v in value
+    )
 
 
 def plain(value):
@@ -1962,7 +1992,7 @@ def published_rows(query):
 
 def cite(theirs):
     """The name of a published row, and the source in which its figures were read, if another."""
-    source = theirs["source"].partition(", arXiv")[0]
+    source = re.sub(r", arXiv [\d.]+", "", theirs["source"])
     row, read_in = (re.sub(r"\W+", " ", text).strip() for text in (theirs["row"], source))
     return theirs["row"] if read_in in row else f"{theirs['row']}, {theirs['how']} in {source}"
 

@@ -192,7 +192,7 @@ def test_a_folder_of_idx_files_becomes_a_world(call, tmp_path):
     said = call("make_data.py --mnist idx --dir w --limit 240").splitlines()
     meta = json.loads((tmp_path / "w" / "meta.json").read_text())
     assert meta["counts"] == {"train": 216, "val": 24, "test_hard": 40, "test_unbiased": 40}
-    assert not meta["is_mnist"] and meta["limit"] == 240 and meta["run"]["mnist_from"] == "idx"
+    assert not meta["is_mnist"] and meta["limit"] == 240
     assert said[0] == "w: recipe background, corr 0.95, seed 42, limit 240, mnist idx"
     assert said[-1] == "look at w/figures/samples.png"
     assert (tmp_path / "w" / "figures" / "samples.png").stat().st_size > 5000

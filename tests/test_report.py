@@ -132,6 +132,12 @@ def test_a_difference_is_over_the_seeds_of_both_with_a_t_interval(tmp_path, ask)
     assert found[2][1].startswith("+0.150 (")
 
 
+def test_a_difference_in_another_world_is_to_that_worlds_row(tmp_path, ask):
+    put(tmp_path, record("baseline_s1", 0.1), record("jitter_s1", 0.2))
+    put(tmp_path / "flat_99", record("baseline_s1", 0.4), record("jitter_s1", 0.9))
+    assert ask("rows jitter\ngain = flat_99: final.test_hard.acc - baseline")[2][1] == "+0.500"
+
+
 def test_entries_of_another_file(tmp_path, ask):
     put(tmp_path, record("baseline_s1"))
     rate = {"rate": 0.596, "low": 0.552, "high": 0.638, "n": 500}
@@ -171,6 +177,13 @@ def test_a_table_without_results_says_so(tmp_path, ask):
         (f"from attack_9:models\nrows baseline\n{HARD}", "attack_9:models"),
         (f"rows baseline\nsort by test_hard\n{HARD}", "sort by test_hard"),
         (f"rows baseline\npublished flat\n{HARD}", "flat"),
+        (
+            "rows baseline\n0.99 = flat_98: final.test_unbiased.acc",
+            "flat_98: final.test_unbiased.acc",
+        ),
+        ("rows baseline\ngain = final.test_hard.acc - basline", "final.test_hard.acc - basline"),
+        ("rows baseline\nval = final.val", "final.val is no number"),
+        ("rows baseline\nepochs = epochs", "epochs is no number"),
     ],
 )
 def test_a_misspelt_row_key_file_or_line_names_the_table(tmp_path, refused, query, says):

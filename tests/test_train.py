@@ -523,7 +523,7 @@ def test_the_json_keys_are_the_promised_ones_and_the_terminal_says_the_answer(wo
     assert f"the colour with {record['probe']['colour']:.3f}, the digit" in said
     assert "|" not in said and "gradcam.py" in lines[-1]
     kept = common.load_pt(world / "baseline_epochs2_lr0.002_s42.pt", "")
-    assert {*kept} == {"weights", "args", "classes", "size", "trained"}
+    assert {*kept} == {"script", "weights", "args", "classes", "size", "trained"}
     assert (kept["classes"], kept["size"]) == (10, [28, 28]) and kept["args"] == record["args"]
 
 

@@ -107,11 +107,11 @@ def get_args(argv=None):
     add("--conditional", of="grl combined", **yes, help="correct for how colour and digit go along")
     add("--entropy", of="lntl", type=weight, default=0.01, help="weight of the entropy")
 
-    of, first = "jitter at robgan", f"{told} jitter at robgan"
+    of = "jitter at robgan"
+    add("--resample", of="balance", type=share, default=1.0, help="draw by n**-R; see `Resample`")
     add("--balance", of=of, **switch, help="the draws of --method balance")
-    add("--infer-groups", of=first, **switch, help="colours are the answers of a first net")
-    add("--first-epochs", of=f"{first} jtt", type=some, default=1, help="of the first net")
-    add("--first-loss", of=first, choices=FIRST_LOSSES, default="gce", help="of that net")
+    add("--infer-groups", of=f"{told} {of}", **switch, help="a first net's answers are the colours")
+    add("--first-epochs", of="jtt", type=some, default=1, help="of the first net")
 
     of = "at robgan"
     add("--attack", of=of, choices=("pgd", "fgsm"), default="pgd", help="on batches")
@@ -124,7 +124,7 @@ def get_args(argv=None):
     add("--generator", of="at", metavar="NAME", help="learn pictures of this robgan run, too")
     add("--generated", of="at", type=share, default=0.5, help="their share of a batch")
     add("--judge", of="robgan", default="baseline_s42", help="independent classifier")
-    of, pixels = "baseline balance at robgan", {"type": count, "metavar": "PIXELS"}
+    of, pixels = "baseline biasbal balance at robgan", {"type": count, "metavar": "PIXELS"}
     add("--crop", of=of, **pixels, default=0, help="shift images by up to this; student: 2")
     add("--augment", of="at robgan", choices=("student",), help="a recipe: see `augment`")
 
@@ -189,10 +189,8 @@ def method_of(text):
 def check_args(p, args, given):
     """Refuse what can never work before any work is done; `given` names the flags of argv."""
     own = vars(args)  # without the flags of other methods
-    infer, first = own.get("infer_groups"), {"first_epochs", "first_loss"}
     for wrong, what in (
-        (infer and not uses_colours(args), "--infer-groups without --balance"),
-        (first & given and not (infer or args.method == "jtt"), "a first net's flag here"),
+        (infers_groups(args) and not uses_colours(args), "--infer-groups without --balance"),
         ("width" in given and "cnn" not in args.model, f"--width with --model {args.model}"),
         ("steps" in given and own.get("attack") == "fgsm", "--steps with --attack fgsm"),
         ("grain" in given and own.get("jitter") != "mix", "--grain without --jitter mix"),
@@ -218,8 +216,6 @@ def check_args(p, args, given):
 def settings(args):
     """What decides the result: no argument that says where or how to run."""
     skip = set(NOT_SETTINGS)
-    if not infers_groups(args):
-        skip |= {"first_loss"} if args.method == "jtt" else {"first_loss", "first_epochs"}
     if vars(args).get("generator") is None:
         skip.add("generated")
     return {key: value for key, value in vars(args).items() if key not in skip}
@@ -292,7 +288,7 @@ def main(argv=None):
     print_start(args, model, device)
     facts = {"knows": knows(args)}
     if infers_groups(args):
-        splits["train"], facts["groups"] = infer_groups(splits, args)
+        splits["train"], facts["groups"] = infer_groups(splits["train"], args.seed)
     method = METHODS[args.method](model, splits, args).to(device)
     epochs, kept = train(model, method, splits, args, args.dir / f"{args.name}.part.pt")
     if PROCESSES > 1:
@@ -362,7 +358,7 @@ def train_epoch(epoch, sizes, data, state, args):
     start, device = time.time(), data.labels.device
     own = f" of process {RANK}" if RANK > 0 else ""
     gen = stream(args.seed, f"epoch {epoch}{own}", device)
-    order = draw_order(data, method.balanced, stream(args.seed, f"order {epoch}")).to(device)
+    order = draw_order(data, method.resample, stream(args.seed, f"order {epoch}")).to(device)
     total = torch.zeros((), device=device)
     model.train()
     for i, index in enumerate(order.split(sizes)):
@@ -430,15 +426,16 @@ def fresh_net(args, data):
     return build_model(args.model, args.width, **shape_of(data), grayscale=args.grayscale)
 
 
-def draw_order(data, balanced, gen):
-    """Which image comes when in an epoch, int64 (N,): each once.
+def draw_order(data, r, gen):
+    """Which image comes when in an epoch, int64 (N,): at r = 0 each once.
 
-    Balanced, images are drawn with replacement, every (digit, colour) group equally likely.
+    Else with replacement, weights n**-r of an image whose (digit, colour) group has n; at r = 1 all
+    groups come equally often.
     """
-    if not balanced:
+    if r == 0:
         return torch.randperm(len(data.labels), generator=gen)
     group = (data.labels * (int(data.colors.max()) + 1) + data.colors).cpu()
-    likely = 1 / group.bincount()[group].double()
+    likely = 1 / group.bincount()[group].double() ** r
     return torch.multinomial(likely, len(group), replacement=True, generator=gen)
 
 
@@ -545,7 +542,7 @@ class Method(nn.Module):
 
     knows = "nothing"  # what the training is told about the bias, beside labels and colours
     wants_colours = False  # of the training images, true or inferred
-    balanced = False  # are all (digit, colour) groups drawn equally often
+    resample = 0.0  # r of `draw_order`
     can_shard = False  # may torchrun share a batch: a mean over images, and nothing kept of them
     lr_scale, betas = 1, (0.9, 0.999)  # for the method's own weights, if it has any
     clip = 0.0  # largest norm of a gradient; 0: any
@@ -553,7 +550,8 @@ class Method(nn.Module):
     def __init__(self, model, splits, args):
         super().__init__()
         self.args = args
-        self.balanced = self.balanced or getattr(args, "balance", False)
+        if getattr(args, "balance", False):
+            self.resample = 1.0
 
     def loss(self, model, batch, gen):
         """The scalar to minimise; extra random numbers come from `gen` only."""
@@ -582,9 +580,7 @@ class Baseline(Method):
     can_shard = True
 
     def loss(self, model, batch, gen):
-        crop = self.args.crop
-        x = moved(batch.x, crop, gen) if crop else batch.x
-        return F.cross_entropy(model(x), batch.y)
+        return F.cross_entropy(model(moved(batch.x, self.args.crop, gen)), batch.y)
 
 
 def moved(x, crop, gen, degrees=0, flip=False):
@@ -593,6 +589,8 @@ def moved(x, crop, gen, degrees=0, flip=False):
     A crop of the image after padding is a shift, so all three are one resampling; edges are
     repeated outwards. x (B,3,H,W).
     """
+    if not (crop or degrees or flip):
+        return x
     b, _, h, w = x.shape
 
     def draw():
@@ -621,12 +619,6 @@ def generalised_cross_entropy(logits, y, q=0.7):
     """(1 - p**q) / q of the probability p of the label (Zhang & Sabuncu, 2018), mean."""
     p = logits.softmax(1).gather(1, y[:, None])[:, 0]
     return ((1 - p.clamp(min=1e-8) ** q) / q).mean()
-
-
-class Balance(Baseline):
-    """ERM with every (digit, colour) group equally likely in a batch (Idrissi et al., 2022)."""
-
-    wants_colours = balanced = True
 
 
 class Jitter(Method):
@@ -715,28 +707,40 @@ def count_groups(split, classes):
     return cell.bincount(minlength=classes**2).view(classes, classes).float()
 
 
-class BiasBal(Method):
-    """Bias balance (Hong & Yang, 2021): cross-entropy on logits + log p(digit given colour).
+def log_given(count, dim):
+    """log p(one label given the other) of counts (digit,colour): each sum over `dim` is one."""
+    return (count / count.sum(dim, keepdim=True)).log()
 
-    The net then has no reason to learn what the colour says of the digit; scoring uses the plain
-    logits. The table is counted on the training labels; a pair never seen counts as one image.
+
+class Resample(Method):
+    """Images drawn with weights n**-r of their group, and a loss corrected for what is left.
+
+    A group is a (digit, colour) pair with n training images, r is --resample. Drawn so, it makes up
+    n**(1-r) of the batches; log p(digit given colour) of that is added to the logits, so the net
+    has no reason to learn what the colour says of the digit (logit adjustment, Menon et al., 2021).
+    Scoring uses the plain logits. A pair never seen counts as one image.
+
+    Its ends are `biasbal`, r = 0: each image once (bias balance, Hong & Yang, 2021), and `balance`,
+    r = 1: all groups equally often (Idrissi et al., 2022), which leaves nothing to correct. Between
+    them, rare images are seen more often than at r = 0 and repeated less often than at r = 1.
     """
 
     wants_colours = can_shard = True
 
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
-        count = count_groups(splits["train"], model.fc.out_features).clamp(min=1)
-        if not getattr(args, "conditional", True):  # of grl and combined
-            count = torch.ones_like(count)
-        self.register_buffer("digit_given_colour", (count / count.sum(0)).log().T.contiguous())
-        self.register_buffer("colour_given_digit", (count / count.sum(1, keepdim=True)).log())
+        self.resample = getattr(args, "resample", 0.0)  # only `balance` has the flag
+        self.count = count_groups(splits["train"], model.fc.out_features).clamp(min=1)
+        left = self.count ** (1 - self.resample)
+        self.register_buffer("digit_given_colour", log_given(left, 0).T.contiguous())
 
     def loss(self, model, batch, gen):
-        return self.digit_loss(model(batch.x), batch)
+        return self.digit_loss(model(moved(batch.x, self.args.crop, gen)), batch)
 
     def digit_loss(self, logits, batch):
-        return F.cross_entropy(logits + self.digit_given_colour[batch.colour], batch.y)
+        if self.resample < 1:
+            logits = logits + self.digit_given_colour[batch.colour]
+        return F.cross_entropy(logits, batch.y)
 
 
 class Reverse(torch.autograd.Function):
@@ -769,7 +773,7 @@ class InputOf:
         self.hook.remove()
 
 
-class GRL(BiasBal):
+class GRL(Resample):
     """Gradient reversal (Ganin & Lempitsky, 2015): a head names the colour, the features hide it.
 
     Departures: the head takes three updates, at three times the learning rate, for one of the net;
@@ -784,9 +788,15 @@ class GRL(BiasBal):
 
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
+        count = self.count if args.conditional else torch.ones_like(self.count)
+        self.register_buffer("digit_given_colour", log_given(count, 0).T.contiguous())
+        self.register_buffer("colour_given_digit", log_given(count, 1))
         self.head = nn.Sequential(
             nn.Linear(model.fc.in_features, 64), nn.ReLU(), nn.Linear(64, model.fc.out_features)
         )
+
+    def loss(self, model, batch, gen):
+        return self.digit_loss(model(batch.x), batch)
 
     def step(self, model, batch, optimiser, gen):
         with InputOf(model.fc) as features:
@@ -912,7 +922,7 @@ class GroupDRO(Method):
     replacement.
     """
 
-    wants_colours = balanced = True
+    wants_colours, resample = True, 1.0
     ascent = 0.01  # step of the weights
 
     def __init__(self, model, splits, args):
@@ -977,7 +987,9 @@ class JTT(Method):
 
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
-        wrong = first_answers(splits, args, "baseline") != splits["train"].labels
+        first = train_plain(splits, args, epochs=args.first_epochs, seed=args.seed + 1)
+        data = splits["train"]
+        wrong = predict(first, data.images).argmax(1) != data.labels
         self.register_buffer("weight", torch.where(wrong, self.upweight, 1.0))
 
     def loss(self, model, batch, gen):
@@ -986,53 +998,62 @@ class JTT(Method):
         return (weight * losses).sum() / weight.sum()
 
 
-def train_plain(splits, args, method="baseline", **changes):
-    """Another net, trained uncropped, with the settings of this run but for `changes`."""
+def train_plain(splits, args, **changes):
+    """Another net, trained by plain ERM with the settings of this run but for `changes`."""
     plain = argparse.Namespace(**{**vars(args), "crop": 0, "balance": False, **changes})
     net = fresh_net(plain, splits["train"]).to(splits["train"].labels.device)
-    train(net, METHODS[method](net, splits, plain), splits, plain)
+    train(net, Baseline(net, splits, plain), splits, plain)
     return net
 
 
 # ---- told nothing: a first net, read early, names the shortcut
 
-FIRST_LOSSES = {"ce": "baseline", "gce": "gce"}  # the method of the first net
 
-
-def first_answers(splits, args, method):
-    """What a first net answers to every training image, int64 (N,), after --first-epochs.
+def first_answers(data, seed):
+    """(what a first net answers to every training image, int64 (N,); the epochs that it took).
 
     Early in training it answers by the shortcut, if that is easier than the label (Yang et al.,
-    2024). Generalised cross-entropy, the method `gce`, amplifies this (Nam et al., 2020). Its
-    settings are those of the second net, without --crop and with a --schedule of its own.
+    2024); generalised cross-entropy amplifies this (Nam et al., 2020). It is the same net whatever
+    the second one is. One epoch is enough where it is right on nine in ten labels of every class,
+    which takes no colour label to see; stuck on some classes, it gets another, five at most.
     """
-    print(f"the first net, {method}, epochs: {args.first_epochs}", flush=True)
-    first = train_plain(splits, args, method, epochs=args.first_epochs, seed=args.seed + 1)
-    answers = predict(first, splits["train"].images).argmax(1).clone()
-    if PROCESSES > 1:  # running means of a ResNet's batch norm differ between processes
-        dist.broadcast(answers, 0)
-    return answers
+    args = argparse.Namespace(seed=seed, lr=1e-3, epochs=5, batch=128)
+    with torch.random.fork_rng(devices=[]):  # the second net's weights do not depend on it
+        torch.manual_seed(seed)
+        net = build_model("simplecnn", 16, **shape_of(data)).to(data.labels.device)
+    method = GCE(net, {"train": data}, args)
+    optimiser = make_optimiser(net, method, args.lr)
+    state = {"model": net, "method": method, "optimiser": optimiser}
+    state["schedule"] = make_schedule(optimiser, "constant", 1)
+    sizes = batch_sizes(len(data.labels), args.batch, "simplecnn")
+    for epoch in range(1, args.epochs + 1):
+        train_epoch(epoch, sizes, data, state, args)
+        answers = predict(net, data.images).argmax(1)
+        right = {int(k): mean_of((answers == k)[data.labels == k]) for k in data.labels.unique()}
+        worst = min(right, key=right.get)
+        words = f"right on {right[worst]:.3f} of class {worst}, its worst"
+        progress("")
+        print(f"first net, epoch {epoch}: {words}", flush=True)
+        if right[worst] >= 0.9:
+            return answers, epoch
+    hint = "give it more images, or leave --infer-groups out where colours are known"
+    die(f"after {args.epochs} epochs the first net is {words}", hint)
 
 
-def infer_groups(splits, args):
+def infer_groups(data, seed):
     """(training split whose colours are a first net's answers, how good these are).
 
     A biased net's answer stands for the spurious label (Zhang et al., 2022). True colours, where
     there are any, measure it and nothing else.
     """
-    data = splits["train"]
-    answers = first_answers(splits, args, FIRST_LOSSES[args.first_loss])
-    said, labels = answers.cpu(), data.labels.cpu()
-    facts = {"equal_label": (said == labels).double().mean().item()}
+    answers, epochs = first_answers(data, seed + 1)
+    facts = {"epochs": epochs, "equal_label": mean_of(answers == data.labels)}
     if data.colors is not None:
-        colours = data.colors.cpu()
-        named, against = said == colours, colours != labels
-        facts["equal_colour"] = named.double().mean().item()
-        if against.any():
-            facts["equal_colour_conflicting"] = named[against].double().mean().item()
-    if near_chance(facts["equal_label"], int(labels.max()) + 1):
-        die("the first net has learned nothing", "give it more --first-epochs or another --lr")
-    print("its answers stand for colours:", *(f"{k} {v:.4f}" for k, v in facts.items()), flush=True)
+        named, against = answers == data.colors, data.colors != data.labels
+        facts["equal_colour"] = mean_of(named)
+        facts["equal_colour_conflicting"] = mean_of(named[against])
+    words = [f"{key} {value:.4g}" for key, value in facts.items() if value is not None]
+    print("its answers stand for colours:", *words, flush=True)
     return data._replace(colors=answers), facts
 
 
@@ -1123,7 +1144,7 @@ class AT(Method):
         x, soft = batch.x, F.one_hot(batch.y, self.classes).to(batch.x.dtype)
         if self.student:
             x, soft = augment(x, soft, args.crop, gen)
-        elif args.crop:
+        else:
             x = moved(x, args.crop, gen)
         if eps == 0:
             return self.cross_entropy(model(x), soft)
@@ -1339,8 +1360,8 @@ METHODS = {
     "lntl": LNTL,
     "grl": GRL,
     "combined": Combined,
-    "biasbal": BiasBal,
-    "balance": Balance,
+    "biasbal": Resample,
+    "balance": Resample,
     "groupdro": GroupDRO,
 }
 OURS = tuple(METHODS)  # a FILE.py of one's own adds another
@@ -1430,15 +1451,14 @@ def evaluate(model, splits):
     return {"final": final, "probe": probes, "trained": trained(final["val"])}
 
 
-def near_chance(accuracy, classes):
-    """Did a net learn next to nothing? True below a tenth more than guessing gets."""
-    return accuracy < 1 / classes + 0.1
-
-
 def trained(val):
-    """False for a net that ended near chance on val, or that gives nearly always one answer."""
+    """Has a net learned something?
+
+    Not if it is right on less of val than guessing and a tenth, or if nine answers in ten are one.
+    """
     answers = [sum(column) for column in zip(*val["confusion"], strict=True)]
-    return not near_chance(val["acc"], len(answers)) and max(answers) <= 0.9 * sum(answers)
+    learned = val["acc"] >= 1 / len(answers) + 0.1
+    return learned and max(answers) <= 0.9 * sum(answers)
 
 
 def answers_and_features(model, split):
@@ -1459,6 +1479,7 @@ def epoch_scores(model, splits):
         "val_aligned": val["aligned"],
         "val_conflicting": val["conflicting"],
         "test_hard": hard["acc"],
+        "follows": hard["follows_colour"],
     }
 
 

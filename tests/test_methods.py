@@ -153,14 +153,15 @@ def test_baseline_is_the_mean_cross_entropy(gen):
     assert loss.item() == pytest.approx(by_hand, rel=1e-6)
 
 
-def test_crop_shifts_the_images_of_baseline_and_balance(net, data):
+@pytest.mark.parametrize("method", ["baseline", "balance", "biasbal"])
+def test_crop_shifts_the_images(net, data, method):
     x, seen = data.x(slice(6)), []
     net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    for method in ("baseline", "balance"):
-        shifted = method_of(method, net, {"train": data}, "--crop 1")
-        shifted.loss(net, batch_of(x, data.labels[:6]), common.stream(3, "x"))
-        assert torch.equal(seen[-1], train.moved(x, 1, common.stream(3, "x")))
-        assert not torch.allclose(seen[-1], x)
+    shifted = method_of(method, net, {"train": data}, "--crop 1")
+    batch = batch_of(x, data.labels[:6], data.colors[:6])
+    shifted.loss(net, batch, common.stream(3, "x"))
+    assert torch.equal(seen[-1], train.moved(x, 1, common.stream(3, "x")))
+    assert not torch.allclose(seen[-1], x)
 
 
 # ---- jitter
@@ -244,19 +245,29 @@ def test_hsv_equals_torchvision_with_the_same_factors():
 # ---- methods that are told the colours
 
 
-def test_biasbal_adds_what_the_colour_says_of_the_digit(data, gen):
-    """Of 7 images of colour 0, 5 are a zero and 2 a one; a pair never seen counts as one."""
+@pytest.mark.parametrize(
+    "flags, left",
+    [
+        ("biasbal", [[5, 2, 1], [1, 3, 1], [1, 1, 1]]),
+        ("balance --resample 0", [[5, 2, 1], [1, 3, 1], [1, 1, 1]]),
+        ("balance --resample 0.25", [[5**0.75, 2**0.75, 1], [1, 3**0.75, 1], [1, 1, 1]]),
+        ("balance", [[1, 1, 1]] * 3),
+    ],
+)
+def test_the_loss_is_corrected_for_what_resampling_leaves(data, gen, flags, left):
+    """Of 7 images of colour 0, 5 are a zero and 2 a one; `left` by colour, a pair never seen 1."""
     model = Logits(TABLE)
-    count = train.count_groups(data, 3)
-    assert count.tolist() == [[5, 1, 0], [2, 3, 0], [0, 0, 1]]
-    biasbal = method_of("biasbal", model, {"train": data})
-    given = [[5 / 8, 2 / 8, 1 / 8], [1 / 5, 3 / 5, 1 / 5], [1 / 3, 1 / 3, 1 / 3]]  # by colour
-    batch = batch_of(torch.zeros(4), [0, 1, 2, 0], [0, 0, 2, 1])
-    by_hand = 0
-    for row, y, colour in zip(TABLE, [0, 1, 2, 0], [0, 0, 2, 1], strict=True):
-        shifted = [z + math.log(p) for z, p in zip(row, given[colour], strict=True)]
-        by_hand -= log_p(shifted, y) / 4
-    assert biasbal.loss(model, batch, gen).item() == pytest.approx(by_hand, rel=1e-5)
+    assert train.count_groups(data, 3).tolist() == [[5, 1, 0], [2, 3, 0], [0, 0, 1]]
+    name, _, more = flags.partition(" ")
+    method = method_of(name, model, {"train": data}, more)
+    y, colours, by_hand = [0, 1, 2, 0], [0, 0, 2, 1], 0
+    for row, k, colour in zip(TABLE, y, colours, strict=True):
+        given = [n / sum(left[colour]) for n in left[colour]]
+        by_hand -= log_p([z + math.log(p) for z, p in zip(row, given, strict=True)], k) / 4
+    batch = batch_of(torch.zeros(4), y, colours)
+    assert method.loss(model, batch, gen).item() == pytest.approx(by_hand, rel=1e-5)
+    if flags == "balance":  # to the last bit
+        assert torch.equal(method.loss(model, batch, gen), F.cross_entropy(model.rows, batch.y))
 
 
 def test_reversal_is_the_identity_forward_and_minus_gamma_backward():
@@ -403,8 +414,8 @@ def test_generalised_cross_entropy_of_two_coins():
 def test_what_a_first_net_gets_wrong_counts_twenty_times(data, gen, monkeypatch):
     model, asked = Logits(TABLE), []
 
-    def plain(splits, args, method, **changes):
-        asked.append((method, changes))
+    def plain(splits, args, **changes):
+        asked.append(changes)
         return model
 
     monkeypatch.setattr(train, "train_plain", plain)
@@ -412,7 +423,7 @@ def test_what_a_first_net_gets_wrong_counts_twenty_times(data, gen, monkeypatch)
     answers[[1, 7]] = 2
     monkeypatch.setattr(train, "predict", lambda *_: F.one_hot(answers))
     jtt = method_of("jtt", model, {"train": data}, "--first-epochs 3 --seed 5")
-    assert asked == [("baseline", {"epochs": 3, "seed": 6})]  # as in the paper, not gce
+    assert asked == [{"epochs": 3, "seed": 6}]
     index = [0, 1, 6, 7]
     loss = jtt.loss(model, batch_of(torch.zeros(4), data.labels[index], index=index), gen)
     losses = [-log_p(row, int(k)) for row, k in zip(TABLE, data.labels[index], strict=True)]
@@ -424,22 +435,44 @@ def test_a_first_net_s_answers_stand_for_colours_and_are_measured(data, monkeypa
     answers = data.colors.clone()
     answers[[0, 5]] = 2  # one of nine aligned images, one of the three conflicting ones...
     answers[6] = 1  # ...and another of these, called by its label
-    monkeypatch.setattr(train, "first_answers", lambda *_: answers)
-    seen, facts = train.infer_groups({"train": data}, args_of("--method grl --infer-groups"))
+    monkeypatch.setattr(train, "first_answers", lambda data, seed: (answers, seed))
+    seen, facts = train.infer_groups(data, 4)
     assert torch.equal(seen.colors, answers) and torch.equal(seen.labels, data.labels)
     assert torch.equal(seen.images, data.images)
     assert facts == {
+        "epochs": 5,  # here the seed, one more than that of the run
         "equal_label": pytest.approx(9 / 12),
         "equal_colour": pytest.approx(9 / 12),
         "equal_colour_conflicting": pytest.approx(1 / 3),
     }
-    monkeypatch.setattr(train, "first_answers", lambda *_: (data.labels + 1) % 3)
-    with pytest.raises(SystemExit):
-        train.infer_groups({"train": data}, args_of("--method grl --infer-groups"))
-    monkeypatch.setattr(train, "first_answers", lambda *_: answers)
-    blind = {"train": data._replace(colors=None)}
-    blind, facts = train.infer_groups(blind, args_of("--method grl --infer-groups"))
-    assert torch.equal(blind.colors, answers) and facts == {"equal_label": pytest.approx(9 / 12)}
+    blind, facts = train.infer_groups(data._replace(colors=None), 4)
+    assert torch.equal(blind.colors, answers) and {*facts} == {"epochs", "equal_label"}
+
+
+def flat_colours(n):
+    """Pictures (n,3,8,8) of one of three flat colours, which is their label for nine in ten."""
+    colours = torch.arange(n) % 3
+    labels = torch.where(torch.arange(n) % 10 < 9, colours, (colours + 1) % 3)
+    images = torch.zeros(n, 3, 8, 8, dtype=torch.uint8)
+    images[torch.arange(n), colours] = 255
+    return common.Split(images, labels, colours, None)
+
+
+def test_a_first_net_stops_where_no_class_is_missed_whatever_the_global_seed(capsys):
+    few = [train.first_answers(flat_colours(1200), 7) for _ in range(2)]
+    answers, epochs = few[0]
+    assert torch.equal(answers, few[1][0]) and 1 < epochs <= 5
+    lines = capsys.readouterr().out.splitlines()[:epochs]
+    right = [float(line.split("right on ")[1].split()[0]) for line in lines]
+    assert right[-1] >= 0.9 > max(right[:-1])
+    many = flat_colours(12_000)
+    state = torch.get_rng_state()
+    answers, epochs = train.first_answers(many, 7)
+    assert torch.equal(answers, many.colors) and epochs == 1
+    assert torch.equal(torch.get_rng_state(), state)  # the second net's weights stay the same
+    with pytest.raises(SystemExit):  # a third of class 2 is named 0, for ever
+        train.first_answers(many._replace(labels=torch.arange(12_000) // 4_000), 7)
+    assert "after 5 epochs the first net is right on 0." in capsys.readouterr().err
 
 
 def test_generalised_cross_entropy_as_a_method_of_its_own(gen):

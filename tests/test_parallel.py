@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT
 
 import train
@@ -52,20 +51,6 @@ def test_two_processes_learn_what_one_learns(tiny, call, together, tmp_path):
         assert done.stdout.count(line) == 1, "the first process speaks for all"
 
 
-def test_a_batch_is_shared_out_whole_and_its_weights_add_up(monkeypatch):
-    for n, processes in ((128, 1), (128, 3), (5, 2), (2, 4)):
-        monkeypatch.setattr(train, "PROCESSES", processes)
-        parts = []
-        for rank in range(processes):
-            monkeypatch.setattr(train, "RANK", rank)
-            parts.append(train.shard(torch.arange(10, 10 + n)))
-        busy = [index for index, weight in parts if weight > 0]
-        assert torch.cat(busy).tolist() == list(range(10, 10 + n))
-        for index, weight in parts:
-            assert len(index) > 0 and weight in (0, len(index) / n)
-        assert sum(weight for _, weight in parts) == pytest.approx(1)
-
-
 def test_a_method_that_needs_whole_batches_is_refused_in_one_line(tiny, mistake, monkeypatch):
     monkeypatch.setattr(train, "PROCESSES", 2)
     for method in ("lff", "jtt", "lntl", "groupdro"):
@@ -77,16 +62,3 @@ def test_variables_that_are_not_torchruns_change_nothing(cli):
     done = cli("train.py --dir nowhere", check=False, env=env | {"RANK": "x", "WORLD_SIZE": "2"})
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "nowhere/train.pt is missing" in done.stderr
-
-
-def test_a_run_of_two_processes_is_not_continued_by_one(tiny, call, mistake, tmp_path, monkeypatch):
-    tiny(tmp_path / "results", n=100)
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(train, "PROCESSES", 2)
-        patch.setattr(train, "meet", lambda *_: None)
-        patch.setattr(train, "all_reduce", lambda tensors: None)
-        patch.setattr(train.dist, "destroy_process_group", lambda: None)
-        patch.setattr(train, "evaluate", lambda *_: {}["stop"])
-        call("train.py --epochs 1")
-    assert len(list((tmp_path / "results").glob("*.part.pt"))) == 1
-    mistake("train.py --epochs 1 --resume", "processes was 2")

@@ -205,13 +205,6 @@ def test_a_joint_step_is_two_updates(gan_of, splits, gen, monkeypatch):
     assert not torch.equal(seen["discriminator_loss"][0][2], fake)  # drawn anew
 
 
-def test_the_phases_of_robgan(gan_of):
-    gan = gan_of("--epochs 4 --clean-epochs 2")[1]
-    clean, last = ("clean", None), ("", "val_pgd")
-    assert [gan.phase(e) for e in range(1, 5)] == [clean, clean, last, last]
-    assert (gan.lr_scale, gan.betas, gan.decay, gan.penalty) == (1, (0.0, 0.99), 0.998, 0.1)
-
-
 def save_generator(folder, classes=3, size=(8, 8), channels=1):
     """A generator whose class k is a picture of brightness near k / classes."""
     generator = train.Generator(classes, size, channels)
@@ -291,16 +284,6 @@ def test_a_collapsed_control_has_one_training_image_a_class():
     control = train.collapsed(data, 3, torch.tensor([0, 2, 1, 0]))
     assert torch.equal(control.images, data.images[[1, 0, 2, 1]])
     assert control.labels.tolist() == [0, 2, 1, 0]
-
-
-def test_nothing_learns_inside_frozen_and_a_split_is_taken_whole():
-    parts = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
-    with train.frozen(*parts):
-        assert not any(p.requires_grad for part in parts for p in part.parameters())
-    assert all(p.requires_grad for part in parts for p in part.parameters())
-    some = split_of([0, 1, 2])._replace(colors=torch.tensor([5, 6, 7])).take([2, 0])
-    assert (some.labels.tolist(), some.colors.tolist(), some.gray) == ([2, 0], [7, 5], None)
-    assert torch.equal(some.images, split_of([0, 1, 2]).images[[2, 0]])
 
 
 def test_robgan_by_the_command_line(tiny, call, mistake, tmp_path):

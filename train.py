@@ -100,7 +100,8 @@ def get_args(argv=None):
     of = "jitter combined"
     add("--alpha", of=of, type=weight, default=2.0, help="weight of the KL term")
     add("--jitter", of=of, choices=JITTERS, default="mix", help="kind of recolouring")
-    add("--classify", of=of, choices=("recoloured", "image"), default="recoloured")
+    which = {"choices": ("recoloured", "image"), "default": "recoloured"}
+    add("--classify", of=of, **which, help="what cross-entropy sees")
     add("--grain", of=of, type=share, default=0.1, help="mix: largest sd of pixel noise")
     add("--fade", of=of, **yes, help="let alpha fall to 0")
     add("--gamma", of="grl combined lntl", type=weight, default=0.1, help="weight of the reversal")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 
+import attack
 import common
 import train
 
@@ -715,8 +716,6 @@ def test_pgd_starts_anywhere_in_the_ball_and_takes_steps_of_its_size(linear, gen
 
 
 def test_the_two_pgd_agree(net, gen):
-    import attack
-
     x, y = torch.rand(20, 3, 8, 8, generator=gen), torch.arange(20) % 10
     ours = train.pgd(net, x, y, 0.1, 5, 0.03, common.stream(2, "a"))
     theirs = attack.pgd(net, x, y, 0.1, 5, common.stream(2, "a"), step_size=0.03)

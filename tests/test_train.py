@@ -466,6 +466,7 @@ def test_settings_hold_what_can_decide_the_result():
     assert {"gamma", "alpha", "conditional"} <= names("--method combined")
     assert {"eps", "step_size", "augment", "crop"} <= names("--method at")
     assert "judge" in names("--method robgan") and "generator" not in names("--method robgan")
+    assert not {"resample", "crop"} & (names("--method grl") | names("--method groupdro"))
     assert "first_epochs" in names("--method jtt")
     assert "resample" in names("--method balance") and "resample" not in names("--method biasbal")
     assert "generated" in names("--method at --generator gan_s42")
@@ -477,16 +478,18 @@ def test_a_student_s_recipe_shifts_by_two_pixels_unless_crop_says_otherwise():
     assert args_of("--method at").crop == 0
 
 
-def test_a_user_s_own_method_needs_a_class_and_a_row_only(world, call, monkeypatch):
-    class Mine(train.Baseline):
-        """Half of the usual loss."""
-
-        def loss(self, model, batch, gen):
-            return F.cross_entropy(model(batch.x), batch.y) / 2
-
-    monkeypatch.setitem(train.METHODS, "mine", Mine)
-    call("train.py --method mine --epochs 1")
-    assert outside_run(world / "mine_epochs1_s42.json")["knows"] == "nothing"
+def test_a_user_s_own_method_needs_a_class_in_a_file_only(world, call, mistake, monkeypatch):
+    """It has the flags of the method that it extends, and no others."""
+    monkeypatch.setattr(train, "METHODS", dict(train.METHODS))
+    (world.parent / "mine.py").write_text(
+        "class Mine(Resample):\n"
+        "    def digit_loss(self, logits, batch):\n"
+        "        return super().digit_loss(logits, batch) / 2\n"
+    )
+    call("train.py --method mine.py --resample 0.5 --epochs 1")
+    record = outside_run(world / "mine_resample0.5_epochs1_s42.json")
+    assert record["knows"] == "colour labels" and record["args"]["resample"] == 0.5
+    mistake("train.py --method mine --alpha 1", "--alpha means nothing for --method mine")
 
 
 @pytest.fixture

@@ -73,13 +73,13 @@ PAINTERS = {
 
 
 def paint(gray, mean, gen, recipe="background", sigma2=None):
-    """gray uint8 (N,H,W), mean colours (N,3) in [0, 1] to uint8 (N,3,H,W).
+    """gray uint8 (N,H,W), mean colours (N,3) or (N,3,H,W) in [0, 1] to uint8 (N,3,H,W).
 
     One state of `gen` is one texture, whatever the colours.
     """
     images = torch.empty(len(gray), 3, *gray.shape[1:], dtype=torch.uint8)
     for i in chunks(len(gray), 160):  # fits the cache; torch draws its normals by sixteens
-        colour = mean[i, :, None, None]
+        colour = mean[i] if mean.ndim == 4 else mean[i, :, None, None]
         picture = PAINTERS[recipe](gray[i, None].float() / 255, colour, gen, sigma2)
         images[i] = picture.mul(255).round_().to(torch.int16)  # int16 halves the time
     return images
@@ -379,6 +379,9 @@ class Split(NamedTuple):
     labels: torch.Tensor  # int64 (N,)
     colors: torch.Tensor | None  # int64 (N,): the class that owns the image's colour
     gray: torch.Tensor | None  # uint8 (N,H,W): the digit before painting
+    env: torch.Tensor | None = None  # int64 (N,): the environment, in the world of Arjovsky et al.
+    second: torch.Tensor | None = None  # int64 (N,): the class that owns a second shortcut
+    value: torch.Tensor | None = None  # int64 (N,): which colour, where a class owns several
 
     def x(self, index):
         """A batch as the models see it: float (B,3,H,W) in [0, 1]."""
@@ -403,8 +406,8 @@ def load_split(folder, name, device="cpu"):
     if n == 0 or images.max() <= 1:
         die(f"{path}: images are blank or end at 1", "white is 255: multiply them by it")
     parts = {"images": images.to(device, memory_format=torch.channels_last)}
-    for key, shape in {"labels": (n,), "colors": (n,), "gray": (n, h, w)}.items():
-        t = record.get(key)
+    for key in Split._fields[1:]:
+        shape, t = (n, h, w) if key == "gray" else (n,), record.get(key)
         if t is not None or key == "labels":
             ours = torch.is_tensor(t) and t.shape == shape and not t.is_floating_point()
             if ours and t.dtype != torch.uint8:

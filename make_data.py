@@ -7,6 +7,7 @@ Writes  DIR/{train,val,test_hard,test_unbiased}.pt, DIR/meta.json, DIR/figures/s
     python make_data.py --dir results/unbiased --corr 0.1               # no bias
     python make_data.py --dir results/flat_999 --recipe flat --corr 0.999
     python make_data.py --dir results/lntl_020 --recipe digit --sigma2 0.02
+    python make_data.py --dir results/stripes --recipe stripes
     python make_data.py --dir results/fashion --mnist ~/fashion-mnist   # any four IDX files
 """
 
@@ -30,6 +31,7 @@ from common import (
     PALETTE,
     ROOT,
     SPLITS,
+    chunks,
     common_args,
     die,
     figure,
@@ -52,6 +54,7 @@ from common import (
 )
 
 RAW = ROOT / "results" / "raw"
+STRIPES = 0.3  # how much a grating lightens and darkens, of 1
 SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -79,10 +82,7 @@ def biased_exactly(labels, corr, gen):
 
 
 def biased_evenly(labels, corr, gen):
-    """int(corr * n) of a digit's n images keep its colour; the others get equal shares of the rest.
-
-    Coloured MNIST (Nam et al., 2020).
-    """
+    """The same, and the others get equal shares of the rest: Coloured MNIST (Nam et al., 2020)."""
     colours = labels.clone()
     for d in range(10):
         images = (labels == d).nonzero()[:, 0]
@@ -101,11 +101,92 @@ def uniform(labels, corr, gen):
     return torch.randint(0, 10, labels.shape, generator=gen)
 
 
+# ---- what a world adds to gray (N,H,W) and labels (N,): images and whose shortcuts they carry
+#
+# `rule` says which colour goes with which digit, draw(purpose) is a generator of that purpose.
+
+
+def gray_world(gray, labels, rule, args, draw):
+    """Plain MNIST in three equal channels."""
+    return {"images": gray[:, None].expand(-1, 3, -1, -1).contiguous()}
+
+
+def colour_world(gray, labels, rule, args, draw):
+    """One colour of the palette a picture, by the painter of the recipe's name."""
+    colours = rule(labels, args.corr, draw("colours"))
+    mean = rgb(RECIPES[args.recipe].palette)[colours]
+    images = paint(gray, mean, draw("paint"), args.recipe, args.sigma2)
+    return {"images": images, "colors": colours}
+
+
+def twenty_world(gray, labels, rule, args, draw):
+    """Each digit owns two colours, d and d + 10, so that a class is more than one value."""
+    colours = rule(labels, args.corr, draw("colours"))
+    value = colours + 10 * torch.randint(2, labels.shape, generator=draw("value"))
+    images = paint(gray, rgb(RECIPES[args.recipe].palette)[value], draw("paint"))
+    return {"images": images, "colors": colours, "value": value}
+
+
+def stripes_world(gray, labels, rule, args, draw):
+    """A shortcut that is not colour: the kind of the stripes behind the digit."""
+    kind = rule(labels, args.corr, draw("colours"))
+    mean = torch.full((len(gray), 3), 0.5)
+    return {"images": paint_striped(gray, mean, kind, draw("paint")), "colors": kind}
+
+
+def both_world(gray, labels, rule, args, draw):
+    """Two shortcuts, drawn independently: the colour and the kind of its stripes."""
+    first = rule(labels, args.corr, draw("colours"))
+    second = rule(labels, args.corr, draw("stripes"))
+    images = paint_striped(gray, rgb(PALETTE)[first], second, draw("paint"))
+    return {"images": images, "colors": first, "second": second}
+
+
+def paint_striped(gray, mean, kind, gen):
+    """common.paint on stripes: sine gratings of five angles, four or seven pixels long."""
+    h, w = gray.shape[1:]
+    angle = (kind % 5 * math.pi / 5).view(-1, 1, 1)
+    length = torch.where(kind < 5, 4, 7).view(-1, 1, 1)
+    start = torch.rand(len(kind), 1, 1, generator=gen)
+    y, x = torch.arange(h).view(1, -1, 1), torch.arange(w).view(1, 1, -1)
+    images = []
+    for i in chunks(len(gray), 4000):
+        way = x * angle[i].cos() + y * angle[i].sin()
+        wave = (2 * math.pi * (way / length[i] + start[i])).sin()
+        images.append(paint(gray[i], mean[i, :, None, None] + STRIPES * wave[:, None], gen))
+    return torch.cat(images)
+
+
+def irm_world(gray, labels, rule, args, draw):
+    """Coloured MNIST of Arjovsky et al. (2019): a red or green stroke in two environments.
+
+    Colour and noisy label agree with probability corr - 0.05 in one, corr + 0.05 in the other;
+    one time in ten in test_hard, at chance in test_unbiased.
+    """
+    env = torch.arange(len(labels)) % 2
+    tests = {conflicting: 0.1, uniform: 0.5}
+    agree = tests.get(rule, args.corr - 0.05 + 0.1 * env)
+    colours = labels ^ (torch.rand(len(labels), generator=draw("colours")) >= agree).long()
+    images = paint(gray, rgb(RECIPES["irm"].palette)[colours], draw("paint"), "digit", 0)
+    split = {"images": images, "colors": colours}
+    return split if rule in tests else {**split, "env": env}
+
+
+def two_classes(mnist, gen):
+    """Every second pixel; digits 0 to 4 and 5 to 9, a quarter of the labels wrong."""
+    halves = []
+    for gray, labels in (mnist[:2], mnist[2:]):
+        wrong = torch.rand(len(labels), generator=gen) < 0.25
+        halves += [gray[:, ::2, ::2], labels // 5 ^ wrong.long()]
+    return halves
+
+
 class Recipe(NamedTuple):
     palette: dict = {}  # {colour: its mean}; digit d owns entry d
     corr: float | None = None  # default share of own colours in training; None: no colours
     sigma2: float | None = None  # default variance of a colour; None: colours do not vary
     colours: Callable = biased  # of train and val
+    world: Callable = colour_world
 
 
 BIASED_MNIST = named(  # Bahng et al., 2020
@@ -120,12 +201,20 @@ COLOURED_MNIST = named(  # Nam et al., 2020
     "tomato yellow mauve sage sky green blue purple olive crimson",
     "#FB502B #FDE95A #AC7694 #C8D499 #16C6FA #52F572 #063CC1 #8E1AC2 #356405 #D53444",
 )
-RECIPES = {  # common.PAINTERS has the painter of the same name, gray needs none
+SECOND_TEN = named(  # beside PALETTE, for `twenty`
+    "sky violet olive navy lime maroon forest rose orange grey",
+    "#80C0FF #8000FF #808000 #000080 #A0FF60 #800000 #005000 #FF0080 #FF8000 #808080",
+)
+RECIPES = {
     "background": Recipe(PALETTE, corr=0.95),
     "flat": Recipe(BIASED_MNIST, corr=0.99, colours=biased_exactly),
     "digit": Recipe(LNTL, corr=1.0, sigma2=0.02),
     "cmnist": Recipe(COLOURED_MNIST, corr=0.99, sigma2=2.5e-5, colours=biased_evenly),
-    "gray": Recipe(),
+    "stripes": Recipe(corr=0.95, world=stripes_world),
+    "both": Recipe(PALETTE, corr=0.95, world=both_world),
+    "twenty": Recipe(PALETTE | SECOND_TEN, corr=0.95, world=twenty_world),
+    "irm": Recipe(named("red green", "#FF0000 #00FF00"), corr=0.85, world=irm_world),
+    "gray": Recipe(world=gray_world),
 }
 
 # ---- MNIST
@@ -229,14 +318,15 @@ def read_half(half, files, least):
 
 def some(labels, n, gen):
     """Indices of the first n images; where these lack a class, n drawn evenly over the classes."""
-    classes, counts = labels.unique(return_counts=True)
+    classes = labels.unique()
     first = torch.stack([(labels[:n] == c).sum() for c in classes])
-    if first.min() >= n / len(classes) / 5:
-        return torch.arange(min(n, len(labels)))
+    if first.min() >= n / len(classes) / 5:  # a fifth of an even share
+        return torch.arange(n)[: len(labels)]
     order = torch.randperm(len(labels), generator=gen)
     turn = torch.empty_like(order)  # 0 for the first drawn of each class, 1 for the second, ...
-    for c, count in zip(classes, counts, strict=True):
-        turn[labels[order] == c] = torch.arange(count)
+    for c in classes:
+        drawn = labels[order] == c
+        turn[drawn] = torch.arange(drawn.sum())
     return order[turn.argsort(stable=True)[:n]]
 
 
@@ -257,14 +347,17 @@ def read_mnist(folder, limit, seed):
 
 
 def make_splits(mnist, args):
-    """{split: {images uint8 (N,3,H,W), labels, gray, colors}}; recipe gray has no colors.
+    """{split: {images uint8 (N,3,H,W), labels, gray, and what the recipe's world adds}}.
 
     test_hard and test_unbiased are the same digits in two colourings.
     """
+    recipe, val_part = RECIPES[args.recipe], 10
+    if args.recipe == "irm":
+        mnist = two_classes(mnist, stream(args.seed, "labels"))
+        val_part = 6  # which leaves 25,000 for each environment
     train_gray, train_labels, test_gray, test_labels = mnist
-    recipe = RECIPES[args.recipe]
     order = torch.randperm(len(train_labels), generator=stream(args.seed, "split"))
-    val, train = order[: len(order) // 10], order[len(order) // 10 :]
+    val, train = order[: len(order) // val_part], order[len(order) // val_part :]
     splits = {}
     for name, gray, labels, rule in (
         ("train", train_gray[train], train_labels[train], recipe.colours),
@@ -273,14 +366,12 @@ def make_splits(mnist, args):
         ("test_unbiased", test_gray, test_labels, uniform),
     ):
         print(f"painting {len(labels):6,} images of {name}", flush=True)
-        images = gray[:, None].expand(-1, 3, -1, -1).contiguous()
-        splits[name] = {"images": images, "labels": labels, "gray": gray.contiguous()}
-        if recipe.corr is not None:
-            colours = rule(labels, args.corr, stream(args.seed, f"{name} colours"))
-            gen = stream(args.seed, f"{name} paint")
-            mean = rgb(recipe.palette)[colours]
-            splits[name]["images"] = paint(gray, mean, gen, args.recipe, args.sigma2)
-            splits[name]["colors"] = colours
+
+        def draw(purpose, name=name):
+            return stream(args.seed, f"{name} {purpose}")
+
+        parts = recipe.world(gray, labels, rule, args, draw)
+        splits[name] = {"labels": labels, "gray": gray.contiguous(), **parts}
     return splits
 
 
@@ -293,12 +384,11 @@ def settings(args):
 
 
 def class_names(folder, classes):
-    """Names of the classes, a line each, from classes.txt beside the IDX files; else None."""
+    """The lines of classes.txt beside one's own IDX files, a name each; [] without such a file."""
     path = folder and folder / "classes.txt"
     if not path or not path.exists():
-        return None
-    names = path.read_text(encoding="utf-8").split("\n")
-    names = [name.strip() for name in names if name.strip()]
+        return []
+    names = path.read_text(encoding="utf-8").strip().splitlines()
     if len(names) != classes:
         die(f"{path} names {len(names)} classes of {classes}", "give each class a line")
     return names
@@ -355,16 +445,17 @@ def draw_samples(folder):
     fig, axes = figure(10, 4.4, 1, len(SPLITS))
     for ax, name in zip(axes[0], SPLITS, strict=True):
         split, share = load_split(folder, name), mean_share(meta, name)
-        h, w = split.images.shape[2:]
-        sheet = torch.full((10 * h, 6 * w, 3), 255, dtype=torch.uint8)
-        for d in range(10):
-            for i, k in enumerate((split.labels == d).nonzero()[:6, 0].tolist()):
-                sheet[d * h :, i * w :][:h, :w] = split.images[k].permute(1, 2, 0)
+        (h, w), classes = split.images.shape[2:], int(split.labels.max()) + 1
+        sheet = torch.full((classes, 6, h, w, 3), 255, dtype=torch.uint8)
+        for d in range(classes):
+            few = split.images[split.labels == d][:6]
+            sheet[d, : len(few)] = few.permute(0, 2, 3, 1)
+        sheet = sheet.transpose(1, 2).reshape(classes * h, 6 * w, 3)
         ax.imshow(sheet.numpy(), interpolation="nearest")
         ax.set_xticks([])
-        ax.set_yticks([h * d + h / 2 for d in range(10)], range(10))
+        ax.set_yticks([h * d + h / 2 for d in range(classes)], range(classes))
         ax.set_title(name if share is None else f"{name}\nown colour: {share:.1%}", fontsize=11)
-    axes[0, 0].set_ylabel("digit")
+    axes[0, 0].set_ylabel("class")
     save_figure(fig, folder / "figures" / "samples.png")
     print(f"look at {folder}/figures/samples.png")
 

@@ -434,6 +434,9 @@ def save_split(folder, **changes):
         "labels": torch.tensor([0, 1, 2, 3, 4], dtype=torch.int32),
         "colors": torch.tensor([4, 3, 2, 1, 0]),
         "gray": torch.zeros(5, 8, 9, dtype=torch.uint8),
+        "env": torch.tensor([0, 1, 0, 1, 0]),
+        "second": torch.tensor([4, 4, 4, 4, 4]),
+        "value": torch.tensor([14, 3, 2, 1, 10]),
     }
     parts = {k: v for k, v in {**parts, **changes}.items() if v is not None}
     common.save_pt(parts, folder / "val.pt")
@@ -448,8 +451,9 @@ def test_a_split_is_pixels_classes_and_perhaps_colours(tmp_path):
     assert split.labels.dtype == split.colors.dtype == torch.int64
     assert split.images.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(split.x(torch.tensor([3])), saved["images"][3:4] / 255)
-    save_split(tmp_path, colors=None, gray=None)
-    assert common.load_split(tmp_path, "val")[2:] == (None, None)
+    assert split.take([0, 3]).value.tolist() == [14, 1]
+    save_split(tmp_path, colors=None, gray=None, env=None, second=None, value=None)
+    assert common.load_split(tmp_path, "val")[2:] == (None,) * 5
 
 
 @pytest.mark.parametrize(
@@ -465,6 +469,7 @@ def test_a_split_is_pixels_classes_and_perhaps_colours(tmp_path):
         ({"gray": torch.zeros(5, 9, 8).byte()}, "gray"),
         ({"colors": torch.zeros(4).long()}, "colors"),
         ({"colors": torch.zeros(5)}, "colors must be whole numbers"),
+        ({"env": torch.zeros(4).long()}, "env must be whole numbers"),
         ({"labels": torch.tensor([0, 1, 2, 3, -1])}, "labels must be whole numbers from 0"),
         ({"labels": torch.tensor([0, 1, 2, 3, 1000])}, "labels must be whole numbers"),
         ({"labels": torch.tensor([0, 1, 2, 3, 1000], dtype=torch.uint16)}, "labels must be"),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import subprocess
 
 import pytest
@@ -100,8 +101,9 @@ def test_palettes_are_those_of_their_sources():
 # ---- worlds
 
 
-def world(*flags, n=200):
-    gray = torch.arange(n, dtype=torch.uint8).view(n, 1, 1).expand(n, 8, 8)
+def world(*flags, n=200, size=8):
+    gray = torch.arange(n).to(torch.uint8).view(n, 1, 1).expand(n, size, size)
+    gray = gray if n < 256 else torch.zeros_like(gray)
     mnist = (gray, torch.arange(n) % 10, gray[:60], torch.arange(60) % 10)
     return make_data.make_splits(mnist, make_data.get_args([*flags]))
 
@@ -147,6 +149,66 @@ def test_gray_is_the_digit_in_three_channels_without_colours():
     assert torch.equal(split["images"], split["gray"][:, None].expand(-1, 3, -1, -1))
 
 
+def test_stripes_are_gratings_of_ten_kinds_with_a_phase_of_their_own():
+    """On black the picture is noise on a grating: its spectrum has its peak where it should."""
+    split = world("--recipe", "stripes", "--corr", "0.5", n=2000, size=28)["train"]
+    for kind in range(10):
+        images = split["images"][split["colors"] == kind].float()
+        assert torch.equal(images[:, 0], images[:, 1]) and torch.equal(images[:, 0], images[:, 2])
+        power = torch.fft.fft2(images[:, 0] - images[:, 0].mean()).abs().square().mean(0)
+        y, x = divmod(int(power.argmax()), 28)
+        y, x = ((place + 14) % 28 - 14 for place in (y, x))  # waves over the picture
+        assert math.hypot(y, x) == pytest.approx(28 / (4 if kind < 5 else 7), abs=0.8)
+        angle = kind % 5 * math.pi / 5
+        assert abs(x * math.sin(angle) - y * math.cos(angle)) < 0.8
+        assert len(images[:, 0].flatten(1).unique(dim=0)) == len(images)
+    assert images.mean((1, 2, 3)).std() < 10  # phases differ, brightness says nothing
+
+
+def test_both_draws_two_shortcuts_independently():
+    splits = world("--recipe", "both", n=4000)
+    train, hard, free = (splits[name] for name in ("train", "test_hard", "test_unbiased"))
+    own = [(train[key] == train["labels"]).double() for key in ("colors", "second")]
+    assert [float(o.mean()) for o in own] == pytest.approx([0.95, 0.95], abs=0.015)
+    assert float((own[0] * own[1]).mean()) == pytest.approx(0.95**2, abs=0.02)
+    assert (hard["colors"] != hard["labels"]).all() and (hard["second"] != hard["labels"]).all()
+    assert (hard["colors"] != hard["second"]).any() and (free["second"] == free["labels"]).any()
+    means = torch.stack(
+        [train["images"][train["colors"] == c].double().mean((0, 2, 3)) for c in (0, 1)]
+    )
+    assert means.argmax(1).tolist() == [0, 1]  # red and green
+
+
+def test_in_twenty_a_digit_owns_two_colours():
+    splits = world("--recipe", "twenty", "--corr", "1", n=2000)
+    value, labels = splits["train"]["value"], splits["train"]["labels"]
+    assert torch.equal(splits["train"]["colors"], labels) and torch.equal(value % 10, labels)
+    assert value.unique().tolist() == list(range(20))
+    assert float((value < 10).double().mean()) == pytest.approx(0.5, abs=0.05)
+    sky = splits["train"]["images"][value == 10].double().mean((0, 2, 3))
+    assert sky.argmax() == 2 and "value" not in world()["train"]
+
+
+def test_irm_is_the_coloured_mnist_of_arjovsky():
+    mnist = (*made_up_digits(12_000), *made_up_digits(3000, seed=1))
+    splits = make_data.make_splits(mnist, make_data.get_args(["--recipe", "irm"]))
+    train, val, hard, free = splits.values()
+    assert len(train["labels"]) == 10_000 and train["env"].bincount().tolist() == [5000, 5000]
+    assert train["images"].shape[2:] == (14, 14) and "env" in val and "env" not in hard
+    agree = (train["colors"] == train["labels"]).double()
+    found = [float(agree[train["env"] == e].mean()) for e in (0, 1)]
+    found += [float((s["colors"] == s["labels"]).double().mean()) for s in (hard, free)]
+    assert found == pytest.approx([0.8, 0.9, 0.1, 0.5], abs=0.03)
+    assert torch.equal(hard["labels"], free["labels"]) and torch.equal(hard["gray"], free["gray"])
+    wrong = (hard["labels"] != torch.arange(3000) % 10 // 5).double()
+    assert float(wrong.mean()) == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(hard["gray"], made_up_digits(3000, seed=1)[0][:, ::2, ::2])
+    for colour in (0, 1):
+        some = free["colors"] == colour
+        assert torch.equal(free["images"][some, colour], free["gray"][some])
+        assert not free["images"][some, 1 - colour].any() and not free["images"][:, 2].any()
+
+
 def test_the_defaults_of_each_recipe():
     found = {}
     for recipe in make_data.RECIPES:
@@ -157,6 +219,10 @@ def test_the_defaults_of_each_recipe():
         "flat": (0.99, None, "biased_exactly"),
         "digit": (1.0, 0.02, "biased"),
         "cmnist": (0.99, 2.5e-5, "biased_evenly"),
+        "stripes": (0.95, None, "biased"),
+        "both": (0.95, None, "biased"),
+        "twenty": (0.95, None, "biased"),
+        "irm": (0.85, None, "biased"),
         "gray": (None, None, "biased"),
     }
 

@@ -54,7 +54,7 @@ from common import (
 )
 
 RAW = ROOT / "results" / "raw"
-STRIPES = 0.3  # how much a grating lightens and darkens, of 1
+STRIPES = 0.2  # how much a grating lightens and darkens, of 1: digits stay legible
 SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -130,7 +130,7 @@ def twenty_world(gray, labels, rule, args, draw):
 def stripes_world(gray, labels, rule, args, draw):
     """A shortcut that is not colour: the kind of the stripes behind the digit."""
     kind = rule(labels, args.corr, draw("colours"))
-    mean = torch.full((len(gray), 3), 0.5)
+    mean = torch.full((len(gray), 3), 0.25)
     return {"images": paint_striped(gray, mean, kind, draw("paint")), "colors": kind}
 
 
@@ -202,8 +202,8 @@ COLOURED_MNIST = named(  # Nam et al., 2020
     "#FB502B #FDE95A #AC7694 #C8D499 #16C6FA #52F572 #063CC1 #8E1AC2 #356405 #D53444",
 )
 SECOND_TEN = named(  # beside PALETTE, for `twenty`
-    "sky violet olive navy lime maroon forest rose orange grey",
-    "#80C0FF #8000FF #808000 #000080 #A0FF60 #800000 #005000 #FF0080 #FF8000 #808080",
+    "sky violet olive navy lime maroon forest rose orange beige",
+    "#80C0FF #8000FF #808000 #000080 #A0FF60 #800000 #005000 #FF0080 #FF8000 #FFE0B0",
 )
 RECIPES = {
     "background": Recipe(PALETTE, corr=0.95),

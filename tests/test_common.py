@@ -590,7 +590,7 @@ def test_lines_show_the_mean_and_the_range_of_the_seeds():
     assert line.get_label() == "a" and line.get_color() == "red"
 
 
-def test_matrix_writes_every_number_and_leaves_nothing_blank():
+def test_matrix_writes_every_number_and_leaves_none_blank():
     _, axes = common.figure(2, 2)
     common.matrix(axes[0, 0], [[0.5, None], [1.0, 0.123]], title="t")
     assert [text.get_text() for text in axes[0, 0].texts] == [".50", "1.00", ".12"]

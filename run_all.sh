@@ -2,7 +2,7 @@
 # Regenerates every table and figure on real MNIST: a runner, and below it the commands, stage by stage.
 #
 #   bash run_all.sh                every stage; a second call continues where the first one stopped
-#   bash run_all.sh STAGE...       only these: lazy evidence cures groups ablations biased lntl robust robgan page
+#   bash run_all.sh STAGE...       only these: lazy evidence cures groups biased coloured shortcuts ablations lntl robust ...
 #   bash run_all.sh compare NAME   a --method of yours (its name, FILE.py, or flags in quotes) beside three of ours
 #   bash run_all.sh report         refill tables and redraw figures from the results that are there
 #   bash run_all.sh test           format, lint and the fast tests
@@ -17,8 +17,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # threads of processes side by side on few cores stall each other
-STAGES="lazy evidence cures groups ablations biased lntl robust robgan page"
-QUICK=${QUICK:-0} FRESH=${FRESH:-0} JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)} R=results AGAIN= EPOCHS=4
+STAGES="lazy evidence cures groups biased coloured shortcuts ablations lntl robust robgan page"
+QUICK=${QUICK:-0} FRESH=${FRESH:-0} JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)} R=results AGAIN=
 [ "$QUICK" = 0 ] || R=results/quick
 [ "$FRESH" = 0 ] || AGAIN=--overwrite
 
@@ -120,40 +120,34 @@ each() { for s in $(seeds $1); do run "${@:2}" --seed $s; done; }  # N COMMAND: 
 seeds() { seq 42 $((QUICK ? 42 : 41 + $1)); }
 models() { for row in "${@:2}"; do seeds $1 | sed "s|^|${row}_s|"; done | paste -sd' '; }  # N ROW...: their names
 some() { echo "${@:QUICK ? $# : 1}"; }  # all of these worlds; the last one if QUICK
-row() {  # FLAGS: the name that train.py and attack.py make of them
-  sed -E 's/ --(models|seed) .*//; s/ --(method|jitter|classify|schedule|first-loss) / /g; s/[^ ]*\///; s/\.py//; s/ ([0-9])/\1/g; s/-//g; s/^ //; s/ +/_/g; s/^n5/7to3_&/' <<< " $*"
-}
-small() {  # COMMAND for QUICK: fewer images, epochs and queries, under the name that it has without
-  local less=
-  case $1 in *--name* | make_data* | gradcam* | *--src*) ;; *) less=" --name $(row "${1#* --dir * }")" ;; esac
+small() {  # COMMAND for QUICK: fewer images and queries
   case $1 in
-    *" 30000") less=" --limit 1500" ;;
-    *" 2222" | *--src* | gradcam*) ;;
-    make_data*) less=" --limit 6000" ;;
-    train*resnet50*) less+=" --model resnet18 --epochs 2" ;;
-    train*--epochs*) less+=" --epochs 2" ;;
-    train*) less+=" --lr 0.01 --schedule onecycle --epochs $EPOCHS" ;;
-    attack*--untargeted*) less+=" --n 20 --queries 50" ;;
-    attack*--check*) less+=" --n 10" ;;
-    attack*--pairs*) less+=" --n 2" ;;
-    attack*) less+=" --n 5" ;;
+    *--limit\ 30000) echo "python $1 --limit 1500" ;;
+    make_data*--limit* | gradcam* | *--src*) echo "python $1" ;;
+    make_data*stripes* | make_data*both*) echo "python $1 --limit 20000" ;;  # fewer do not teach the shortcut
+    make_data*) echo "python $1 --limit 6000" ;;
+    train*resnet50*) echo "python $1 --model resnet18 --epochs 2" ;;
+    attack*--untargeted*) echo "python $1 --n 20 --queries 50" ;;
+    attack*) echo "python $1 --n 5" ;;
+    *) echo "python $1" ;;
   esac
-  echo "python $1$less"
 }
 level() { echo "----"; }  # what follows reads what came before
 list() { for stage in "$@"; do ($stage); level; done; }
 
 # ---- the stages; minutes on two cores of a recent server
 
+SAME="--width 16 --crop 2 --schedule onecycle --lr 0.005"  # one budget for every world
+NOTHING="--method balance --infer-groups --resample 0.2"  # 0.2 was chosen once, on val of worlds painted with another seed
+
 lazy() {  # 9 min
   run make_data.py --dir $R  # samples.png
   run make_data.py --dir $R/unbiased --corr 0.1  # the oracle's world
   level
-  EPOCHS=10  # in QUICK, where the cure should show
   for m in combined jitter grl baseline; do each 5 train.py --dir $R --method $m; done  # headline table
   each 5 train.py --dir $R/unbiased --name oracle  # what every row is compared with
   level
-  run attack.py --dir $R --src 7 --tgt 3 --eps 0.05  # a first look at seed 42
+  run attack.py --dir $R --name 7to3 --src 7 --tgt 3 --eps 0.05  # a first look at seed 42
   run gradcam.py --dir $R
   run gradcam.py --dir $R --cam hirescam
 }
@@ -162,13 +156,13 @@ evidence() {  # 5 min: what a sceptic asks for
   local few="$(models 3 baseline jitter) grl_s42 combined_s42 unbiased/oracle_s42"
   run train.py --dir $R --method baseline --shuffle-labels  # a null model for the heat maps
   run train.py --dir $R --method grl --gamma 1
-  run attack.py --dir $R --n 500 --models $few  # min-eps, paired
-  run attack.py --dir $R --untargeted --n 2000 --models $few
-  run attack.py --dir $R --pairs
+  run attack.py --dir $R --name 7to3_n500 --n 500 --models $few  # min-eps, paired
+  run attack.py --dir $R --name untargeted_n2000 --untargeted --n 2000 --models $few
+  run attack.py --dir $R --name pairs --pairs
   level
   run gradcam.py --dir $R --name all --models $(models 5 baseline jitter grl combined unbiased/oracle) baseline_shufflelabels_s42  # lift and flips
   run gradcam.py --dir $R --name all --cam hirescam --models $(models 3 baseline jitter)
-  run attack.py --dir $R --check --n 200  # fails if an attack cannot be trusted
+  run attack.py --dir $R --name check_n200 --check --n 200  # fails if an attack cannot be trusted
 }
 
 cures() {  # 5 min: the other rows of the headline table
@@ -176,31 +170,73 @@ cures() {  # 5 min: the other rows of the headline table
   for m in lff groupdro jtt biasbal; do each 3 train.py --dir $R --method $m; done
 }
 
-groups() {  # 24 min: told nothing, a first net names the colours
-  for c in $(some 995 99 98 95); do run make_data.py --dir $R/cmnist_$c --recipe cmnist --corr 0.$c; done
-  for c in $(some 8 3 6); do run make_data.py --dir $R/corr_$c --corr 0.$c; done  # where the shortcut is weaker
+groups() {  # told nothing: a first net names the colours
+  for c in $(some 8 6 3); do run make_data.py --dir $R/corr_$c --corr 0.$c; done  # where the shortcut is weaker
   level
-  EPOCHS=10 each 5 train.py --dir $R --method balance --infer-groups
-  each 5 train.py --dir $R --method balance --infer-groups --crop 1
-  each 3 train.py --dir $R --method balance --infer-groups --first-loss ce
-  each 5 train.py --dir $R --method jitter --balance --infer-groups
-  each 1 train.py --dir $R --method jitter --balance --infer-groups --lr 0.01 --schedule onecycle
+  for m in balance biasbal groupdro "jitter --balance"; do each 3 train.py --dir $R --method $m --infer-groups; done
   each 3 train.py --dir $R --method balance  # told the colours
   each 3 train.py --dir $R --method baseline --crop 1  # what shifts alone do
   each 3 train.py --dir $R/unbiased --name oracle_crop1 --crop 1
-  for m in biasbal groupdro; do each 3 train.py --dir $R --method $m --infer-groups; done
-  for c in $(some 995 99 98 95); do  # Coloured MNIST, beside its published table
+  each 5 train.py --dir $R --name told_nothing_width4 $NOTHING --crop 1
+  each 3 train.py --dir $R --name told_nothing_width4_onecycle $NOTHING --crop 1 --lr 0.01 --schedule onecycle
+  alike .
+  for c in $(some 8 6 3); do beside corr_$c; done
+  for rate in 0.0001 0.0003 0.001 0.003 0.01; do  # when does a first net name the colours?
+    for m in gce baseline; do each 5 train.py --dir $R --method $m --epochs 3 --lr $rate; done
+  done
+}
+
+beside() {  # WORLD: told nothing, beside our own baseline at the same budget
+  each 3 train.py --dir $R/$1 --name told_nothing $NOTHING $SAME
+  each 3 train.py --dir $R/$1 --name plain $SAME
+}
+
+alike() {  # WORLD: and what knows more
+  local unbiased=${1}_unbiased
+  [ $1 != . ] || unbiased=unbiased
+  beside $1
+  each 3 train.py --dir $R/$1 --name told_groups --method balance --resample 0.2 $SAME
+  each 3 train.py --dir $R/$1 --name told_kind --method jitter ${SAME/--crop 2 /}
+  each 3 train.py --dir $R/$unbiased --name plain $SAME  # the oracle
+}
+
+biased() {  # Biased-MNIST, beside its published table; the other methods at the learning rate that val prefers
+  for c in $(some 999 997 995 99); do run make_data.py --dir $R/flat_$c --recipe flat --corr 0.$c; done
+  level
+  net="--width 16 --schedule onecycle --epochs"
+  each 1 train.py --dir $R/flat_99 --name biasbal_long --method biasbal --lr 0.003 $net 10
+  for c in $(some 999 997 995 99); do
+    beside flat_$c
+    case $c in 99*[75]) n=1 ;; *) n=3 ;; esac  # more seeds at both ends
+    each $n train.py --dir $R/flat_$c --name jitter --method jitter --alpha 1 --grain 0 --lr 0.01 $net 4
+    each 1 train.py --dir $R/flat_$c --name biasbal --method biasbal --lr 0.003 $net 4
+    each 1 train.py --dir $R/flat_$c --name lff --method lff --width 16 --epochs 4
+  done
+}
+
+coloured() {  # Coloured MNIST, beside its published table
+  for c in $(some 995 99 98 95); do run make_data.py --dir $R/cmnist_$c --recipe cmnist --corr 0.$c; done
+  level
+  for c in $(some 995 99 98 95); do
+    beside cmnist_$c
     net="--dir $R/cmnist_$c --model mlp --batch 256 --schedule onecycle --epochs 20"
+    each 3 train.py $net --name told_nothing_mlp $NOTHING --crop 2
     each 3 train.py $net --name baseline
-    each 3 train.py $net --name biasbal_infergroups --method biasbal --infer-groups
-    each 3 train.py $net --name balance_infergroups --method balance --infer-groups
     each 1 train.py $net --name balance --method balance  # told more
     each 1 train.py $net --name jitter --method jitter --alpha 1 --grain 0
   done
-  for c in $(some 8 3 6); do
-    each 1 train.py --dir $R/corr_$c --method baseline
-    each 1 train.py --dir $R/corr_$c --method balance --infer-groups
+}
+
+shortcuts() {  # a shortcut that is not colour, two at once, and two colours a class
+  for w in stripes both; do
+    run make_data.py --dir $R/$w --recipe $w
+    run make_data.py --dir $R/${w}_unbiased --recipe $w --corr 0.1
   done
+  run make_data.py --dir $R/stripes_995 --recipe stripes --corr 0.995
+  run make_data.py --dir $R/twenty --recipe twenty
+  level
+  for w in stripes both; do alike $w; done
+  for w in stripes_995 twenty; do beside $w; done
 }
 
 ablations() {  # 25 min: which part of the cure does the work, and how much is budget or size
@@ -218,21 +254,6 @@ ablations() {  # 25 min: which part of the cure does the work, and how much is b
   each 3 train.py --dir $R --method grl --no-conditional
   for m in combined jitter biasbal baseline; do each 3 train.py --dir $R --method $m --lr 0.01 --schedule onecycle; done
   each 3 train.py --dir $R/unbiased --name oracle_lr0.01_onecycle --lr 0.01 --schedule onecycle
-}
-
-biased() {  # 9 min: Biased-MNIST, beside its published table; every method at the learning rate that val prefers
-  for c in $(some 999 997 995 99); do run make_data.py --dir $R/flat_$c --recipe flat --corr 0.$c; done
-  level
-  net="--width 16 --schedule onecycle --epochs"
-  each 1 train.py --dir $R/flat_99 --name biasbal_long --method biasbal --lr 0.003 $net 10
-  for c in $(some 999 997 995 99); do
-    case $c in 99*[75]) n=1 ;; *) n=3 ;; esac  # more seeds at both ends
-    each $n train.py --dir $R/flat_$c --name jitter --method jitter --alpha 1 --grain 0 --lr 0.01 $net 4
-    each $n train.py --dir $R/flat_$c --name baseline --lr 0.01 $net 4
-    each 1 train.py --dir $R/flat_$c --name biasbal --method biasbal --lr 0.003 $net 4
-    each 1 train.py --dir $R/flat_$c --name balance_infergroups --method balance --infer-groups --first-loss ce --lr 0.01 $net 4  # gce learns nothing here
-    each 1 train.py --dir $R/flat_$c --name lff --method lff --width 16 --epochs 4
-  done
 }
 
 lntl() {  # 12 min: Learning Not to Learn, beside its published table
@@ -279,8 +300,8 @@ robust() {  # 60 min: adversarial training: the published problem, a ResNet, and
   reader="--reader unbiased/oracle_s45"
   [ $QUICK = 0 ] || reader=  # it would read its own pictures
   run gradcam.py --dir $R --maximise --name all $reader --models \
-    $(models 3 baseline balance_infergroups jitter combined unbiased/oracle) at_balanced_s42 baseline_shufflelabels_s42  # what each answer wants to see
-  [ $QUICK = 1 ] || run attack.py --dir $R/mnist --check --eps 0.3 --n 100 --models at_s42  # two epochs say nothing about attacks
+    $(models 3 baseline told_nothing_width4 jitter combined unbiased/oracle) at_balanced_s42 baseline_shufflelabels_s42  # what each answer wants to see
+  [ $QUICK = 1 ] || run attack.py --dir $R/mnist --name check_eps0.3_n100 --check --eps 0.3 --n 100 --models at_s42  # two epochs say nothing about attacks
   [ $QUICK = 1 ] || run attack.py --dir $R --check --name at_check --n 100 --models at_balanced_s42
 }
 
@@ -314,18 +335,17 @@ page() {  # 2 min: what demo.html shows beside networks of lazy and robust
   run make_data.py --dir $R/unbiased --corr 0.1
   level
   run train.py --dir $R --name baseline_epochs1 --method baseline --epochs 1
-  run train.py --dir $R --name told_nothing --method balance --infer-groups --crop 1
+  run train.py --dir $R --name told_nothing_width4 $NOTHING --crop 1
   run train.py --dir $R/unbiased --name fair
   level
   [ $QUICK = 1 ] || run gradcam.py --dir $R --page
-  run gradcam.py --dir $R --image results/drawn_4.png --models {baseline_epochs1,baseline,told_nothing}_s42  # README's first picture
+  run gradcam.py --dir $R --image results/drawn_4.png --models {baseline_epochs1,baseline,told_nothing_width4}_s42  # README's first picture
 }
 
 compare() {  # 8 min: your own beside what knows nothing, the kind of bias, and nothing again; five seeds
-  EPOCHS=10
   run make_data.py --dir $R
   level
-  for own in "--method baseline" "--method jitter" "--method balance --infer-groups" "${OWN[@]}"; do
+  for own in "${OWN[@]}" "--method baseline" "--method jitter" "--name told_nothing_width4 $NOTHING --crop 1"; do
     each 5 train.py --dir $R $own
   done | awk '!seen[$0]++'  # yours may be one of ours
 }
@@ -339,7 +359,7 @@ val = final.val.acc
 test_hard = final.test_hard.acc
 difference to baseline = final.test_hard.acc - baseline
 to jitter = final.test_hard.acc - jitter
-to told nothing = final.test_hard.acc - balance_infergroups
+to told nothing = final.test_hard.acc - told_nothing_width4
 processor seconds = cpu
 -->
 <!-- end -->
@@ -353,10 +373,14 @@ esac
 [ $# -gt 0 ] || set -- $STAGES
 case $JOBS in *[!0-9]* | 0* | ????*) fail "JOBS is '$JOBS'; give a number from 1 to 999" ;; esac
 case $QUICK$FRESH in [01][01]) ;; *) fail "QUICK is '$QUICK' and FRESH is '$FRESH'; both are 0 or 1" ;; esac
-OWN=()
+OWN=() rows="baseline jitter told_nothing_width4"
 if [ "$1" = compare ]; then
   [ $# -gt 1 ] || fail "compare what? give a --method of train.py, or its flags in quotes"
-  for own in "${@:2}"; do case $own in -*) OWN+=("$own") ;; *) OWN+=("--method $own") ;; esac; done
+  for own in "${@:2}"; do
+    name=$(sed -E 's/--method //; s/[^ ]*\///g; s/\.py\b//; s/[^A-Za-z0-9.]+/_/g; s/^_//' <<< "$own")
+    case $own in -*) OWN+=("--name $name $own") ;; *) OWN+=("--method $own") ;; esac
+    case " $rows " in *" $name "*) ;; *) rows+=" $name" ;; esac
+  done
   set -- compare
 fi
 for word in "$@"; do
@@ -368,16 +392,10 @@ done
 trap 'kill $(jobs -p) 2> /dev/null || :; wait; echo "run_all.sh: interrupted; run the same command again to continue" >&2; exit 130' INT TERM
 setup
 [ $1 != test ] || { tests; exit; }
-rows="baseline jitter balance_infergroups"
-for own in ${OWN[@]+"${OWN[@]}"}; do
-  name=$("$PYTHON" -c 'import sys, train; sys.argv[0] = "train.py"; print(train.row_of(train.get_args(sys.argv[1:]).name))' $own) || exit 2
-  [ $QUICK = 0 ] || name=$(row "$own")
-  rows+=" $name"
-done
 alone
 [ $1 = report ] || work "$@"
 if [ $1 = compare ]; then
-  differences $(xargs -n 1 <<< "$rows" | awk '!seen[$0]++') > $R/compare.md
+  differences $rows > $R/compare.md
   "$PYTHON" train.py --dir $R --report > /dev/null || fail "train.py --report failed; the reason is above"
   grep '^|' $R/compare.md
 else

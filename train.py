@@ -1448,7 +1448,10 @@ def evaluate(model, splits):
     for name in EVAL_SPLITS:  # test_unbiased is the last
         said, z = answers_and_features(model, splits[name])
         final[name] = score(said, splits[name])
-    probes = probe(z, splits["test_unbiased"])
+    last = splits["test_unbiased"]
+    if last.colors is not None:
+        final["test_unbiased"]["by_group"] = accuracy_by_group(said, last)
+    probes = probe(z, last)
     return {"final": final, "probe": probes, "trained": trained(final["val"])}
 
 
@@ -1503,7 +1506,28 @@ def score(predicted, split):
         "worst_digit": min(a for a in per_digit if a is not None),
         "confusion": confusion.tolist(),
     }
+    if split.second is not None:
+        record |= score_second(predicted, right, y, split.colors.cpu(), split.second.cpu())
     return record | score_by_colour(predicted, right, y, split.colors)
+
+
+def score_second(predicted, right, y, first, second):
+    """The scores of a world with two shortcuts: what happens where only one of them conflicts."""
+    return {
+        "only_first_conflicts": mean_of(right[(first != y) & (second == y)]),
+        "only_second_conflicts": mean_of(right[(first == y) & (second != y)]),
+        "follows_second": mean_of((predicted == second)[second != y]),
+    }
+
+
+def accuracy_by_group(predicted, split):
+    """Share of right answers by [digit][colour], four decimals; None where there is no image."""
+    right, classes = predicted.cpu() == split.labels.cpu(), 1 + int(split.labels.max())
+    table = []
+    for d in range(classes):
+        cells = [right[((split.labels == d) & (split.colors == c)).cpu()] for c in range(classes)]
+        table.append([round(mean_of(cell), 4) if len(cell) else None for cell in cells])
+    return table
 
 
 def score_by_colour(predicted, right, y, colour):
@@ -2067,19 +2091,25 @@ def draw_epochs(query, rows, folder):
 
 
 def draw_matrices(query, rows, folder):
-    """A panel a row: the table at the first column's path, shares of a line, of the first seed."""
+    """A panel a row: the table at the first column's path, of the first seed.
+
+    Counts become shares of their line; shares stay as they are.
+    """
     rows = [(row, next(iter(mine.values()))) for row, mine in rows if mine]
     if not rows:
         return None
     fig, axes = figure(3.1 * len(rows) + 0.5, 3.4, 1, len(rows), sharey=True)
     for ax, (row, record) in zip(axes[0], rows, strict=True):
-        counts = torch.tensor(dig(record, query.columns[0].path), dtype=torch.double)
-        share = (counts / counts.sum(1, keepdim=True).clamp(min=1)).tolist()
-        table = [[v if v >= 0.05 else None for v in line] for line in share]
-        picture = matrix(ax, table, xlabel="predicted")
+        table = dig(record, query.columns[0].path)
+        if all(isinstance(v, int) for line in table for v in line):
+            counts = torch.tensor(table, dtype=torch.double)
+            share = (counts / counts.sum(1, keepdim=True).clamp(min=1)).tolist()
+            table = [[v if v >= 0.05 else None for v in line] for line in share]
+        picture = matrix(ax, table, xlabel=query.words.get("axis", "predicted"))
         ax.set_title(f"{row.label.strip('`')}, seed {record['args']['seed']}", fontsize=10)
     axes[0, 0].set_ylabel(query.columns[0].header)
-    fig.colorbar(picture, ax=axes[0].tolist(), shrink=0.8, label="share of the digit's images")
+    label = query.words.get("ylabel", "share of the digit's images")
+    fig.colorbar(picture, ax=axes[0].tolist(), shrink=0.8, label=label)
     return fig
 
 

@@ -120,13 +120,19 @@ class SimpleCNN(nn.Module):
         return self.fc(self.features(x).flatten(1))
 
 
-def build_mlp(classes, size, hidden=100):
-    """Three hidden layers, the net of the published figures on Coloured MNIST."""
-    sides = 3 * size[0] * size[1], hidden, hidden, hidden
+HIDDEN = {  # the nets of published figures on Coloured MNIST
+    "mlp": (100, 100, 100),  # Nam et al., 2020
+    "mlp390": (390, 390),  # Arjovsky et al., 2019
+}
+
+
+def build_mlp(name, classes, size):
+    """Linear layers with ReLU between them."""
+    sides = 3 * size[0] * size[1], *HIDDEN[name]
     layers = {"flatten": nn.Flatten()}
-    for i in range(3):
+    for i in range(len(sides) - 1):
         layers |= {f"hidden{i}": nn.Linear(*sides[i : i + 2]), f"relu{i}": nn.ReLU()}
-    return nn.Sequential(OrderedDict(layers, fc=nn.Linear(hidden, classes)))
+    return nn.Sequential(OrderedDict(layers, fc=nn.Linear(sides[-1], classes)))
 
 
 def luma(x):
@@ -134,7 +140,7 @@ def luma(x):
     return (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
-MODELS = ("simplecnn", "saturatedcnn", "mlp", "resnet18", "resnet50")
+MODELS = ("simplecnn", "saturatedcnn", *HIDDEN, "resnet18", "resnet50")
 
 
 def build_model(name="simplecnn", width=4, classes=10, size=(28, 28), grayscale=False):
@@ -147,8 +153,8 @@ def build_model(name="simplecnn", width=4, classes=10, size=(28, 28), grayscale=
         except Exception as e:  # one built for another torch can raise anything
             die(f"torchvision does not import ({e})", "install the one that fits your torch")
         model = getattr(torchvision.models, name)(weights=None, num_classes=classes)
-    elif name == "mlp":
-        model = build_mlp(classes, size)
+    elif name in HIDDEN:
+        model = build_mlp(name, classes, size)
     else:
         model = SimpleCNN(width, classes, size, saturated=name == "saturatedcnn")
     if grayscale:  # it sees brightness only, in training and ever after

@@ -108,10 +108,20 @@ def get_args(argv=None):
     add("--conditional", of="grl combined", **yes, help="correct for how colour and digit go along")
     add("--entropy", of="lntl", type=weight, default=0.01, help="weight of the entropy")
 
+    of = "irm vrex"
+    add("--penalty", of=of, type=weight, default=91257.0, help="weight of what must not vary")
+    add("--anneal", of=of, type=share, default=0.38, help="share of the training without it")
+    add("--l2", of=of, type=share, default=0.0011, help="weight of all squared weights")
+
     of = "jitter at robgan"
     add("--resample", of="balance", type=share, default=1.0, help="draw by n**-R; see `Resample`")
     add("--balance", of=of, **switch, help="the draws of --method balance")
-    add("--infer-groups", of=f"{told} {of}", **switch, help="a first net's answers are the colours")
+    add(
+        "--infer-groups",
+        of=f"{told} irm vrex {of}",
+        **switch,
+        help="a first net's answers are the colours",
+    )
     add("--first-epochs", of="jtt", type=some, default=1, help="of the first net")
 
     of = "at robgan"
@@ -191,7 +201,7 @@ def check_args(p, args, given):
     """Refuse what can never work before any work is done; `given` names the flags of argv."""
     own = vars(args)  # without the flags of other methods
     for wrong, what in (
-        (infers_groups(args) and not uses_colours(args), "--infer-groups without --balance"),
+        (infers_groups(args) and not own.get("balance", True), "--infer-groups without --balance"),
         ("width" in given and "cnn" not in args.model, f"--width with --model {args.model}"),
         ("steps" in given and own.get("attack") == "fgsm", "--steps with --attack fgsm"),
         ("grain" in given and own.get("jitter") != "mix", "--grain without --jitter mix"),
@@ -298,7 +308,7 @@ def main(argv=None):
         save_results(model, method, splits, args, epochs, kept, facts)
         seconds = note_time(args.dir, args.name, began)
         print(f"wrote {args.dir / args.name}.pt and .json after {seconds:.0f}s")
-        if args.model != "mlp":
+        if not args.model.startswith("mlp"):
             print(f"see where it looks: python gradcam.py --dir {args.dir} --models {args.name}")
 
 
@@ -943,6 +953,51 @@ class GroupDRO(Method):
         return (self.weight * mean).sum()
 
 
+class IRM(Method):
+    """Invariant risk minimisation, IRMv1 (Arjovsky et al., 2019).
+
+    The mean risk of the environments, and --penalty times the mean square of each risk's slope by a
+    scale of its logits, which is zero where no scale would do better. For the first --anneal of the
+    training the weight is 1; later the sum is divided by it, and --l2 adds all squared weights, as
+    in the authors' code. Departure: one logit a class, where theirs has one in all.
+
+    An environment is the key `env` of the training split, or, with --infer-groups, whether a first
+    net's answer is the label (Creager et al., 2021, in its simplest form).
+    """
+
+    knows = "the environments"
+
+    def __init__(self, model, splits, args):
+        super().__init__(model, splits, args)
+        data = splits["train"]
+        env = (data.colors == data.labels).long() if infers_groups(args) else data.env
+        if env is None:
+            hint = "make_data.py --recipe irm has them; or let --infer-groups name them"
+            die(f"{args.dir}/train.pt has no environments (env)", hint)
+        self.register_buffer("env", env)
+
+    def loss(self, model, batch, gen):
+        logits, env = model(batch.x), self.env[batch.index]
+        parts = [env == e for e in env.unique()]
+        risks = torch.stack([F.cross_entropy(logits[part], batch.y[part]) for part in parts])
+        weight = self.args.penalty if batch.progress >= self.args.anneal else 1.0
+        squares = sum(w.square().sum() for w in model.parameters())
+        varies = self.varies(risks, [(logits[part], batch.y[part]) for part in parts])
+        return (risks.mean() + self.args.l2 * squares + weight * varies) / max(weight, 1.0)
+
+    def varies(self, risks, parts):
+        """The penalty; the slope of cross-entropy by the scale of its logits has a closed form."""
+        slopes = [((z.softmax(1) - F.one_hot(y, z.shape[1])) * z).sum(1).mean() for z, y in parts]
+        return torch.stack(slopes).square().mean()
+
+
+class VREx(IRM):
+    """Risk extrapolation (Krueger et al., 2021): the penalty is the variance of the risks."""
+
+    def varies(self, risks, parts):
+        return risks.var(unbiased=False)
+
+
 class LfF(Method):
     """Learning from Failure (Nam et al., 2020): what a biased net finds hard counts more.
 
@@ -1364,6 +1419,8 @@ METHODS = {
     "biasbal": Resample,
     "balance": Resample,
     "groupdro": GroupDRO,
+    "irm": IRM,
+    "vrex": VREx,
 }
 OURS = tuple(METHODS)  # a FILE.py of one's own adds another
 
@@ -1439,6 +1496,8 @@ def knows(args):
     if uses_colours(args) and not infers_groups(args):
         return "colour labels"
     told = METHODS[args.method].knows
+    if infers_groups(args) and told == "the environments":
+        return "nothing"
     return "the kind of bias" if args.grayscale and told == "nothing" else told
 
 

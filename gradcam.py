@@ -563,11 +563,10 @@ def random_net(checkpoint, gen):
 
 def painted(split, choice, painting, seed):
     """A Split of the pictures at [(index, colour), ...], all with one texture."""
-    each = []
-    for i, c in choice:
-        one = split.take([i])
-        each.append(repaint(one, torch.full_like(one.labels, c), painting, seed))
-    return Split(*(torch.cat(column) for column in zip(*each, strict=True)))
+    some = split.take([i for i, _ in choice])
+    colours = torch.tensor([c for _, c in choice], device=split.labels.device)
+    each = [repaint(some.take([k]), colours[[k]], painting, seed) for k in range(len(choice))]
+    return some._replace(images=torch.cat([one.images for one in each]), colors=colours)
 
 
 def scene(title, shown, subjects, classes, colour_names=None):

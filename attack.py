@@ -18,6 +18,7 @@ reference, and each other one is compared with it, seed by seed and image by ima
 """
 
 import argparse
+import itertools
 import math
 import re
 import sys
@@ -25,6 +26,7 @@ import textwrap
 import time
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -54,7 +56,6 @@ from common import (
     pictures,
     predict,
     progress,
-    quartiles,
     rate,
     row_of,
     run,
@@ -146,17 +147,10 @@ def refuse_nonsense(args):
     """What parses but cannot be meant gets one line."""
     if args.mode == "targeted" and args.src == args.tgt:
         die(f"--src and --tgt are both {args.src}", "choose two digits")
-    if len({row_and_seed(name) for name in args.models}) < len(args.models):
-        hint = "name each once, or save one of them under another --name"
-        die("--models names two that would share one row", hint)
+    if len({Path(name).name.removesuffix(".pt") for name in args.models}) < len(args.models):
+        die("--models names two that would share one row", "save one under another --name")
     if args.name and not re.fullmatch(r"\w{1,60}", args.name, re.A):
         die(f"--name {args.name!r} must be letters, digits and _", "choose another name")
-
-
-def row_and_seed(name):
-    """('jitter', 42) of 'jitter_s42', 'unbiased/jitter_s42' or 'results/jitter_s42.pt'."""
-    seed = re.search(r"_s(\d+)(\.pt)?$", name)
-    return row_of(name), int(seed[1]) if seed else None
 
 
 def result_name(args, usual):
@@ -265,11 +259,9 @@ def pgd(
 
 def refuse_strange_pixels(x):
     """ValueError unless x holds floats in [0, 1]: eps means nothing for other pixels."""
-    if x.is_floating_point() and (len(x) == 0 or (x.min() >= 0 and x.max() <= 1)):
-        return
-    found = f"{x.dtype} from {x.min():g} to {x.max():g}"
-    hint = "divide uint8 images by 255; put a model's normalisation into an nn.Sequential with it"
-    raise ValueError(f"pixels must be floats in [0, 1], but x is {found}; {hint}")
+    if not x.is_floating_point() or (len(x) > 0 and not (x.min() >= 0 and x.max() <= 1)):
+        hint = "divide uint8 images by 255, put a model's normalisation in front of it"
+        raise ValueError(f"pixels must be floats in [0, 1], but x is {x.dtype}; {hint}")
 
 
 # ---- what counts as fooled
@@ -648,52 +640,41 @@ def column(entry, criterion, key, missing):
     return torch.tensor(values, dtype=torch.double)
 
 
-def subsets(models, src):
-    """{"all" or "both_right": {name: bool (N,)}}: every image, or what two models read correctly.
-
-    The two are this model and its counterpart: the reference's model of the same seed, for the
-    reference itself the second row's. The second subset makes models comparable: one that misreads
-    a 7 anyway is not fooled by being attacked.
-    """
-    right = {name: torch.tensor(m["clean"]) == src for name, m in models.items()}
-    reference, second = [*by_row(models).values(), {}][:2]
-    both = {}
-    for name, m in models.items():
-        others = second if reference.get(m["seed"]) == name else reference
-        both[name] = right[name] & right[others.get(m["seed"], name)]
-    return {"all": {name: torch.ones_like(r) for name, r in right.items()}, "both_right": both}
+def read_correctly(models, src):
+    """{name: bool (N,)}: which images a model reads correctly when clean."""
+    return {name: torch.tensor(m["clean"]) == src for name, m in models.items()}
 
 
 def summarise(models, src):
-    """{name: {subset: {criterion: success, steps, min-eps}}} of a targeted record."""
-    clean = {name: torch.tensor(m["clean"]) == src for name, m in models.items()}
-    summary = {name: {"clean": rounded(rate(right))} for name, right in clean.items()}
-    for subset, counts in subsets(models, src).items():
-        for name, m in models.items():
-            summary[name][subset] = {}
-            for criterion in CRITERIA:
-                steps = column(m, criterion, "steps", math.inf)[counts[name]]
-                radii = column(m, criterion, "min_eps", math.inf)[counts[name]]
-                reached, near = steps.isfinite(), radii.clamp(max=RADII[-1])
-                summary[name][subset][criterion] = {
-                    "success": rounded(rate(reached)),
-                    "steps": rounded(quartiles(steps[reached], "lower")),
-                    "min_eps": {
-                        **rounded(quartiles(near, "lower")),
-                        "censored": int(radii.isinf().sum()),
-                        "n": len(radii),
-                    },
-                }
+    """{name: {clean, all: {criterion: success, steps, min-eps}}} of a targeted record."""
+    summary, right = {}, read_correctly(models, src)
+    for name, m in models.items():
+        summary[name] = {"clean": rounded(rate(right[name])), "all": {}}
+        for criterion in CRITERIA:
+            steps, radii = (column(m, criterion, key, math.inf) for key in ("steps", "min_eps"))
+            reached, near = steps.isfinite(), radii.clamp(max=RADII[-1])
+            summary[name]["all"][criterion] = {
+                "success": rounded(rate(reached)),
+                "steps": {"median": median(steps[reached])},
+                "min_eps": {"median": median(near), "censored": int(radii.isinf().sum())},
+            }
     return summary
+
+
+def median(values):
+    """The lower one of an even number; None of nothing."""
+    return round(values.median().item(), 4) if len(values) else None
 
 
 def compare(models, src, seed):
     """{other row: its difference from the reference, of the same seeds and images}.
 
-    With bootstrap intervals. A min-eps that was not found counts as the largest radius tried. Rows
+    On all images, and on those that both models read correctly: one that misreads a 7 anyway is not
+    fooled by being attacked. A min-eps that was not found counts as the largest radius tried. Rows
     that share no seed with the reference are left out, and so are models that did not train: the
     reference is the first row that did.
     """
+    right = read_correctly(models, src)
     models = {name: m for name, m in models.items() if m.get("trained", True)} or models
     (reference, first), *others = by_row(models).items()
     compared = {}
@@ -701,34 +682,24 @@ def compare(models, src, seed):
         shared = [s for s in first if s in second]
         if not shared:
             continue
-        matched = [(models[first[s]], models[second[s]]) for s in shared]
         compared[other] = {"reference": reference, "seeds": len(shared)}
-        for subset, counts in subsets(models, src).items():
-            excluded = ~torch.stack([counts[second[s]] for s in shared])  # (seeds, images)
+        both = torch.stack([right[first[s]] & right[second[s]] for s in shared])  # (seeds, images)
+        for subset, counted in {"all": torch.ones_like(both), "both_right": both}.items():
             compared[other][subset] = {}
             for criterion in CRITERIA:
-                radii, successes = differences(matched, criterion)
-                radii = radii.masked_fill(excluded, math.nan)
-                successes = successes.masked_fill(excluded, math.nan)
+                theirs, ours = (
+                    [column(models[row[s]], criterion, "min_eps", RADII[-1]) for s in shared]
+                    for row in (second, first)
+                )
+                change = torch.stack(theirs) - torch.stack(ours)
+                change = change.masked_fill(~counted, math.nan)
                 gen = stream(seed, f"bootstrap {reference} {other} {subset} {criterion}")
                 compared[other][subset][criterion] = {
-                    "n": int((~excluded).sum()),
-                    "min_eps": bootstrap(radii, torch.nanmedian, gen),
-                    "needs_less": bootstrap(radii, share_below_zero, gen),
-                    "success": bootstrap(successes, torch.nanmean, gen),
+                    "n": int(counted.sum()),
+                    "min_eps": bootstrap(change, torch.nanmedian, gen),
+                    "needs_less": bootstrap(change, share_below_zero, gen),
                 }
     return compared
-
-
-def differences(matched, criterion):
-    """Second minus first of each pair of models: min-eps and success, double (seeds, images)."""
-    radii, successes = [], []
-    for pair in matched:
-        a, b = (column(m, criterion, "min_eps", RADII[-1]) for m in pair)
-        radii.append(b - a)
-        a, b = (column(m, criterion, "steps", math.inf).isfinite().double() for m in pair)
-        successes.append(b - a)
-    return torch.stack(radii), torch.stack(successes)
 
 
 def bootstrap(values, statistic, gen):
@@ -767,20 +738,11 @@ def load(folder, names, split_name, device):
     split, models = load_split(folder, split_name, device), {}
     for name in names:
         net, record = load_model(folder, name, device)
-        net.register_forward_hook(partial(refuse_nan, name))
         check_fit(name, record, split, f"{split_name}.pt")
-        row, seed = row_and_seed(name)
-        if seed is None:
-            seed = record["args"].get("seed")
-        about = {"method": row, "seed": seed, "trained": record.get("trained", True)}
+        about = {"method": row_of(name), "seed": record["args"].get("seed")}
+        about["trained"] = record.get("trained", True)
         models[name] = Loaded(net, about, record["classes"])
     return models, split
-
-
-def refuse_nan(name, net, inputs, logits):
-    """Where an answer is no number, no attack can be judged."""
-    if not logits.isfinite().all():
-        die(f"{name} answers some images with NaN or infinity", "train it anew or leave it out")
 
 
 def working_on(name, models, phase):
@@ -810,16 +772,11 @@ def targeted(models, split, seed, src, tgt, eps, steps, n):
         working_on(name, models, "search for the smallest eps of each image")
         gen = stream(seed, "min-eps")
         min_eps = search_min_eps(m.net, x, y, RADII, gen, SEARCH_STEPS)
-        working_on(name, models, "the same with four times the steps on a few")
-        gen, few = stream(seed, "min-eps"), slice(min(len(x) // 10 + 1, 50))
-        longer = search_min_eps(m.net, x[few], y[few], RADII, gen, 4 * SEARCH_STEPS)
         entries[name] = {**m.about, "clean": predict(m.net, x).argmax(1).tolist()}
         for c in CRITERIA:
-            ratio = (longer[c] / min_eps[c][few]).nan_to_num(1, posinf=1).median()
             entries[name][c] = {
                 "steps": [None if math.isinf(v) else int(v) for v in taken[c].tolist()],
                 "min_eps": [None if math.isinf(v) else round(v, 4) for v in min_eps[c].tolist()],
-                "four_times_the_steps": round(float(ratio), 4),
             }
     return {
         "index": index.tolist(),
@@ -909,7 +866,6 @@ def untargeted(models, split, seed, eps, steps, restarts, queries, sweep, n):
             "attacks": found,
             "robust": rounded(rate(standing)),
             "curve": curve,
-            "standing": "".join(map(str, standing.int().tolist())),  # a character per image
         }
     return {"models": entries, "n": len(y), "sample": len(sample), "radii": radii}
 
@@ -1049,41 +1005,33 @@ def accuracies(net, x, y, classes, eps, steps, seed):
     }
 
 
-CLAIMS = {  # after the list of Carlini et al. (2019): what is claimed, and the numbers behind it
-    "zero_eps": ("eps 0 changes nothing", "clean", "eps 0"),
-    "order": ("noise fools least, then FGSM, PGD, APGD", "eps", "noise", "FGSM", "PGD", "APGD"),
-    "larger_eps": ("a larger eps never helps the model",),  # by all radii
-    "chance": ("eps 0.5 leaves no more than chance", "eps 0.5", "chance"),
-    "twice_the_steps": ("twice the steps change little", "eps", "APGD", "twice"),
-    "five_restarts": ("five restarts change little", "eps", "APGD", "five restarts"),
-    "each_class": (
-        "nor does aiming at each class (Gowal et al., 2019)",
-        *("eps", "APGD", "each class", "APGD on cross-entropy"),
-    ),
-    "square": ("Square, without gradients, does not win", "eps", "APGD", "Square"),
-    "inside": ("all images are in the ball and in [0, 1]", "images", "outside"),
-}
-
-
 def claims(v):
-    """{key: {claim, pass, numbers}} of the `accuracies` v."""
-    curve = list(v["curve"].values())
-    weaker, stronger = ("noise", "FGSM", "PGD"), ("FGSM", "PGD", "APGD")
-    held = {
-        "zero_eps": v["eps 0"] == v["clean"],
-        "order": all(v[a] > v[b] - POINT / 2 for a, b in zip(weaker, stronger, strict=True)),
-        "larger_eps": curve == sorted(curve, reverse=True),
-        "chance": v["eps 0.5"] <= v["chance"],
-        "twice_the_steps": v["APGD"] - v["twice"] < POINT,
-        "five_restarts": v["APGD"] - v["five restarts"] < POINT,
-        "each_class": v["APGD"] - v["each class"] < POINT,
-        "square": v["Square"] > v["APGD"] - POINT / 2,
-        "inside": v["outside"] == 0,
-    }
+    """{key: {claim, pass, numbers}} of the `accuracies` v, after Carlini et al. (2019)."""
     found = {}
-    for key, (claim, *names) in CLAIMS.items():
+
+    def claim(key, text, held, *names):
         numbers = {name: v[name] for name in names} or v["curve"]
-        found[key] = {"claim": claim, "pass": held[key], "numbers": rounded(numbers)}
+        found[key] = {"claim": text, "pass": held, "numbers": rounded(numbers)}
+
+    def steady(key, text, *names):
+        """More effort than APGD's leaves hardly less."""
+        claim(key, text, v["APGD"] - v[names[1]] < POINT, "eps", *names)
+
+    curve, order = list(v["curve"].values()), ("noise", "FGSM", "PGD", "APGD")
+    falls = all(v[a] > v[b] - POINT / 2 for a, b in itertools.pairwise(order))
+    claim("zero_eps", "eps 0 changes nothing", v["eps 0"] == v["clean"], "clean", "eps 0")
+    claim("order", "noise fools least, then FGSM, PGD, APGD", falls, "eps", *order)
+    claim("larger_eps", "a larger eps never helps the model", curve == sorted(curve)[::-1])
+    enough, last = v["eps 0.5"] <= v["chance"], ("eps 0.5", "chance")
+    claim("chance", "eps 0.5 leaves no more than chance", enough, *last)
+    steady("twice_the_steps", "twice the steps change little", "APGD", "twice")
+    steady("five_restarts", "five restarts change little", "APGD", "five restarts")
+    text = "nor does aiming at each class (Gowal et al., 2019)"
+    steady("each_class", text, "APGD", "each class", "APGD on cross-entropy")
+    weaker = v["Square"] > v["APGD"] - POINT / 2
+    claim("square", "Square, without gradients, does not win", weaker, "eps", "APGD", "Square")
+    none, text = v["outside"] == 0, "all images are in the ball and in [0, 1]"
+    claim("inside", text, none, "images", "outside")
     return found
 
 
@@ -1128,10 +1076,11 @@ def draw_min_eps(record):
     Of the first two rows, all seeds, on images that both read correctly.
     """
     a, models, radii = record["args"], record["models"], {criterion: {} for criterion in CRITERIA}
-    both = subsets(models, a["src"])["both_right"]
-    for row, seeds in list(by_row(models).items())[:2]:
+    clean, two = read_correctly(models, a["src"]), list(by_row(models).items())[:2]
+    for (row, seeds), (_, rivals) in zip(two, two[::-1], strict=True):
+        both = {name: clean[name] & clean[rivals.get(s, name)] for s, name in seeds.items()}
         for c in CRITERIA:
-            found = [column(models[n], c, "min_eps", RADII[-1])[both[n]] for n in seeds.values()]
+            found = [column(models[n], c, "min_eps", RADII[-1])[both[n]] for n in both]
             radii[c][row] = torch.cat(found)
     everything = torch.cat([values for found in radii.values() for values in found.values()])
     far = float(everything.quantile(0.99)) if everything.any() else RADII[-1]
@@ -1279,15 +1228,6 @@ def needed(case):
 # ---- the command
 
 
-def differing(settings, usual):
-    """The settings to name first: what is attacked and how far, and what is not as usual."""
-    always, named = ("src", "tgt", "eps"), []
-    for key, value in settings.items():
-        if key in always or (key != "models" and value != getattr(usual, key)):
-            named.append(f"{key} {value}")
-    return ", ".join(named)
-
-
 def main(argv=None):
     args, usual = get_args(argv)
     if args.report:
@@ -1297,7 +1237,8 @@ def main(argv=None):
     settings = {k: v for k, v in vars(args).items() if k not in (*WHERE, "mode", "name")}
     guard(path, {**settings, "mode": args.mode, "script": "attack.py"}, args.overwrite)
     models, split = load(args.dir, args.models, args.split, device)
-    print(f"{args.mode} attack on {' '.join(models)} in {args.dir}: {differing(settings, usual)}")
+    said = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "models")
+    print(f"{args.mode} attack on {' '.join(models)} in {args.dir}: {said}")
     began = time.time()
     of_mode = {k: v for k, v in settings.items() if k not in ("models", "split", "seed")}
     record = MODES[args.mode](models, split, args.seed, **of_mode)

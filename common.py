@@ -172,9 +172,14 @@ def predict(model, images):
     """Logits float (N,classes) of images (N,3,H,W), uint8 or float; the model goes to eval mode."""
     model.eval()
     logits = torch.cat([model(as_seen(images[part])) for part in chunks(len(images))])
-    if not logits.isfinite().all():
-        die("a model gives answers that are no numbers", "train it again with a smaller --lr")
+    refuse_nan("a model", model, images, logits)
     return logits
+
+
+def refuse_nan(name, model, inputs, logits):
+    """A forward hook: weights may be finite, and answers are not."""
+    if not logits.isfinite().all():
+        die(f"{name} gives answers that are no numbers", "train it again with a smaller --lr")
 
 
 def chunks(n, size=250):
@@ -303,22 +308,6 @@ def guard(path, settings, overwrite):
         die(f"{model} has no {path.name} beside it, it may be a model of your own", hint)
 
 
-def paintable(folder):
-    """Whether make_data.py may write here: it did, or nothing of its kind is there."""
-    meta = folder / "meta.json"
-    if meta.exists():
-        return load_json(meta, "mend or rename it").get("script") == "make_data.py"
-    files = *(f"{name}.pt" for name in SPLITS), "figures/samples.png"
-    return not any((folder / file).exists() for file in files)
-
-
-def world_of(folder):
-    """What meta.json says of the painting; {} for one's own data."""
-    path, keys = folder / "meta.json", ("recipe", "corr", "sigma2", "seed", "limit", "is_mnist")
-    meta = load_json(path, "mend or rename it") if path.exists() else {}
-    return {k: meta[k] for k in keys if k in meta and (k, meta[k]) != ("sigma2", None)}
-
-
 def note_time(folder, name, began):
     """Add a line to times.csv; returns the seconds since time.time() was `began`."""
     seconds = time.time() - began
@@ -365,18 +354,12 @@ def read(path, parse, otherwise, hint):
     """The dictionary in a file; one line where it is missing, unreadable or something else."""
     try:
         with path.open("rb") as file:
-            begin = file.read(40).lstrip().lower()
-            file.seek(0)
             return dict(parse(file))
     except FileNotFoundError:
         die(f"{path} is missing", hint)
     except OSError as e:
         die(f"{path} cannot be read: {e.strerror}", "mend its permissions or the disk")
     except Exception as e:  # a foreign file can make torch raise anything
-        if begin.startswith(b"version https://git-lfs"):
-            die(f"{path} is a pointer of git-lfs, not the file", "run: git lfs pull")
-        if begin.startswith((b"<!doctype", b"<html")):
-            die(f"{path} is a web page, not the file", "download the file itself")
         die(f"{path} {otherwise} ({type(e).__name__})", hint)
 
 
@@ -401,38 +384,30 @@ class Split(NamedTuple):
 def load_split(folder, name, device="cpu"):
     """One Split of a world, on the device."""
     path, readme = folder / f"{name}.pt", "see 'The data' in README.md"
-    paint_it = f"run: python make_data.py --dir {folder}"
-    foreign = f"your own data need {', '.join(SPLITS)}; {readme}"
-    record = load_pt(path, paint_it if paintable(folder) else foreign)
+    record = load_pt(
+        path, f"run: python make_data.py --dir {folder}; for data of your own {readme}"
+    )
     images = record.get("images")
     pixels = torch.is_tensor(images) and images.dtype == torch.uint8 and images.ndim == 4
     if not pixels or images.shape[1] != 3:
-        die(f"{path}: images must be uint8 (N,3,H,W)", f"{hint_for(images)}, {readme}")
+        ways = "images.mul(255).byte(), .permute(0, 3, 1, 2) or .expand(-1, 3, -1, -1) may help"
+        die(f"{path}: images must be uint8 (N,3,H,W)", f"{ways}, {readme}")
     n, _, h, w = images.shape
     if n == 0 or images.max() <= 1:
         die(f"{path}: images are blank or end at 1", "white is 255: multiply them by it")
     parts = {"images": images.to(device, memory_format=torch.channels_last)}
     for key in Split._fields[1:]:
-        shape, t = (n, h, w) if key == "gray" else (n,), record.get(key)
+        shape, most, kind = (n,), 999, torch.int64
+        if key == "gray":
+            shape, most, kind = (n, h, w), 255, torch.uint8
+        t = record.get(key)
         if t is not None or key == "labels":
-            ours = torch.is_tensor(t) and t.shape == shape and not t.is_floating_point()
-            if ours and t.dtype != torch.uint8:
-                t = t.long()  # not every type has a minimum
-            most = 255 if key == "gray" else 999
-            if not ours or int(t.min()) < 0 or int(t.max()) > most:
-                die(f"{path}: {key} must be whole numbers from 0, {shape}", readme)
-            t = t.to(device, torch.uint8 if key == "gray" else torch.int64)
+            whole = torch.is_tensor(t) and t.shape == shape and not t.is_floating_point()
+            if not whole or t.min() < 0 or t.max() > most:
+                die(f"{path}: {key} must be whole numbers from 0 to {most}, {shape}", readme)
+            t = t.to(device, kind)
         parts[key] = t
     return Split(**parts)
-
-
-def hint_for(images):
-    """How images of another kind become uint8 (N,3,H,W)."""
-    if torch.is_tensor(images) and images.is_floating_point():
-        return "if they run from 0 to 1, by images.mul(255).round().byte()"
-    if torch.is_tensor(images) and images.shape[-1:] == (3,):
-        return "make it of (N,H,W,3) by images.permute(0, 3, 1, 2)"
-    return "make it of gray ones by images.view(-1, 1, H, W).expand(-1, 3, -1, -1)"
 
 
 def is_model(path):
@@ -443,11 +418,6 @@ def is_model(path):
         return False
 
 
-def bare(key):
-    """The name of a weight without what DataParallel and torch.compile put before it."""
-    return re.sub(r"^(module\.|_orig_mod\.)+", "", key)
-
-
 def load_model(folder, name, device="cpu"):
     """(model in eval mode, its record: weights, args, classes, size) as train.py saved it."""
     path = Path(name) if name.endswith(".pt") else folder / f"{name}.pt"
@@ -456,27 +426,19 @@ def load_model(folder, name, device="cpu"):
         there = sorted(p.stem for p in folder.glob("*.pt") if is_model(p))
         hint = f"models in {folder}: {', '.join(there) or 'none, run train.py'}"
     record = load_pt(path, hint)
-    if "weights" not in record:
-        die(f"{path} is no model, it holds no weights", hint)
     try:
-        args, size = record["args"], record["size"]
-        size = [size, size] if isinstance(size, int) else size
+        args, weights, size = record["args"], record["weights"], list(record["size"])
         kind = args["model"], args["width"], record["classes"], size
         model = build_model(*kind, args.get("grayscale", False))
-        weights = {bare(key): t for key, t in record["weights"].items()}
-        if weights.keys() != record["weights"].keys():
-            print(f"{path}: prefixes of its keys, module. or _orig_mod., go off", file=sys.stderr)
-        shapes = [{key: t.shape for key, t in w.items()} for w in (model.state_dict(), weights)]
-        odd = sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()})
+        shapes = [{(key, t.shape) for key, t in w.items()} for w in (model.state_dict(), weights)]
+        odd = sorted(shapes[0] ^ shapes[1])
         if odd:
-            raise ValueError(f"weights do not fit {args['model']} at {', '.join(odd[:2])}")
-        if not all(t.isfinite().all() for t in weights.values()):
-            raise ValueError("weights are not finite")
+            raise ValueError(f"weights do not fit {args['model']}: {odd[0][0]}, {odd[-1][0]}")
         model.load_state_dict(weights)
     except Exception as e:  # whatever a foreign file makes of it
-        why = f"{type(e).__name__}: {e}".splitlines()[0]
-        die(f"{path} is no checkpoint of train.py ({why})", hint)
-    return model.to(device).eval(), {**record, "weights": weights, "size": size}
+        die(f"{path} is no checkpoint of train.py ({type(e).__name__}: {e})", hint)
+    model.register_forward_hook(partial(refuse_nan, name))
+    return model.to(device).eval(), {**record, "size": size}
 
 
 def check_fit(name, record, split, where):
@@ -501,15 +463,6 @@ def rate(values):
     low, high = max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))
     count = {"k": int(k)} if values.dtype == torch.bool else {}
     return {**count, "n": n, "rate": k / n, "low": low, "high": high}
-
-
-def quartiles(values, interpolation="linear"):
-    """{q1, median, q3} of doubles (N,); None of nothing."""
-    if len(values) == 0:
-        return {"q1": None, "median": None, "q3": None}
-    points = values.new_tensor([0.25, 0.5, 0.75])
-    found = values.quantile(points, interpolation=interpolation).tolist()
-    return dict(zip(("q1", "median", "q3"), found, strict=True))
 
 
 def ink(row):

@@ -5,7 +5,7 @@ Writes  DIR/gradcam.json, DIR/gradcam.pt (maps that the figures show), DIR/figur
         names say which settings differ from the defaults: gradcam_val_hirescam.json
 
     python gradcam.py                                       # the lazy model and the cured one
-    python gradcam.py --cam hirescam --digit 7
+    python gradcam.py --cam hirescam
     python gradcam.py --models jitter_s42 jitter_s43 --split val --name two
     python gradcam.py --maximise                            # what each answer wants to see
     python gradcam.py --page                                # demo.js, which demo.html reads
@@ -57,12 +57,10 @@ from common import (
     load_split,
     name_of,
     note_time,
-    number,
     paint,
     pictures,
     predict,
     progress,
-    quartiles,
     rate,
     rgb,
     row_of,
@@ -99,14 +97,9 @@ def get_args(argv=None):
     g.add_argument("--models", nargs="+", default=usual, metavar="NAME", help=helps)
     helps = "that is shown (test_hard)"
     add(g, "--split", MAPS, choices=SPLITS[1:], default="test_hard", help=helps)
-    add(g, "--digit", MAPS, type=number(int, 0, 999), default=1, help="shown on ten colours (1)")
     helps = "of the result: gradcam_NAME (default: what differs from the defaults)"
     add(g, "--name", MAPS, MAXIMISE, help=helps)
-    g = p.add_argument_group("heat map")
-    add(g, "--layer", MAPS, metavar="NAME", help="dotted (the deepest at least 4 pixels wide)")
-    helps = "class whose logit is explained (predicted)"
-    add(g, "--target", MAPS, choices=("predicted", "label"), default="predicted", help=helps)
-    add(g, "--cam", MAPS, choices=TITLES, default="gradcam", help="its kind (gradcam)")
+    add(g, "--cam", MAPS, choices=TITLES, default="gradcam", help="kind of map (gradcam)")
     g = p.add_argument_group("instead of heat maps").add_mutually_exclusive_group()
     helps = "find the pictures that each class wants to see"
     g.add_argument("--maximise", action="store_true", help=helps)
@@ -123,6 +116,14 @@ def get_args(argv=None):
     for flag, of in meant.items():
         if mode_of(args) not in of and getattr(args, flag) != p.get_default(flag):
             die(f"--{flag} means nothing for {mode_of(args)}", "leave it out")
+    if len({Path(name).name.removesuffix(".pt") for name in args.models}) < len(args.models):
+        what = f"--models {' '.join(args.models)}: two would share one row"
+        die(what, "save one under another --name")
+    if args.reader in args.models:
+        die(f"{args.reader} would read its own pictures", "choose another --reader")
+    if args.name and not re.fullmatch(r"(?!hirescam|maximise)\w{1,60}", args.name, re.A):
+        what = f"--name {args.name!r} must be letters, digits and _, and no kind of map"
+        die(what, "choose another name")
     return args
 
 
@@ -134,32 +135,14 @@ def mode_of(args):
     return IMAGE if args.image else MAPS
 
 
-def check_args(args):
-    stems = [Path(name).name.removesuffix(".pt") for name in args.models]
-    if len(set(stems)) < len(stems):
-        what = f"--models {' '.join(args.models)}: two would share one row"
-        die(what, "save one under another --name")
-    if args.reader in args.models:
-        die(f"{args.reader} would read its own pictures", "choose another --reader")
-    if args.name and not re.fullmatch(r"(?!hirescam|maximise)\w{1,60}", args.name, re.A):
-        what = f"--name {args.name!r} must be letters, digits and _, and no kind of map"
-        die(what, "choose another name")
-
-
 def result_name(args):
-    """gradcam, gradcam_val_digit7_hirescam, gradcam_NAME_hirescam, gradcam_maximise, ..."""
+    """gradcam, gradcam_val_hirescam, gradcam_NAME_hirescam, gradcam_maximise, ..."""
     head = "gradcam_maximise" if args.maximise else "gradcam"
     skip = {"models", "name", "maximise", "image", "raw", "page", "reader"}
     if args.name:
         head = f"{head}_{args.name}"
         skip = vars(args).keys() - {"cam"}
     return name_of(head, args, get_args([]), skip)
-
-
-def check_numbers(values, name):
-    """Weights may be finite and answers not; `predict` asks this itself."""
-    if not values.isfinite().all():
-        die(f"{name} gives answers that are no numbers", "train it again, say with a smaller --lr")
 
 
 def facts(args, device):
@@ -233,29 +216,25 @@ class Subject(NamedTuple):
 
     model: torch.nn.Module
     checkpoint: dict  # as train.py saved it
-    layer: str  # dotted name of the target layer
+    layer: str  # name of the target layer
     size: tuple  # (h, w) of its map
     cam: str = "gradcam"
-    target: str = "predicted"  # or label: whose logit is explained
 
 
-def find_layer(model, name, split, owner):
-    """(dotted name, (h, w)) of the target layer; None takes the deepest at least 4 pixels wide.
+def find_layer(model, split, owner):
+    """(name, (h, w)) of the deepest layer whose map is at least 4 pixels wide.
 
     That is SimpleCNN's last ReLU; in a ResNet 28x28 pixels end as a single one.
     """
-    modules, least = dict(model.named_modules()), 2 if name else 4
     deepest = ["relu"] if isinstance(model, SimpleCNN) else ["layer4", "layer3", "layer2", "layer1"]
-    for layer in [name] if name else deepest:
-        if layer in modules:
-            with captured(modules[layer]) as seen:
+    for name in deepest:
+        if hasattr(model, name):
+            with captured(getattr(model, name)) as seen:
                 model(split.x(slice(1)))
-            size = tuple(seen["map"].shape[2:]) if "map" in seen else ()
-            if len(size) == 2 and max(size) >= least:
-                return layer, size
-    layers = ", ".join(layer for layer, _ in model.named_children())
-    where = f" at --layer {name}" if name else ""
-    die(f"{owner} has no map {least} pixels wide{where}", f"its layers are {layers}")
+            size = tuple(seen["map"].shape[2:])
+            if max(size) >= 4:
+                return name, size
+    die(f"{owner} has no map 4 pixels wide", "choose a convolutional net")
 
 
 class Heat(NamedTuple):
@@ -265,9 +244,7 @@ class Heat(NamedTuple):
 
 
 def heat_of(subject, split, explained=None):
-    """Heat maps of a split on the CPU; `explained` (N,) overrides the subject's target."""
-    if explained is None and subject.target == "label":
-        explained = split.labels
+    """Heat maps of a split on the CPU; `explained` (N,) are classes, else those predicted."""
     layer = subject.model.get_submodule(subject.layer)
     parts = []
     for index in chunks(len(split.labels), BATCH):
@@ -319,17 +296,12 @@ def heat_scores(maps, gray):
 
 
 def summary(scores):
-    """Means and quartiles over the images; those without a score are counted, not averaged."""
+    """Means over the images; those without a score are counted, not averaged."""
     scored = ~scores.share.isnan()
-    share, lift = scores.share[scored], scores.lift[scored]
     return {
         "n": len(scored),
         "zero_maps": int((~scored).sum()),
-        "area": mean(scores.area[scored]),
-        "share": mean(share),
-        "share_quartiles": quartiles(share),
-        "lift": mean(lift),
-        "lift_quartiles": quartiles(lift),
+        "lift": mean(scores.lift[scored]),
         "pointing": rate(scores.pointing[scored]),
     }
 
@@ -455,16 +427,8 @@ def flip_rates(on_colour, swapped, partner, labels, colours):
     changed = ((on_colour != now) & other).sum(1) / other.sum(1)
     follows = ((on_colour == palette) & foreign).sum(1) / foreign.sum(1)
     differs = labels[partner] != labels
-    background = {
-        "changed": rate(changed),
-        "any": rate(changed > 0),
-        "follows": rate(follows),
-        "pairs": int(other.sum()),
-    }
-    digit = {
-        "changed": rate((swapped != now[:, 0])[differs]),
-        "follows": rate((swapped == labels[partner])[differs]),
-    }
+    background = {"changed": rate(changed), "follows": rate(follows)}
+    digit = {"changed": rate((swapped != now[:, 0])[differs])}
     return {"background": background, "digit": digit}, changed
 
 
@@ -484,7 +448,6 @@ def measure(subjects, split, where, painting, seed):
     for k, (name, subject) in enumerate(subjects.items(), 1):
         progress(f"heat maps of {name}, model {k} of {len(subjects)}")
         heat = heat_of(subject, split)
-        check_numbers(heat.confidence, name)
         scores, flips, correlation = heat_scores(heat.maps, split.gray.cpu()), None, None
         if painting:
             flips, changed = flip_rates(*answers[name], partner, labels, split.colors.cpu())
@@ -494,7 +457,6 @@ def measure(subjects, split, where, painting, seed):
             "seed": subject.checkpoint["args"].get("seed"),
             "trained": subject.checkpoint.get("trained", True),
             "layer": subject.layer,
-            "map_size": list(subject.size),
             "acc": rate(heat.predicted == labels),
             "maps": {where: summary(scores)},
             "flips": flips,
@@ -514,9 +476,6 @@ def null_rows(name, subject, split, where, seed):
     progress(f"null rows: {name} with random weights")
     return {
         "model": name,
-        "layer": subject.layer,
-        "n": len(part.labels),
-        "draws": SANITY_DRAWS,
         "random_map": {"maps": {where: summary(heat_scores(noise, gray))}},  # as of a model
         "uniform_map": {"maps": {where: summary(heat_scores(torch.ones_like(noise), gray))}},
         "cascade": cascade(subject, part, seed),
@@ -530,12 +489,12 @@ def cascade(subject, split, seed):
     Rank correlation of the rectified maps, mean over images; `without` counts those where a map is
     constant. One number per draw.
     """
-    real = heat_of(subject._replace(target="predicted"), split)
+    real = heat_of(subject, split)
     layers = [n for n, child in subject.model.named_children() if list(child.parameters())][::-1]
-    steps = {}
-    for k in range(len(layers)):
-        step = {"randomised": layers[: k + 1], "rank_correlation": [], "lift": [], "without": 0}
-        steps["+".join(step["randomised"])] = step
+    steps = {
+        "+".join(layers[: k + 1]): {"rank_correlation": [], "lift": [], "without": 0}
+        for k in range(len(layers))
+    }
     for draw in range(SANITY_DRAWS):
         fresh = random_net(subject.checkpoint, stream(seed, f"random weights {draw}"))
         fresh.to(split.images.device)
@@ -598,10 +557,10 @@ def firsts_of(names):
     return [name for name in names if name in firsts.values()]
 
 
-def scenes_of(subjects, split, painting, classes, digit, seed):
+def scenes_of(subjects, split, painting, classes, seed):
     """{figure: scene} of the first model of each of the first two rows.
 
-    Five digits, each on its own and on its foreign colour, and one digit on every colour.
+    Five digits, each on its own and on its foreign colour, and the first 1 on every colour.
     """
     few = {name: subjects[name] for name in firsts_of(list(subjects))[:ROWS]}
     kind = TITLES[next(iter(few.values())).cam]
@@ -613,11 +572,11 @@ def scenes_of(subjects, split, painting, classes, digit, seed):
     foreign = foreign or [0]  # every digit has its own colour
     five = sorted({labels[i]: i for i in reversed(foreign)}.values())[:5]
     pairs = [(i, c) for i in five for c in (labels[i], colours[i])]
-    one = labels.index(digit)
+    one = labels.index(1) if 1 in labels else 0
     ten = [(one, c) for c in range(len(painting.names))]
     titles = {
         "examples": (f"{kind}: digits on their own and on a foreign colour", pairs),
-        "ten_colours": (f"{kind}: one {classes[digit]} on ten colours", ten),
+        "ten_colours": (f"{kind}: one {classes[labels[one]]} on ten colours", ten),
     }
     return {
         name: scene(title, painted(split, choice, painting, seed), few, classes, painting.names)
@@ -703,6 +662,17 @@ def draw(path, classes):
     return drawn
 
 
+def keep(record, shown, path, classes, began):
+    """Write a record and what its figures show, and draw them; returns two lines that say so."""
+    save_pt(shown, path.with_suffix(".pt"))
+    save_json(record, path)
+    drawn = draw(path, classes)
+    seconds = note_time(path.parent, path.stem, began)
+    progress("")
+    wrote = f"wrote {path}, its .pt and {len(drawn)} figures in {seconds:.0f} s"
+    return f"{wrote}\nopen  {drawn[-1]}"
+
+
 def report(folder):
     """Redraw the figures of every record in the folder."""
     if not folder.is_dir():
@@ -719,11 +689,12 @@ def report(folder):
 
 def look(args, device):
     """Measure all models, write it down and draw it."""
-    began, name = time.time(), result_name(args)
-    path = args.dir / f"{name}.json"
-    decide = ("models", "split", "digit", "cam", "layer", "target", "seed")
-    settings = {flag: getattr(args, flag) for flag in decide}
-    split = load_world(args.dir, args.split, args.digit, device)
+    began, path = time.time(), args.dir / f"{result_name(args)}.json"
+    settings = {flag: getattr(args, flag) for flag in ("models", "split", "cam", "seed")}
+    split = load_split(args.dir, args.split, device)
+    if split.gray is None:
+        hint = "add gray, uint8 (N,H,W), or use make_data.py"
+        die(f"{args.split}.pt has no gray, which says what pixels are digit", hint)
     painting, classes = painting_of(args.dir), class_names(args.dir)
     obstacle = obstacle_to(painting, split, args.dir)
     if obstacle:
@@ -732,8 +703,8 @@ def look(args, device):
     for model_name in args.models:
         model, checkpoint = load_model(args.dir, model_name, device)
         check_fit(model_name, checkpoint, split, args.split)
-        layer = find_layer(model, args.layer, split, model_name)
-        subjects[model_name] = Subject(model, checkpoint, *layer, args.cam, args.target)
+        layer = find_layer(model, split, model_name)
+        subjects[model_name] = Subject(model, checkpoint, *layer, args.cam)
     guard(path, {**settings, "script": "gradcam.py"}, args.overwrite)
     kind, n = TITLES[args.cam], len(split.labels)
     print(f"{kind} of {len(subjects)} models on {n:,} pictures of {args.split}", flush=True)
@@ -748,29 +719,12 @@ def look(args, device):
         "null": null_rows(first, subjects[first], split, args.split, args.seed),
         "run": facts(args, device),
     }
-    scenes = scenes_of(subjects, split, painting, classes, args.digit, args.seed)
-    save_pt(scenes, path.with_suffix(".pt"))
-    save_json(record, path)
-    drawn = draw(path, classes)
-    seconds = note_time(args.dir, name, began)
-    progress("")
+    scenes = scenes_of(subjects, split, painting, classes, args.seed)
+    written = keep(record, scenes, path, classes, began)
     if obstacle:
         print(f"no flip rates: {obstacle}")
     say(record)
-    print(f"wrote {path}, its .pt and {len(drawn)} figures in {seconds:.0f} s")
-    print(f"open  {drawn[-1]}")
-
-
-def load_world(folder, name, digit, device):
-    """The Split that is looked at, with its digits before painting."""
-    split = load_split(folder, name, device)
-    if split.gray is None:
-        hint = "add gray, uint8 (N,H,W), or use make_data.py"
-        die(f"{folder}/{name}.pt has no gray, which says what pixels are digit", hint)
-    digits = split.labels.unique().tolist()
-    if digit not in digits:
-        die(f"--digit {digit} is not in {name}", f"choose one of {digits}")
-    return split
+    print(written)
 
 
 def say(record):
@@ -799,9 +753,8 @@ def maximise(model, label, size, gen, steps=200, step_size=0.05, shift=2, tv=1.0
     Adam from mid-grey with a little noise (Erhan et al., 2009) on the logit (Simonyan et al.,
     2014): the log-probability stops at a dull picture as soon as the net is sure. Against noise a
     penalty on differences of neighbours, `tv` times the mean slope of the logit, so that it means
-    the same for a net of any scale (with 0.5 pictures are noisier, with 2 some turn grey); and
-    other shifts at each step (Mordvintsev et al., 2015; Olah et al., 2017). Robust nets are known
-    to want what looks like the class (Santurkar et al., 2019; Engstrom et al., 2019).
+    the same for a net of any scale; and other shifts at each step (Mordvintsev et al., 2015; Olah
+    et al., 2017).
     """
     x = 0.5 + 0.05 * torch.randn(len(label), 3, *size, generator=gen)
     x = x.to(label.device).requires_grad_()
@@ -838,8 +791,7 @@ def wants_of(model, checkpoint, reader, seed, device):
 
 def look_for(args, device):
     """Find what every class of every model wants to see, measure it, write it down and draw it."""
-    began, name = time.time(), result_name(args)
-    path = args.dir / f"{name}.json"
+    began, path = time.time(), args.dir / f"{result_name(args)}.json"
     settings = {"models": args.models, "seed": args.seed, "starts": STARTS}
     found = {model: load_model(args.dir, model, device) for model in args.models}
     reader = load_model(args.dir, args.reader, device) if args.reader else None
@@ -850,7 +802,6 @@ def look_for(args, device):
     for model_name, (model, checkpoint) in found.items():
         progress(f"pictures of {model_name}")
         wants, shown[model_name] = wants_of(model, checkpoint, reader, args.seed, device)
-        check_numbers(torch.tensor(wants["confidence"]), model_name)
         models[model_name] = {**wants, "trained": checkpoint.get("trained", True)}
     progress("pictures of random weights")
     checkpoint = found[args.models[0]][1]
@@ -865,18 +816,14 @@ def look_for(args, device):
         "models": models,
         "run": facts(args, device),
     }
-    save_pt({model: shown[model] for model in firsts_of(args.models)}, path.with_suffix(".pt"))
-    save_json(record, path)
-    (drawn,) = draw(path, classes)
-    seconds = note_time(args.dir, name, began)
-    progress("")
+    shown = {model: shown[model] for model in firsts_of(args.models)}
+    written = keep(record, shown, path, classes, began)
     wide = max(len(model) for model in args.models)
     for model, wants in list(models.items())[:8]:
         read = wants["read by an oracle"]
         said = "" if read is None else f", {args.reader} reads {read:4.0%}"
         print(f"{model:{wide}s}  sure to {wants['confidence']:.3f}{said}")
-    print(f"wrote {path}, its .pt and a figure in {seconds:.0f} s")
-    print(f"open  {drawn}")
+    print(written)
 
 
 # ---- pictures of one's own
@@ -998,11 +945,10 @@ def as_it_is(picture, models, classes):
         image = image.clamp(0, 1).mul(255).round().byte()
         device = next(model.parameters()).device
         one = Split(image[None].to(device), torch.zeros(1, dtype=torch.int64), None, None)
-        subject = Subject(model, checkpoint, *find_layer(model, None, one, name))
+        subject = Subject(model, checkpoint, *find_layer(model, one, name))
         cells = [(image, "what it sees", {})]
         for cam in CAMS:
             heat = heat_of(subject._replace(cam=cam), one)
-            check_numbers(heat.confidence, name)
             cells.append((upsample(heat.maps, (height, width))[0], TITLES[cam], {}))
         said.append(f"{name}: {classes[heat.predicted]} ({float(heat.confidence):.2f})")
         rows.append((said[-1], cells))
@@ -1012,14 +958,13 @@ def as_it_is(picture, models, classes):
 def path_of_figure(folder, picture, kind):
     """(path, fingerprint of the picture): a figure that no figure of another picture replaces.
 
-    Named after the picture's file; where another picture has that name, after its folder too, then
-    after its content. The fingerprint stands in the figure.
+    Named after the picture's file; where another picture has that name, after its content too. The
+    fingerprint stands in the figure.
     """
     from PIL import Image
 
     content = hashlib.sha256(picture.read_bytes()).hexdigest()
-    beside, stem = picture.resolve().parent.name[:80], picture.stem[:80]
-    for name in (stem, f"{beside}_{stem}", f"{stem}_{content[:12]}"):
+    for name in (picture.stem[:80], f"{picture.stem[:80]}_{content[:12]}"):
         path = folder / "figures" / f"gradcam_{kind}_{name}.png"
         if not path.exists():
             break
@@ -1051,9 +996,6 @@ def look_at_images(args, device):
         save_figure(pictures(rows), drawn, content)
         print("\n".join(said))
         print(f"open  {drawn}")
-
-
-# ---- the command
 
 
 # ---- the page to play with
@@ -1136,11 +1078,13 @@ def described(folder, name, label, about):
     }
 
 
+# ---- the command
+
+
 def main(argv=None):
     args = get_args(argv)
     if args.report:
         return report(args.dir)
-    check_args(args)
     device = setup(args)
     do = {MAPS: look, MAXIMISE: look_for, IMAGE: look_at_images, PAGE: make_page}
     do[mode_of(args)](args, device)

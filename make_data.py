@@ -42,7 +42,6 @@ from common import (
     note_time,
     number,
     paint,
-    paintable,
     rgb,
     run,
     save_figure,
@@ -413,6 +412,15 @@ def describe(splits, args):
         "size": list(splits["train"]["images"].shape[2:]),
         "own_colour_share": shares,  # per digit; None for a digit without images
     }
+
+
+def paintable(folder):
+    """Whether we may write here: we did before, or nothing of the kind is there."""
+    meta = folder / "meta.json"
+    if meta.exists():
+        return load_json(meta, "mend or rename it").get("script") == "make_data.py"
+    files = *(f"{name}.pt" for name in SPLITS), "figures/samples.png"
+    return not any((folder / file).exists() for file in files)
 
 
 def check_folder(args):

@@ -63,7 +63,6 @@ from common import (
     save_pt,
     setup,
     stream,
-    world_of,
     write,
 )
 
@@ -513,6 +512,13 @@ def print_epoch(record, epochs, seconds):
             line += f"  {key} {'-' if value is None else f'{value:.3f}'}"
     progress("")
     print(f"{line}  {seconds:5.1f}s", flush=True)
+
+
+def world_of(folder):
+    """What meta.json says of the painting; {} for one's own data."""
+    path, keys = folder / "meta.json", ("recipe", "corr", "sigma2", "seed", "limit", "is_mnist")
+    meta = load_json(path, "mend or rename it") if path.exists() else {}
+    return {k: meta[k] for k in keys if k in meta and (k, meta[k]) != ("sigma2", None)}
 
 
 def this_run(args):

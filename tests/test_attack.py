@@ -88,17 +88,15 @@ def test_pgd_stays_in_the_ball_and_the_box_and_leaves_the_model_alone():
     assert not model.training
 
 
-@pytest.mark.parametrize("outside", (False, True))
-def test_pgd_leaves_every_submodule_in_its_mode_also_after_an_error(outside):
-    """As someone calls it who trains with frozen batch norms, or inside no_grad."""
+def test_pgd_leaves_every_submodule_in_its_mode_also_after_an_error():
+    """As someone calls it who trains with frozen batch norms, inside no_grad."""
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2), nn.Dropout())
     net[0].eval()
     x, before = plain(0.2, 0.7), [module.training for module in net.modules()]
     mean = net[0].running_mean.clone()
-    with torch.set_grad_enabled(not outside):
+    with torch.no_grad():
         a = attack.pgd(net, x, 0 * ones(x), 0.1, 3, stream(0, "t"))
-        assert not torch.equal(a.x, x) and not a.x.requires_grad
-        assert torch.is_grad_enabled() != outside
+        assert not torch.equal(a.x, x) and not torch.is_grad_enabled()
         with pytest.raises(ZeroDivisionError):
             attack.pgd(net, x, 0 * ones(x), 0.1, 3, None, loss=lambda z, y: 1 / 0, start=x)
     assert [module.training for module in net.modules()] == before
@@ -626,17 +624,15 @@ def test_accuracies_on_a_linear_model(linear, monkeypatch):
 
 
 @pytest.mark.parametrize("step, pixel", [(0.6, 0.5), (1e-4, 1.0), (-1e-4, 0.0)])
-def test_strays_are_counted_beyond_the_ball_and_the_box(linear, monkeypatch, step, pixel):
-    x, y, needed = mirrored(*linear)
+def test_strays_are_counted_beyond_the_ball_and_the_box(linear, step, pixel):
+    x, y, _ = mirrored(*linear)
     x[:, 0, 0, 0] = pixel
 
     def stray(net, x, y, eps, steps, gen):
         return in_no_steps(x + step)
 
-    monkeypatch.setitem(attack.ATTACKS, "FGSM", stray)
-    monkeypatch.setattr(attack, "CHECK_QUERIES", 5)
-    found = attack.accuracies(linear[0], x, y, 2, float(2 * needed.median()), steps=5, seed=1)
-    assert found["outside"] == 40
+    found = attack.attempt({"stray": stray}, linear[0], x, y, y == y, 1, ["stray"], 0.5, 5)
+    assert (found.images, found.outside) == (40, 40)
 
 
 def test_noise_is_a_corner_and_towards_aims_at_its_class():
@@ -682,43 +678,25 @@ def entry(method, seed, shift=0.0, clean=(7, 7, 7, 1)):
     }
 
 
-def test_both_right_asks_this_model_and_its_counterpart_of_the_same_seed():
-    models = {
-        "a_s1": entry("a", 1, clean=(7, 7, 1, 1)),
-        "a_s2": entry("a", 2, clean=(1, 1, 1, 7)),
-        "b_s1": entry("b", 1, clean=(7, 1, 7, 1)),
-        "c_s1": entry("c", 1, clean=(1, 7, 7, 1)),
-    }
-    both = attack.subsets(models, 7)["both_right"]
-    assert {name: m.int().tolist() for name, m in both.items()} == {
-        "a_s1": [1, 0, 0, 0],  # the reference: with the second row, b
-        "a_s2": [0, 0, 0, 1],  # nobody shares its seed
-        "b_s1": [1, 0, 0, 0],
-        "c_s1": [0, 1, 0, 0],
-    }
-
-
 def test_summary_by_hand():
     models = {"a_s1": entry("a", 1), "b_s1": entry("b", 1, clean=(7, 7, 1, 1))}
     s = attack.summarise(models, 7)["a_s1"]
     assert s["clean"]["k"] == 3 and s["all"]["argmax"]["success"]["k"] == 3
-    assert s["all"]["argmax"]["steps"] == {"median": 2, "q1": 1, "q3": 2}
-    radii = s["all"]["argmax"]["min_eps"]
-    assert radii == {"median": 0.2, "q1": 0.1, "q3": 0.3, "censored": 1, "n": 4}
-    assert s["both_right"]["argmax"]["success"]["n"] == 2
+    assert s["all"]["argmax"]["steps"] == {"median": 2}
+    assert s["all"]["argmax"]["min_eps"] == {"median": 0.2, "censored": 1}
+    assert attack.median(torch.tensor([])) is None
 
 
 def test_compare_pairs_by_seed_and_image(monkeypatch):
     monkeypatch.setattr(attack, "RESAMPLES", 20)
     models = {"a_s1": entry("a", 1), "b_s1": entry("b", 1, -0.05), "b_s2": entry("b", 2, 9)}
-    models["b_s1"]["argmax"] = {**models["b_s1"]["argmax"], "steps": [1, None, None, 4]}
     found = attack.compare(models, src=7, seed=0)["b"]
     case, everything = found["both_right"]["argmax"], found["all"]["argmax"]
     assert (found["reference"], found["seeds"]) == ("a", 1)
     assert everything["n"] == 4 and case["n"] == 3
     assert case["min_eps"]["value"] == pytest.approx(-0.05)
     assert case["needs_less"]["value"] == pytest.approx(2 / 3, abs=1e-4)
-    assert everything["success"]["value"] == -0.25
+    assert everything.keys() == {"n", "min_eps", "needs_less"}
     assert attack.compare({"a_s1": entry("a", 1), "b_s2": entry("b", 2)}, 7, 0) == {}
 
 
@@ -818,16 +796,14 @@ def read(path):
             r"of 30 images \d+ are right when clean, \d+ under every attack \(FGSM, PGD, .*\)",
         ),
         (
-            "check: --check --eps 0.05 --steps 3 --n 20",
-            "check_steps3_n20",
+            "check: --check --eps 0.05 --steps 1 --n 5",
+            "check_steps1_n5",
             "n passed",
             r"\d of 9 checks fail",
         ),
     ],
 )
-def test_each_mode_runs_repeats_and_tells(
-    world, attacked, monkeypatch, command, name, keys, answer
-):
+def test_each_mode_runs_repeats_and_tells(world, attacked, undrawn, command, name, keys, answer):
     mode, command = command.split(": ")
     code, said, _ = attacked(command)
     path = world / f"attack_{name}.json"
@@ -840,21 +816,16 @@ def test_each_mode_runs_repeats_and_tells(
     first, *_ = said.splitlines()
     assert first.startswith(f"{mode} attack on {TWO} in {world}: ")
     given = re.sub(r"--(pairs|check|untargeted|name mine) ?", "", command).split("--")[1:]
-    of_mode = [*map(str.strip, given), *(["eps 0.05"] if mode == "targeted" else [])]
-    assert sorted(first.split(": ")[1].split(", ")) == sorted(of_mode)
+    assert {*map(str.strip, given)} <= {*first.split(": ")[1].split(", ")}
     told = said[said.index("\nbaseline_s42: ") :]
     assert re.match(rf"\nbaseline_s42: {answer}\n", told), told
     assert told.count("\n") <= 12 + 18 * (code == 1) and f"wrote {path}" in told
     assert "|" not in said and "(2 of 2)" in said
-    assert ("look at" in said) == (mode != "check")
-    figures = re.findall(r"attack_\w+\.png", said)
-    assert all(png.startswith(path.stem) and (world / "figures" / png).is_file() for png in figures)
-    monkeypatch.setattr(attack, "draw", lambda record, path: [])
     assert attacked(command)[0] == code and path.read_bytes() == written
     assert (world / "times.csv").read_text().count(f"{path.stem},") == 2
 
 
-def test_lists_are_parallel_and_the_worst_case_is_the_worst(world, attacked, undrawn):
+def test_rows_are_compared_on_the_images_that_both_read(world, attacked, undrawn):
     said = attacked("--steps 3 --name lists")[1]
     told = r"of \d+ images that both read correctly, jitter needs a smaller eps than baseline "
     assert re.search(told + r"on \d+%; for probability 0.9, on \d+%\n", said)
@@ -863,12 +834,6 @@ def test_lists_are_parallel_and_the_worst_case_is_the_worst(world, attacked, und
     for m in record["models"].values():
         lists = [m["clean"], *(m[c][k] for c in attack.CRITERIA for k in ("steps", "min_eps"))]
         assert {len(values) for values in lists} == {len(record["index"])}
-    compared = record["compared"]["jitter"]
-    assert set(compared) == {"reference", "seeds", "all", "both_right"}
-    attacked("--untargeted --steps 3 --queries 9 --name worst")
-    for m in read(world / "attack_worst.json")["models"].values():
-        least = min(m["attacks"][a]["own"]["k"] for a in ("FGSM", "PGD"))
-        assert m["robust"]["k"] == m["standing"].count("1") <= least
 
 
 def test_a_failed_check_is_told_by_the_exit_code(attacked, monkeypatch):
@@ -929,73 +894,63 @@ def test_bad_input_gets_one_line_and_exit_code_2(trained, mistake, command, wron
     mistake(f"attack.py {'' if '--dir' in command else f'--dir {trained}'} {command}", wrong)
 
 
-@pytest.mark.parametrize("mode", ("", "--pairs", "--untargeted", "--check"))
-def test_a_model_that_answers_with_nan_is_not_called_robust(world, mistake, mode):
-    command = f"attack.py --dir {world} --models jitter_s42 lost_s1 --n 5 --steps 2 {mode}"
-    mistake(command, "lost_s1 answers some images with NaN or infinity")
+def test_a_model_that_answers_with_nan_is_not_called_robust(world, mistake):
+    command = f"attack.py --dir {world} --models jitter_s42 lost_s1 --n 5 --steps 2 --untargeted"
+    mistake(command, "lost_s1 gives answers that are no numbers")
 
 
 def test_pairs_go_as_far_as_every_model_has_classes(world, attacked, undrawn):
     split = torch.load(world / "test_hard.pt")
     save_pt({k: v[split["labels"] < 5] for k, v in split.items()}, world / "test_hard.pt")
-    code, said, _ = attacked("--pairs --n 1 --steps 1 --models jitter_s42 odd_s1")
-    assert code == 0 and "odd_s1" in said
+    assert attacked("--pairs --n 1 --steps 1 --models jitter_s42 odd_s1")[0] == 0
     assert len(read(world / "attack_pairs_steps1_n1.json")["models"]["odd_s1"]["argmax"]) == 5
 
 
-def test_pairs_need_an_image_that_every_model_reads(world, attacked):
+def test_an_attack_needs_an_image_of_its_digit_that_every_model_reads(world, attacked):
     split = torch.load(world / "test_hard.pt")
     one = {k: v[:1] for k, v in split.items()}
     save_pt({**one, "labels": (one["labels"] + 5) % 10}, world / "test_hard.pt")
     code, _, said = attacked("--pairs --steps 1 --models jitter_s42")
     assert code == 2 and "no image is read correctly by every model" in said
-
-
-def test_a_digit_that_is_not_there(world, attacked):
-    val = torch.load(world / "val.pt")
-    save_pt({k: v[val["labels"] != 9] for k, v in val.items()}, world / "val.pt")
-    code, _, said = attacked("--split val --src 9")
+    code, _, said = attacked("--src 9")
     assert code == 2 and "no image of digit 9" in said
 
 
 # ---- figures
 
 
-def test_long_names_cut_no_title_and_hide_no_data(world, attacked, monkeypatch):
-    long = [f"{row}_{'infergroups_classifyimage_' * 3}s42" for row in ("jitter", "balance")]
-    for name in long:
-        shutil.copy(world / "jitter_s42.pt", world / f"{name}.pt")
-    saved = []
-    monkeypatch.setattr(attack, "save_figure", lambda fig, path: saved.append(fig))
-    for mode in ("--n 2", "--pairs --n 1", "--untargeted --n 9 --queries 2 --sweep 0.1"):
-        attacked(f"--models {' '.join(long)} --steps 1 {mode}")
-    assert len(saved) == 4
-    for fig in saved:
-        fig.savefig(io.BytesIO(), dpi=fig.dpi)
-        for text in fig.findobj(Text):
-            if re.search("[a-z]", text.get_text()):
-                box = text.get_window_extent()
-                inside = box.x0 >= -1 and box.x1 <= fig.bbox.x1 + 1 and box.y1 <= fig.bbox.y1 + 1
-                assert inside and box.y0 >= -1, text.get_text()
-        for legend in filter(None, (ax.get_legend() for ax in fig.axes)):
-            assert not legend.get_window_extent().overlaps(legend.axes.get_window_extent())
+def legible(fig):
+    """Assert that no title is cut and that no legend hides data."""
+    fig.savefig(io.BytesIO(), dpi=fig.dpi)
+    for text in fig.findobj(Text):
+        if re.search("[a-z]", text.get_text()):
+            box = text.get_window_extent()
+            inside = box.x0 >= -1 and box.x1 <= fig.bbox.x1 + 1 and box.y1 <= fig.bbox.y1 + 1
+            assert inside and box.y0 >= -1, text.get_text()
+    for legend in filter(None, (ax.get_legend() for ax in fig.axes)):
+        assert not legend.get_window_extent().overlaps(legend.axes.get_window_extent())
 
 
 def test_report_draws_each_results_own_figures_and_nothing_else(world, attacked, monkeypatch):
     (world / "mnist").mkdir()
     assert "holds no results" in attacked("--report")[1]
-    models = "--models jitter_s42 baseline_s42 --steps 1"  # in JSON they are sorted
-    for options in ("", "--pairs --n 1", "--untargeted --n 20 --queries 5 --sweep 0.1"):
-        attacked(f"{models} {options}")
+    long = [f"{row}_{'infergroups_classifyimage_' * 3}s42" for row in ("jitter", "balance")]
+    for name in long:  # in JSON they are sorted
+        shutil.copy(world / "jitter_s42.pt", world / f"{name}.pt")
+    keep = attack.save_figure
+    monkeypatch.setattr(attack, "save_figure", lambda fig, path: keep(fig, path) or legible(fig))
+    for options in ("--n 2", "--pairs --n 1", "--untargeted --n 20 --queries 5 --sweep 0.1"):
+        assert "look at" in attacked(f"--models {' '.join(long)} --steps 1 {options}")[1]
+    monkeypatch.setattr(attack, "save_figure", keep)
     figures = conftest.contents(world / "figures")
     monkeypatch.setattr(attack, "MODES", {})  # --report computes nothing
-    shutil.copy(world / "attack_7to3_steps1.json", world / "mnist" / "attack_7to3.json")
+    shutil.copy(world / "attack_7to3_steps1_n2.json", world / "mnist" / "attack_7to3.json")
     shutil.rmtree(world / "figures")
     code, said, _ = attacked("--report")
-    assert code == 0 and "|" not in said and conftest.contents(world / "figures") == figures
-    assert {path.name for path in (world / "figures").iterdir()} == {
-        "attack_7to3_steps1_examples.png",
-        "attack_7to3_steps1_min_eps.png",
+    assert code == 0 and conftest.contents(world / "figures") == figures
+    assert {path.name for path in figures} == {
+        "attack_7to3_steps1_n2_examples.png",
+        "attack_7to3_steps1_n2_min_eps.png",
         "attack_pairs_steps1_n1.png",
         "attack_untargeted_steps1_queries5_sweep0.1_n20_robust_curve.png",
     }

@@ -50,10 +50,6 @@ PALETTE = [  # as it was agreed on
 GRAY = torch.tensor([0, 1, 100, 255], dtype=torch.uint8).repeat(16).view(1, 8, 8)
 
 
-def test_a_palette_is_its_mean_colours_from_zero_to_one():
-    assert torch.equal(common.rgb(common.PALETTE), torch.tensor(PALETTE) / 255)
-
-
 def test_background_is_painted_as_described():
     """The same draws in numpy: one brightness noise on the colour, then light-grey ink."""
     gray, mean = GRAY.repeat(3, 1, 1), torch.tensor([PALETTE[c] for c in (9, 3, 7)]) / 255
@@ -80,17 +76,6 @@ def test_digit_draws_one_colour_an_image_around_its_mean():
     colour = (mean.view(3, 1, 1) + 0.2 * noise).clamp(0, 1)
     assert (images[:, :, 1:] - 255 * colour).abs().max() <= 0.51
     assert (images[:, :, :1] - 51 * colour).abs().max() <= 0.51  # a stroke on black
-
-
-def test_every_image_of_many_has_its_own_colour_and_texture():
-    gray, mean = torch.zeros(330, 8, 8, dtype=torch.uint8), common.rgb(common.PALETTE)
-    flat = common.paint(gray, mean[torch.arange(330) // 33], common.stream(0, "p"), "flat")
-    assert torch.equal(flat[::33, :, 0, 0], torch.tensor(PALETTE, dtype=torch.uint8))
-    assert len(flat.flatten(1).unique(dim=0)) == 10
-    noisy = common.paint(gray, mean[[7]].expand(330, 3), common.stream(0, "p"))
-    assert len(noisy.flatten(1).unique(dim=0)) == 330
-    assert noisy.double().mean((0, 2, 3)).tolist() == pytest.approx(PALETTE[7], abs=2.5)
-    assert noisy[:, 0].double().std().item() == pytest.approx(0.15 * 255, rel=0.04)
 
 
 # ---- the nets
@@ -141,12 +126,16 @@ def test_a_grayscale_net_sees_brightness_only():
     assert not torch.allclose(common.build_model()(red), common.build_model()(green), atol=1e-6)
 
 
-def test_answers_that_are_no_numbers_get_one_line(refused):
-    net = common.build_model()
-    net.conv1.weight.data.mul_(1e30)
-    net.conv2.weight.data.mul_(1e30)
-    with refused("gives answers that are no numbers"):
-        common.predict(net, torch.rand(2, 3, 28, 28))
+def test_answers_that_are_no_numbers_get_one_line(tmp_path, refused):
+    net, x = common.build_model("simplecnn", 3, 5, (8, 9)), torch.rand(2, 3, 8, 9)
+    net.conv3.weight.data.mul_(1e30)
+    net.fc.weight.data.mul_(1e30)
+    with refused("a model gives answers that are no numbers"):
+        common.predict(net, x)
+    save_model(tmp_path / "lost_s1.pt", net)
+    model, _ = common.load_model(tmp_path, "lost_s1")
+    with refused("lost_s1 gives answers that are no numbers"):
+        model(x)  # whoever asks it
 
 
 def test_a_torchvision_that_does_not_import_is_named(refused, monkeypatch):
@@ -305,21 +294,12 @@ def test_what_is_not_ours_is_not_replaced(tmp_path, refused):
     common.guard(path, {"lr": 1}, overwrite=False)
 
 
-def test_a_world_is_known_by_its_painting(tmp_path):
-    assert common.world_of(tmp_path) == {}
-    about = {"recipe": "flat", "corr": 0.99, "seed": 1, "limit": None, "is_mnist": True}
-    common.save_json({**about, "sigma2": None, "counts": [1], "run": {}}, tmp_path / "meta.json")
-    assert common.world_of(tmp_path) == about
-    common.save_json({**about, "sigma2": 0.02}, tmp_path / "meta.json")
-    assert common.world_of(tmp_path) == {**about, "sigma2": 0.02}
-
-
 # ---- files
 
 
 def test_two_processes_may_write_one_file_at_a_time(tmp_path):
     def write_often():
-        for _ in range(300):
+        for _ in range(100):
             common.save_json({"a": 1}, tmp_path / "a.json")
 
     fork = multiprocessing.get_context("fork")
@@ -360,13 +340,12 @@ def half_written(path, data):
     raise OSError(28, "No space left on device", str(path))
 
 
-def test_text_is_utf8_and_an_ascii_terminal_is_no_error():
-    """Under a locale that has no ±; common.py itself is no script and says so."""
+def test_an_ascii_terminal_is_no_error():
+    """Under a locale that has no ±."""
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     code = "import common; common.run(lambda: print(f'0.9 {chr(177)} 0.1'))"
-    for command, says in (("-c", code), "0.9 ? 0.1"), (("common.py", "--help"), "No script"):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True)
-        assert done.returncode == 0 and says in done.stdout.decode("ascii"), done.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
+    assert done.returncode == 0 and b"0.9 ? 0.1" in done.stdout, done.stderr
 
 
 def test_figures_have_150_pixels_an_inch_and_repeat(tmp_path):
@@ -396,8 +375,6 @@ def test_foreign_files_get_one_line_and_run_no_code(tmp_path, refused, monkeypat
             (b"hello", kind),
             (b"[1, 2]", kind),
             (b"", kind),
-            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-            (b"\n<!DOCTYPE html><html>", "is a web page"),
         ):
             path.write_bytes(data)
             with refused("a.pt", says):
@@ -411,21 +388,10 @@ def test_foreign_files_get_one_line_and_run_no_code(tmp_path, refused, monkeypat
     assert not (tmp_path / "evil").exists()
 
 
-def test_the_advice_for_a_missing_split_never_writes_into_own_data(tmp_path, refused):
-    paint = f"run: python make_data.py --dir {tmp_path}"
-    with refused("val.pt is missing", paint):
+def test_a_missing_split_is_painted_or_described(tmp_path, refused):
+    paint = f"run: python make_data.py --dir {tmp_path}"  # which replaces no data of one's own
+    with refused("val.pt is missing", paint, "see 'The data' in README.md"):
         common.load_split(tmp_path, "val")
-    common.save_json({"script": "make_data.py"}, tmp_path / "meta.json")
-    with refused("val.pt is missing", paint):
-        common.load_split(tmp_path, "val")
-    common.save_json({"author": "me"}, tmp_path / "meta.json")
-    with refused("val.pt is missing", "test_unbiased; see 'The data' in README.md"):
-        common.load_split(tmp_path, "val")
-    (tmp_path / "meta.json").unlink()
-    (tmp_path / "train.pt").write_bytes(b"weeks of work")
-    for name in ("val.pt is missing", "train.pt is no dictionary"):
-        with refused(name, "see 'The data' in README.md"):
-            common.load_split(tmp_path, name.split(".")[0])
 
 
 def save_split(folder, **changes):
@@ -461,18 +427,15 @@ def test_a_split_is_pixels_classes_and_perhaps_colours(tmp_path):
     [
         ({"labels": None}, "labels"),
         ({"images": None}, "images must be uint8"),
-        ({"images": torch.zeros(5, 3, 8, 9)}, "images.mul(255).round().byte()"),
-        ({"images": torch.zeros(5, 8, 9).byte()}, ".expand(-1, 3, -1, -1)"),
-        ({"images": torch.zeros(5, 8, 9, 3).byte()}, "images.permute(0, 3, 1, 2)"),
+        ({"images": torch.zeros(5, 3, 8, 9)}, "images.mul(255).byte()"),
+        ({"images": torch.zeros(5, 8, 9, 3).byte()}, ".permute(0, 3, 1, 2)"),
         ({"images": torch.zeros(5, 1, 8, 9).byte()}, ".expand(-1, 3, -1, -1)"),
         ({"images": torch.ones(5, 3, 8, 9).byte()}, "blank or end at 1"),
         ({"gray": torch.zeros(5, 9, 8).byte()}, "gray"),
         ({"colors": torch.zeros(4).long()}, "colors"),
         ({"colors": torch.zeros(5)}, "colors must be whole numbers"),
-        ({"env": torch.zeros(4).long()}, "env must be whole numbers"),
         ({"labels": torch.tensor([0, 1, 2, 3, -1])}, "labels must be whole numbers from 0"),
         ({"labels": torch.tensor([0, 1, 2, 3, 1000])}, "labels must be whole numbers"),
-        ({"labels": torch.tensor([0, 1, 2, 3, 1000], dtype=torch.uint16)}, "labels must be"),
         ({"gray": torch.full((5, 8, 9), 256)}, "gray must be whole numbers"),
         ({"images": torch.zeros(0, 3, 8, 9).byte(), "labels": torch.zeros(0).long()}, "blank"),
     ],
@@ -503,22 +466,8 @@ def test_a_model_comes_back_by_name_or_by_path(tmp_path, refused):
     save_model(tmp_path / "attack_s42.pt", net, weights=GONE, script="attack.py")
     with refused("jitter_42.pt is missing", f"models in {tmp_path}: grl_s42, jitter_s42\n"):
         common.load_model(tmp_path, "jitter_42")
-    with refused("attack_s42.pt is no model"):
+    with refused("attack_s42.pt is no checkpoint of train.py", "KeyError: 'weights'"):
         common.load_model(tmp_path, "attack_s42")
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
-def test_prefixes_of_wrapped_models_are_taken_off_and_said(tmp_path, capsys, prefix):
-    net = common.build_model("simplecnn", 3, 5, (8, 8))
-    weights = {prefix + key: t for key, t in net.state_dict().items()}
-    save_model(
-        tmp_path / "a.pt", net, weights=weights, args={"model": "simplecnn", "width": 3}, size=8
-    )
-    model, record = common.load_model(tmp_path, "a")
-    assert "module. or _orig_mod." in capsys.readouterr().err
-    assert record["weights"].keys() == net.state_dict().keys() and record["size"] == [8, 8]
-    x = torch.rand(2, 3, 8, 8)
-    assert torch.equal(model(x), net(x))
 
 
 def test_a_model_must_fit_the_pixels_and_the_classes_of_a_split(tmp_path, refused):
@@ -535,9 +484,13 @@ def test_a_foreign_checkpoint_gets_one_line(tmp_path, refused):
     good = net.state_dict()
     fewer = {key: t for key, t in good.items() if not key.startswith("conv2")}
     for changes, says in (
-        ({"weights": {k: torch.full_like(v, math.nan) for k, v in good.items()}}, "not finite"),
-        ({"weights": fewer}, "do not fit simplecnn at conv2.bias, conv2.weight"),
-        ({"classes": 6}, "do not fit simplecnn at fc.bias, fc.weight"),
+        ({"weights": fewer}, "do not fit simplecnn: conv2.bias, conv2.weight"),
+        (
+            {"weights": {f"module.{k}": v for k, v in good.items()}},
+            ": conv1.bias, module.fc.weight",
+        ),
+        ({"classes": 6}, "do not fit simplecnn: fc.bias, fc.weight"),
+        ({"size": 8}, "not iterable"),
         ({"args": {}}, "KeyError: 'model'"),
         ({"args": {"model": "vgg16", "width": 4}}, "model vgg16 is none of simplecnn"),
         ({"weights": None}, "NoneType"),
@@ -564,14 +517,6 @@ def test_wilson_ends_where_the_rate_is_just_not_refused():
     assert common.rate(torch.zeros(0)) == {"n": 0, "rate": None, "low": 0.0, "high": 1.0}
     shares = common.rate(torch.tensor([0.25, 0.75]))
     assert shares["rate"] == 0.5 and "k" not in shares
-
-
-def test_quartiles_of_five_and_of_nothing():
-    values = torch.tensor([5.0, 1, 2, 4, 3])
-    assert common.quartiles(values) == {"q1": 2.0, "median": 3.0, "q3": 4.0}
-    assert common.quartiles(values[:4])["median"] == 3.0  # of 1, 2, 4, 5
-    assert common.quartiles(values[:4], "lower")["median"] == 2.0
-    assert set(common.quartiles(values[:0]).values()) == {None}
 
 
 def test_ink_is_one_colour_a_row():

@@ -2,11 +2,13 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from conftest import write_world
 from PIL import Image, ImageDraw, ImageOps
 
 import common
@@ -82,14 +84,6 @@ def test_heat_is_rectified_and_a_batch_equals_one_at_a_time():
     assert torch.allclose(heat.maps[-1:], last.maps, rtol=1e-4, atol=1e-6)
 
 
-def test_the_label_can_be_explained_instead_of_the_prediction():
-    subject, split = a_subject()._replace(target="label"), a_split(6)
-    e = g.explain(subject.model, subject.model.relu, split.x(slice(6)), split.labels)
-    maps = g.gradcam(e.activation, e.gradient).relu()
-    assert torch.equal(g.heat_of(subject, split).maps, maps)
-    assert not torch.equal(g.heat_of(a_subject(), split).maps, maps)
-
-
 def test_hirescam_adds_up_to_the_logit_without_bias_and_gradcam_does_not():
     subject, split = a_subject(), a_split(20)
     e = g.explain(subject.model, subject.model.relu, split.x(slice(20)))
@@ -99,12 +93,9 @@ def test_hirescam_adds_up_to_the_logit_without_bias_and_gradcam_does_not():
     assert (sums["gradcam"] - logit).abs().min() > 1e-3
 
 
-def test_layers_of_a_resnet():
+def test_the_deepest_map_of_a_resnet_that_is_four_pixels_wide():
     subject, split = a_subject("resnet18", 32), a_split(2, 32)
-    assert g.find_layer(subject.model, None, split, "resnet") == ("layer2", (4, 4))
-    assert g.find_layer(subject.model, "layer3.0.bn1", split, "resnet")[1] == (2, 2)
-    inside = subject._replace(layer="layer3.0.bn1")  # an in-place ReLU follows
-    assert g.heat_of(inside, split).maps.shape == (2, 2, 2)
+    assert g.find_layer(subject.model, split, "resnet") == ("layer2", (4, 4))
 
 
 # ---- scores
@@ -125,24 +116,14 @@ def test_share_area_lift_and_pointing_by_hand():
     assert s.share[[1, 4]].isnan().all() and s.pointing[[1, 4]].isnan().all()
 
 
-def test_a_uniform_map_has_lift_one_at_every_size():
-    s = g.heat_scores(torch.full((40, 7, 7), 3.0), a_split().gray)
-    assert torch.allclose(s.lift, torch.ones(40).double()) and torch.allclose(s.pointing, s.area)
-
-
 def test_summary_leaves_out_maps_without_a_score():
     share = torch.tensor([0.1, 0.2, 0.3, torch.nan, 0.4, 0.5]).double()
     area = torch.tensor([0.1, 0.1, 0.1, torch.nan, 0.2, 0.2]).double()
     pointing = torch.tensor([1, 0, 0.5, torch.nan, 0, 1]).double()
     s = g.summary(g.Scores(share, area, pointing))
-    assert (s["n"], s["zero_maps"]) == (6, 1)
-    assert s["share"] == pytest.approx(0.3) and s["area"] == pytest.approx(0.14)
-    assert s["share_quartiles"] == pytest.approx({"q1": 0.2, "median": 0.3, "q3": 0.4})
-    assert s["lift"] == pytest.approx(2.1)
-    assert s["lift_quartiles"] == pytest.approx({"q1": 2, "median": 2, "q3": 2.5})
+    assert (s["n"], s["zero_maps"], s["lift"]) == (6, 1, pytest.approx(2.1))
     assert s["pointing"]["rate"] == 0.5 and s["pointing"]["n"] == 5 and "k" not in s["pointing"]
-    nothing = g.summary(g.Scores(share[3:4], area[3:4], pointing[3:4]))
-    assert nothing["lift"] is None and nothing["share_quartiles"]["median"] is None
+    assert g.summary(g.Scores(share[3:4], area[3:4], pointing[3:4]))["lift"] is None
 
 
 def test_spearman_with_ties_by_hand():
@@ -171,13 +152,11 @@ def test_flip_rates_by_hand():
     rates, changed = g.flip_rates(on_colour, swapped, partner, labels, colours)
     assert changed.tolist() == pytest.approx([1 / 3, 0, 1 / 3])
     background, digit = rates["background"], rates["digit"]
-    assert background["changed"]["rate"] == pytest.approx(2 / 9) and background["pairs"] == 9
-    assert (background["any"]["k"], background["any"]["n"]) == (2, 3)
+    assert background["changed"]["rate"] == pytest.approx(2 / 9)
     # foreign colours that are neither the old one nor the label's: {2,3}, {0,2,3}, {1,2}
     assert background["follows"]["rate"] == pytest.approx((1 / 2 + 0 / 3 + 2 / 2) / 3)
-    # picture 0 gets another 0 and does not count; 1 gets a 0 and says 0; 2 gets a 1 and says 0
+    # picture 0 gets another 0 and does not count; the others change their answer
     assert [digit["changed"][key] for key in "kn"] == [2, 2]
-    assert [digit["follows"][key] for key in "kn"] == [1, 2]
 
 
 class SeesColour(nn.Module):
@@ -258,9 +237,9 @@ def test_the_cascade_randomises_from_the_output_down_and_keeps_the_explained_cla
     steps = g.cascade(subject, split, seed=0)
     order = ["fc", "conv3", "conv2", "conv1"]
     assert list(steps) == ["fc", "fc+conv3", "fc+conv3+conv2", "fc+conv3+conv2+conv1"]
-    assert steps["fc+conv3"]["randomised"] == order[:2]
     real = g.heat_of(subject, split)
     fresh = g.random_net(subject.checkpoint, common.stream(0, "random weights 0"))
+    assert not fresh.training, "batch norm would look at other pictures"
     hybrid = copy.deepcopy(subject.model)
     for layer, step in zip(order, steps.values(), strict=True):
         getattr(hybrid, layer).load_state_dict(getattr(fresh, layer).state_dict())
@@ -271,32 +250,25 @@ def test_the_cascade_randomises_from_the_output_down_and_keeps_the_explained_cla
         assert len(step["lift"]) == g.SANITY_DRAWS
 
 
-def test_random_weights_with_batch_norm_see_one_picture_at_a_time(monkeypatch):
-    monkeypatch.setattr(g, "SANITY_DRAWS", 1)
-    subject = a_subject("resnet18", layer="layer4")
-    g.cascade(subject, a_split(1), seed=42)  # in training mode one picture is too few
-
-
 def test_the_null_rows_score_noise_and_a_constant():
     null = g.null_rows("x", a_subject(), a_split(200), "val", seed=1)
     uniform, random = (null[f"{kind}_map"]["maps"]["val"] for kind in ("uniform", "random"))
     assert uniform["lift"] == pytest.approx(1)
-    assert random["lift"] == pytest.approx(1, abs=0.02)
-    assert random["lift_quartiles"]["q1"] < 1
+    assert random["lift"] == pytest.approx(1, abs=0.02) and random["lift"] != 1
 
 
 def test_the_figures_show_five_digits_twice_and_one_on_ten_colours():
     split, subject = a_split(), a_subject()
     subjects = dict.fromkeys(("a_s1", "a_s2", "b_s1", "c_s1"), subject)
     classes = [str(k) for k in range(10)]
-    scenes = g.scenes_of(subjects, split, PAINTING, classes, digit=3, seed=42)
+    scenes = g.scenes_of(subjects, split, PAINTING, classes, seed=42)
     one, ten = scenes["examples"], scenes["ten_colours"]
     assert list(one["models"]) == ["a_s1", "b_s1"]
     assert one["foreign"].tolist() == [False, True] * 5 and len(one["labels"].unique()) == 5
     assert torch.equal(one["labels"][::2], one["labels"][1::2])
     assert one["below"][::2] == [f"{d} on {NAMES[d]}" for d in one["labels"][::2].tolist()]
-    assert ten["below"] == [f"3 on {name}" for name in NAMES]
-    assert torch.equal(ten["gray"], split.gray[3].expand(10, 28, 28))
+    assert ten["below"] == [f"1 on {name}" for name in NAMES]
+    assert torch.equal(ten["gray"], split.gray[1].expand(10, 28, 28))
 
 
 # ---- what each answer wants to see
@@ -354,13 +326,6 @@ def test_shifts_make_the_picture_look_alike_from_every_place():
     assert shifted[0][:, near][:, :, near].min() == 1 and shifted[0, :, 4, 4].max() < 0.9
 
 
-def test_a_seed_repeats_a_picture_and_another_does_not():
-    model = a_subject().model
-    one, same, other = (ascend(model, [3], (28, 28), seed, shift=2, steps=3) for seed in (0, 0, 1))
-    assert torch.equal(one, same) and not torch.equal(one, other)
-    assert one.min() >= 0 and one.max() <= 1
-
-
 class Reads(nn.Module):
     """Two classes, red and green: the colour of the picture, or with -1 the other one."""
 
@@ -399,8 +364,7 @@ def test_files_are_named_by_what_differs():
 
     assert named("--models a_s1 --threads 2") == "gradcam"
     assert named("--cam hirescam") == "gradcam_hirescam"
-    assert named("--cam hirescam --split val --digit 7") == "gradcam_val_digit7_hirescam"
-    assert named("--target label --seed 3") == "gradcam_label_s3"
+    assert named("--cam hirescam --split val --seed 3") == "gradcam_val_hirescam_s3"
     assert named("--name mine --split val") == "gradcam_mine"
     assert named("--name mine --cam hirescam") == "gradcam_mine_hirescam"
     assert named("--maximise --seed 3 --reader x") == "gradcam_maximise_s3"
@@ -416,15 +380,22 @@ def checkpoint(path, name="simplecnn", size=28, classes=10, method="baseline"):
     common.save_pt(record, path)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The tiny world and two random models."""
+    folder = tmp_path_factory.mktemp("made") / "results"
+    write_world(folder)
+    checkpoint(folder / "baseline_s42.pt")
+    checkpoint(folder / "jitter_s42.pt", method="jitter")
+    return folder
+
+
 @pytest.fixture
-def world(tiny, tmp_path, monkeypatch):
-    """The tiny world in results/, with two random models; searches are cut short."""
+def world(made, tmp_path, monkeypatch):
+    """A copy in results/ that a test may fill; searches are cut short."""
     monkeypatch.setattr(g, "SANITY_DRAWS", 1)
     monkeypatch.setattr(g.maximise, "__defaults__", (2, 0.05, 2, 0.05))
-    tiny(tmp_path / "results")
-    checkpoint(tmp_path / "results/baseline_s42.pt")
-    checkpoint(tmp_path / "results/jitter_s42.pt", method="jitter")
-    return tmp_path / "results"
+    return shutil.copytree(made, tmp_path / "results")
 
 
 @pytest.fixture
@@ -437,6 +408,10 @@ def measured(world, name="gradcam"):
     return json.loads((world / f"{name}.json").read_text())
 
 
+def saved(world):
+    return {p.name: p.read_bytes() for p in world.glob("gradcam*")}
+
+
 def test_the_answer_and_the_keys_of_the_record(world, undrawn, call):
     said = call("gradcam.py").splitlines()
     assert said[0] == "Grad-CAM of 2 models on 100 pictures of test_hard"
@@ -445,9 +420,8 @@ def test_the_answer_and_the_keys_of_the_record(world, undrawn, call):
     assert sorted(record) == keys.split() and record["schema"] == 3
     assert sorted(record["run"]) == ["device", "threads", "torch"]
     model = record["models"]["jitter_s42"]
-    keys = "method seed trained layer map_size acc maps flips lift_flip_correlation"
+    keys = "method seed trained layer acc maps flips lift_flip_correlation"
     assert set(model) == set(keys.split()) and set(model["maps"]) == {"test_hard"}
-    assert model["flips"]["background"]["any"].keys() == {"k", "n", "rate", "low", "high"}
     background, digit = (model["flips"][k]["changed"]["rate"] for k in ("background", "digit"))
     lift = model["maps"]["test_hard"]["lift"]
     (line,) = (line for line in said if line.startswith("jitter_s42"))
@@ -455,6 +429,9 @@ def test_the_answer_and_the_keys_of_the_record(world, undrawn, call):
     split = common.load_split(world, "test_hard")
     answers = common.predict(common.load_model(world, "jitter_s42")[0], split.images).argmax(1)
     assert model["acc"]["k"] == int((answers == split.labels).sum())
+    first = saved(world)
+    call("gradcam.py")
+    assert len(first) == 2 and saved(world) == first, "the same command, the same bytes"
 
 
 def test_every_record_has_its_own_figures_and_report_redraws_the_same(world, call):
@@ -473,18 +450,6 @@ def test_every_record_has_its_own_figures_and_report_redraws_the_same(world, cal
     assert drawn == {p.name: p.read_bytes() for p in (world / "figures").glob("gradcam*")}
 
 
-@pytest.mark.parametrize("mode", ["", "--maximise --reader oracle"])
-def test_the_same_command_gives_the_same_bytes(world, undrawn, call, mode):
-    checkpoint(world / "oracle.pt")
-
-    def once():
-        call(f"gradcam.py {mode} --models baseline_s42 jitter_s42")
-        return {p.name: p.read_bytes() for p in world.glob("gradcam*")}
-
-    first = once()
-    assert len(first) == 2 and once() == first
-
-
 def test_maximise_keeps_the_first_picture_of_every_class(world, undrawn, call):
     checkpoint(world / "oracle.pt")
     call("gradcam.py --maximise --reader oracle")
@@ -499,6 +464,9 @@ def test_maximise_keeps_the_first_picture_of_every_class(world, undrawn, call):
     shown = common.load_pt(world / "gradcam_maximise.pt", "")["jitter_s42"]
     assert torch.equal(shown["images"], (x[:10] * 255).round().byte())
     assert torch.allclose(shown["confidence"], model(x[:10]).softmax(1).diagonal())
+    first = saved(world)
+    call("gradcam.py --maximise --reader oracle")
+    assert len(first) == 2 and saved(world) == first, "the same command, the same bytes"
 
 
 def test_a_net_of_fewer_classes_or_another_size_finds_its_pictures(world, undrawn, call):
@@ -516,11 +484,10 @@ def test_a_world_without_colours_has_heat_but_no_flips(world, call):
     split = torch.load(world / "test_hard.pt", weights_only=True)
     del split["colors"]
     common.save_pt(split, world / "test_hard.pt")
-    said = call("gradcam.py --models baseline_s42 --target label --layer conv2")
+    said = call("gradcam.py --models baseline_s42")
     assert "no flip rates: the split has no colors" in said
-    model = measured(world, "gradcam_conv2_label")["models"]["baseline_s42"]
-    assert model["flips"] is None and model["map_size"] == [14, 14]
-    assert (world / "figures/gradcam_conv2_label_examples.png").exists()
+    assert measured(world)["models"]["baseline_s42"]["flips"] is None
+    assert (world / "figures/gradcam_examples.png").exists()
 
 
 def test_classes_have_the_names_that_meta_json_gives(world, call, monkeypatch):
@@ -542,12 +509,8 @@ def test_a_net_whose_answers_are_no_numbers_leaves_no_file(world, mistake):
     broken["weights"]["fc.weight"] *= 1e38
     broken["weights"]["conv3.weight"] *= 1e30
     common.save_pt(broken, world / "broken.pt")
-    draw_seven(world / "seven.png")
-    for mode in ("", "--maximise", "--image results/seven.png", "--image results/seven.png --raw"):
-        mistake(f"gradcam.py --models broken {mode}", "gives answers that are no numbers")
-    split = common.load_pt(world / "test_hard.pt", "")
-    common.save_pt({**split, "colors": None}, world / "test_hard.pt")  # heat maps alone
-    mistake("gradcam.py --models broken", "gives answers that are no numbers")
+    for mode in ("", "--maximise"):
+        mistake(f"gradcam.py --models broken {mode}", "broken gives answers that are no numbers")
 
 
 # ---- pictures of one's own
@@ -623,9 +586,9 @@ def trained(tmp_path):
     return tmp_path / "results"
 
 
-def test_a_digit_of_ones_own_on_ten_colours(trained, cli, tmp_path):
+def test_a_digit_of_ones_own_on_ten_colours(trained, call, tmp_path):
     draw_seven(tmp_path / "seven.png")
-    said = cli("gradcam.py --image seven.png").stdout.splitlines()
+    said = call("gradcam.py --image seven.png").splitlines()
     assert said[0].startswith("baseline_s42: ") and "; " in said[0]  # answers differ
     assert said[1:] == [
         "jitter_s42: 7 on every colour",
@@ -668,7 +631,7 @@ def test_no_picture_replaces_that_of_another(trained, call, tmp_path):
         if k < 2:
             call(f"gradcam.py --models jitter_s42 --image {folder}/own.png")
     before = own_pictures(trained)
-    assert set(before) == {"gradcam_image_own.png", "gradcam_image_b_own.png"}
+    assert len(before) == 2 and "gradcam_image_own.png" in before
     call("gradcam.py --models jitter_s42 --image a/own.png b/own.png")
     after = own_pictures(trained)
     assert len(after) == 3 and before.items() <= after.items()
@@ -719,10 +682,8 @@ def test_what_is_no_picture_gets_one_line(trained, mistake, tmp_path, name, says
         ("--models nobody_s1", "nobody_s1.pt is missing"),
         ("--models larger", "28"),
         ("--models fewer", "5 classes"),
+        ("--models mlp", "mlp has no map 4 pixels wide"),
         ("--models baseline_s42 ./baseline_s42", "would share one row"),
-        ("--layer conv9", "its layers are conv1, conv2, conv3, relu, fc"),
-        ("--layer fc", "no map"),
-        ("--digit 11", "choose one of [0, 1"),
         ("--split train", "invalid choice"),
         ("--dir nowhere", "nowhere/test_hard.pt is missing"),
         ("--split val", "val.pt has no gray"),
@@ -732,7 +693,6 @@ def test_what_is_no_picture_gets_one_line(trained, mistake, tmp_path, name, says
         ("--maximise --models nobody_s1", "nobody_s1.pt is missing"),
         ("--maximise --reader nobody_s1", "nobody_s1.pt is missing"),
         ("--maximise --reader jitter_s42", "would read its own pictures"),
-        ("--maximise --layer conv1", "--layer means nothing for --maximise"),
         ("--maximise --image own.png", "not allowed with"),
         ("--image own.png --name mine", "--name means nothing for --image"),
         ("--image results/meta.json", "no picture"),
@@ -742,6 +702,7 @@ def test_what_is_no_picture_gets_one_line(trained, mistake, tmp_path, name, says
 def test_mistakes_get_one_line_and_exit_code_2(world, mistake, arguments, says):
     checkpoint(world / "larger.pt", size=32)
     checkpoint(world / "fewer.pt", classes=5)
+    checkpoint(world / "mlp.pt", "mlp")
     split = torch.load(world / "val.pt", weights_only=True)
     del split["gray"]
     common.save_pt(split, world / "val.pt")

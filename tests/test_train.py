@@ -534,7 +534,7 @@ def test_the_json_keys_are_the_promised_ones_and_the_terminal_says_the_answer(wo
     assert {*record} == {*KEYS.split()} and record["schema"] == 1 and record["params"] == 4486
     assert record["script"] == "train.py" and record["name"] == "baseline_epochs2_lr0.002_s42"
     assert (record["selected_on"], record["selected_epoch"]) == ("last epoch", 2)
-    assert record["world"] == common.world_of(world) != {}
+    assert record["world"] == train.world_of(world) != {}
     assert record["args"] == train.settings(args_of("--epochs 2 --lr 0.002"))
     assert {*record["final"]} == {"val", "test_hard", "test_unbiased"}
     assert all({*s} == {*SCORE_KEYS.split()} for s in record["final"].values())

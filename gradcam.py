@@ -662,7 +662,7 @@ def draw(path, classes):
     return drawn
 
 
-def keep(record, shown, path, classes, began):
+def write_down(record, shown, path, classes, began):
     """Write a record and what its figures show, and draw them; returns two lines that say so."""
     save_pt(shown, path.with_suffix(".pt"))
     save_json(record, path)
@@ -720,7 +720,7 @@ def look(args, device):
         "run": facts(args, device),
     }
     scenes = scenes_of(subjects, split, painting, classes, args.seed)
-    written = keep(record, scenes, path, classes, began)
+    written = write_down(record, scenes, path, classes, began)
     if obstacle:
         print(f"no flip rates: {obstacle}")
     say(record)
@@ -817,7 +817,7 @@ def look_for(args, device):
         "run": facts(args, device),
     }
     shown = {model: shown[model] for model in firsts_of(args.models)}
-    written = keep(record, shown, path, classes, began)
+    written = write_down(record, shown, path, classes, began)
     wide = max(len(model) for model in args.models)
     for model, wants in list(models.items())[:8]:
         read = wants["read by an oracle"]

@@ -162,8 +162,12 @@ def test_flip_rates_by_hand():
 class SeesColour(nn.Module):
     """Names the palette colour of the top row, which no digit of the tiny world touches."""
 
+    def __init__(self):
+        super().__init__()
+        self.means = nn.Parameter(MEANS)
+
     def forward(self, x):
-        return -torch.cdist(x[:, :, 0].mean(2), MEANS)
+        return -torch.cdist(x[:, :, 0].mean(2), self.means)
 
 
 class SeesShape(nn.Module):
@@ -598,7 +602,7 @@ def test_a_digit_of_ones_own_on_ten_colours(trained, call, tmp_path):
 
 
 def test_every_answer_is_a_tile_in_the_colour_of_its_class():
-    models = {"lazy": (SeesColourOf(), {}), "steady": (SaysSeven(), {})}
+    models = {"lazy": (SeesColour(), {}), "steady": (SaysSeven(), {})}
     digits = dict.fromkeys(models, torch.zeros(28, 28, dtype=torch.uint8))
     classes = [str(k) for k in range(10)]
     rows, said = g.on_ten_colours("mine", digits, models, PAINTING, classes, seed=1)
@@ -613,13 +617,7 @@ def test_every_answer_is_a_tile_in_the_colour_of_its_class():
         assert look["written"] == "7" and torch.equal(tile.flatten() / 255, MEANS[7])
 
 
-class SeesColourOf(SeesColour):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-
-class SaysSeven(SeesColourOf):
+class SaysSeven(SeesColour):
     def forward(self, x):
         return nn.functional.one_hot(torch.full((len(x),), 7), 10).float()
 
@@ -652,33 +650,35 @@ def test_the_raw_picture_has_answers_and_maps(trained, call, tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    "name, says",
-    [
-        ("nothing.png", "nothing.png is missing"),
-        ("results", "results is no picture"),
-        ("notes.png", "notes.png is no picture"),
-        ("cut.png", "cut.png is no picture"),
-        ("blank.png", "blank.png is empty"),
-        ("phone.jpg", "more than 50 million pixels"),
-        ("bomb.ppm", "more than 50 million pixels"),
-        ("good.png blank.png", "blank.png is empty"),
-    ],
-)
-def test_what_is_no_picture_gets_one_line(trained, mistake, tmp_path, name, says):
+def test_what_is_no_picture_gets_one_line(trained, mistake, tmp_path):
     (tmp_path / "notes.png").write_text("no picture")
     draw_seven(tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:300])
     Image.new("RGBA", (50, 50)).save(tmp_path / "blank.png")
-    if name == "phone.jpg":
-        Image.new("L", (10000, 6000)).save(tmp_path / name)
+    (tmp_path / "phone.ppm").write_bytes(b"P5 10000 6000 255\n")  # only a head
     (tmp_path / "bomb.ppm").write_bytes(b"P5 20000 20000 255\n")
-    mistake(f"gradcam.py --image {name}", says)
+    for name, says in (
+        ("nothing.png", "nothing.png is missing"),
+        ("results", "results is no picture"),
+        ("notes.png", "notes.png is no picture"),
+        ("cut.png", "cut.png is no picture"),
+        ("phone.ppm", "more than 50 million pixels"),
+        ("bomb.ppm", "more than 50 million pixels"),
+        ("good.png blank.png", "blank.png is empty"),
+    ):
+        mistake(f"gradcam.py --image {name}", says)
 
 
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
+def test_mistakes_get_one_line_and_exit_code_2(world, mistake):
+    checkpoint(world / "larger.pt", size=32)
+    checkpoint(world / "fewer.pt", classes=5)
+    checkpoint(world / "mlp.pt", "mlp")
+    split = torch.load(world / "val.pt", weights_only=True)
+    del split["gray"]
+    common.save_pt(split, world / "val.pt")
+    record = {"script": "gradcam.py", "args": {"models": ["baseline_s42"]}}
+    common.save_json(record, world / "gradcam.json")
+    for arguments, says in (
         ("--models nobody_s1", "nobody_s1.pt is missing"),
         ("--models larger", "28"),
         ("--models fewer", "5 classes"),
@@ -697,15 +697,5 @@ def test_what_is_no_picture_gets_one_line(trained, mistake, tmp_path, name, says
         ("--image own.png --name mine", "--name means nothing for --image"),
         ("--image results/meta.json", "no picture"),
         ("--raw", "--raw means nothing for heat maps"),
-    ],
-)
-def test_mistakes_get_one_line_and_exit_code_2(world, mistake, arguments, says):
-    checkpoint(world / "larger.pt", size=32)
-    checkpoint(world / "fewer.pt", classes=5)
-    checkpoint(world / "mlp.pt", "mlp")
-    split = torch.load(world / "val.pt", weights_only=True)
-    del split["gray"]
-    common.save_pt(split, world / "val.pt")
-    record = {"script": "gradcam.py", "args": {"models": ["baseline_s42"]}}
-    common.save_json(record, world / "gradcam.json")
-    mistake(f"gradcam.py {arguments}", says)
+    ):
+        mistake(f"gradcam.py {arguments}", says)

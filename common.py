@@ -390,8 +390,8 @@ def load_split(folder, name, device="cpu"):
     images = record.get("images")
     pixels = torch.is_tensor(images) and images.dtype == torch.uint8 and images.ndim == 4
     if not pixels or images.shape[1] != 3:
-        ways = "images.mul(255).byte(), .permute(0, 3, 1, 2) or .expand(-1, 3, -1, -1) may help"
-        die(f"{path}: images must be uint8 (N,3,H,W)", f"{ways}, {readme}")
+        ways = "images.permute(0, 3, 1, 2), .mul(255).round().byte() or .expand(-1, 3, -1, -1)"
+        die(f"{path}: images must be uint8 (N,3,H,W)", f"{ways} may help, {readme}")
     n, _, h, w = images.shape
     if n == 0 or images.max() <= 1:
         die(f"{path}: images are blank or end at 1", "white is 255: multiply them by it")

@@ -427,8 +427,8 @@ def test_a_split_is_pixels_classes_and_perhaps_colours(tmp_path):
     [
         ({"labels": None}, "labels"),
         ({"images": None}, "images must be uint8"),
-        ({"images": torch.zeros(5, 3, 8, 9)}, "images.mul(255).byte()"),
-        ({"images": torch.zeros(5, 8, 9, 3).byte()}, ".permute(0, 3, 1, 2)"),
+        ({"images": torch.zeros(5, 3, 8, 9)}, ".mul(255).round().byte()"),
+        ({"images": torch.zeros(5, 8, 9, 3).byte()}, "images.permute(0, 3, 1, 2)"),
         ({"images": torch.zeros(5, 1, 8, 9).byte()}, ".expand(-1, 3, -1, -1)"),
         ({"images": torch.ones(5, 3, 8, 9).byte()}, "blank or end at 1"),
         ({"gray": torch.zeros(5, 9, 8).byte()}, "gray"),

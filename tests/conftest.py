@@ -1,5 +1,6 @@
 """A made-up world that needs no download: ten blob patterns, painted like the real digits."""
 
+import contextlib
 import importlib
 import subprocess
 import sys
@@ -49,6 +50,14 @@ def write_world(folder, n=200, size=28):
     common.save_json(meta, Path(folder) / "meta.json")
 
 
+def split_of(labels, colours=None, size=8):
+    """A few images whose pixels take every value, for losses counted on paper."""
+    n = len(labels)
+    images = torch.arange(n * 3 * size * size).mul(37).remainder(256).view(n, 3, size, size)
+    colours = None if colours is None else torch.tensor(colours)
+    return common.Split(images.byte(), torch.tensor(labels), colours, None)
+
+
 def contents(folder):
     """{path: bytes, None for a folder} of everything inside."""
     return {p: p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
@@ -64,6 +73,13 @@ def splits(tmp_path):
     """{name: Split} of a made-up world in results/."""
     write_world(tmp_path / "results")
     return {name: common.load_split(tmp_path / "results", name) for name in common.SPLITS}
+
+
+@pytest.fixture
+def unprobed(monkeypatch):
+    """No linear probes: they take ten times as long as a tiny training."""
+    train = importlib.import_module("train")
+    monkeypatch.setattr(train, "probe", lambda z, split: {"colour": None, "digit": None})
 
 
 @pytest.fixture
@@ -97,6 +113,22 @@ def call(tmp_path, monkeypatch, capfd):
         return capfd.readouterr().out
 
     return call
+
+
+@pytest.fixture
+def dies(capfd):
+    """Assert that a function ends the run with exit code 2 and one line that says this."""
+
+    @contextlib.contextmanager
+    def fails(*says):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            yield
+        line = capfd.readouterr().err
+        assert stop.value.code == 2 and line.count("\n") == 1, line
+        assert all(word in line for word in says), line
+
+    return fails
 
 
 @pytest.fixture

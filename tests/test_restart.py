@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ WORLD_FILES = [*(f"{name}.pt" for name in common.SPLITS), "meta.json"]
 
 
 @pytest.fixture
-def world(tiny, tmp_path):
+def world(tiny, tmp_path, unprobed):
     """results/ with a tiny world in it."""
     if torch.cuda.is_initialized():
         pytest.skip("CUDA does not survive a fork; run this file by itself")
@@ -110,53 +111,48 @@ def full(write, path, data):
 # ---- make_data.py
 
 
-def test_a_world_killed_at_any_file_is_whole_or_refused_and_painted_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "act, owner, name, calls",
+    [
+        (killed_while_writing, Path, "write_bytes", (0, 1, 5)),
+        (killed_before, os, "replace", (0, 2, 5)),
+        (killed_before, Path, "unlink", (2, 4)),
+        (full, Path, "write_bytes", (0, 3, 5)),
+    ],
+)
+def test_a_world_broken_off_at_any_file_is_whole_or_refused_and_painted_again(
+    tmp_path, monkeypatch, act, owner, name, calls
+):
+    """Killed, or the disk is full, while a second world is painted over a first one."""
     monkeypatch.setattr(make_data, "draw_samples", lambda folder: None)
     write_idx(tmp_path / "idx", n=(120, 20))
-    command = "make_data.py --mnist idx --seed 1"
+    folder, command = tmp_path / "results", "make_data.py --mnist idx --seed 1"
     assert Run(tmp_path, command).wait() == 0
-    wanted = measured(tmp_path / "results", WORLD_FILES)
-    for act, owner, name, calls in (
-        (killed_while_writing, Path, "write_bytes", (0, 1, 4, 5)),
-        (killed_before, os, "replace", range(6)),
-        (killed_before, Path, "unlink", (0, 1, 2, 4, 6)),
-    ):
-        for k in calls:
-            assert Run(tmp_path, "make_data.py --mnist idx --seed 2 --overwrite").wait() == 0
-            before = measured(tmp_path / "results", WORLD_FILES)
-            broken = Run(
-                tmp_path,
-                f"{command} --overwrite",
-                lambda act=act, owner=owner, name=name, k=k: at_call(k, owner, name, act),
-            )
-            assert broken.wait() == -signal.SIGKILL
-            now = measured(tmp_path / "results", WORLD_FILES)
-            halfway = now["meta.json"].keys() == {"script", "args"}
-            assert now == before or halfway
-            kinds = set()
-            for file in now.keys() - {"meta.json"}:
-                assert now[file] in (before[file], wanted[file])
-                kinds.add(now[file] == wanted[file])
-            assert len(kinds) < 2, "no splits of two worlds"
-            again = "" if halfway else " --overwrite"
-            assert Run(tmp_path, command + again).wait() == 0, (tmp_path / "err").read_text()
-            assert measured(tmp_path / "results", WORLD_FILES) == wanted
-
-
-def test_a_full_disk_gets_one_line_and_the_next_run_paints_the_world(tmp_path, monkeypatch):
-    monkeypatch.setattr(make_data, "draw_samples", lambda folder: None)
-    write_idx(tmp_path / "idx", n=(120, 20))
-    command = "make_data.py --mnist idx --seed 1"
-    assert Run(tmp_path, command).wait() == 0
-    wanted = measured(tmp_path / "results", WORLD_FILES)
-    for k in range(5):
-        run = Run(tmp_path, command, lambda k=k: at_call(k, Path, "write_bytes", full))
-        assert run.wait() == 2
-        said = (tmp_path / "err").read_text()
-        assert said.count("\n") == 1 and "No space left" in said
-        assert not list((tmp_path / "results").glob(".*.part"))
-        assert Run(tmp_path, command).wait() == 0
-        assert measured(tmp_path / "results", WORLD_FILES) == wanted
+    wanted = measured(folder, WORLD_FILES)
+    assert Run(tmp_path, "make_data.py --mnist idx --seed 2 --overwrite").wait() == 0
+    first = contents(folder)
+    before = measured(folder, WORLD_FILES)
+    for k in calls:
+        for path, data in first.items():
+            path.write_bytes(data)
+        run = Run(tmp_path, f"{command} --overwrite", lambda k=k: at_call(k, owner, name, act))
+        if act is full:
+            assert run.wait() == 2 and not list(folder.glob(".*.part"))
+            said = (tmp_path / "err").read_text()
+            assert said.count("\n") == 1 and "No space left" in said
+        else:
+            assert run.wait() == -signal.SIGKILL
+        now = measured(folder, WORLD_FILES)
+        halfway = now["meta.json"].keys() == {"script", "args"}
+        assert now == before or halfway
+        kinds = set()
+        for file in now.keys() - {"meta.json"}:
+            assert now[file] in (before[file], wanted[file])
+            kinds.add(now[file] == wanted[file])
+        assert len(kinds) < 2, "no splits of two worlds"
+        again = "" if halfway else " --overwrite"
+        assert Run(tmp_path, command + again).wait() == 0, (tmp_path / "err").read_text()
+        assert measured(folder, WORLD_FILES) == wanted
 
 
 # ---- train.py
@@ -174,7 +170,7 @@ def test_training_killed_at_any_moment_then_resumed(world, call, flags):
     wanted, moment = measured(world, files), random.Random(7)
     for name in files:
         (world / name).unlink()
-    for _ in range(4):
+    for _ in range(3):
         run = Run(world.parent, f"{command} --resume")
         time.sleep(moment.uniform(0, 0.7 * seconds))
         os.kill(run.pid, signal.SIGKILL)
@@ -196,24 +192,16 @@ def test_two_runs_of_the_same_command_leave_the_same_files(world):
 
 
 def test_ctrl_c_gets_one_line_that_says_how_to_go_on(world, tmp_path):
-    def heard():  # a job in the background, as in some CI, starts with SIGINT ignored
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def as_a_script():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
-    run = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "--epochs", "10000"],
-        cwd=tmp_path,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=heard,
-    )
-    for line in run.stdout:
-        if line.startswith("epoch"):
-            break
-    run.send_signal(signal.SIGINT)
-    err = run.communicate(timeout=60)[1].strip()
-    assert run.returncode == 130 and err.count("\n") == 0, err
-    assert "train.py: interrupted" in err and "--resume" in err
+    run = Run(tmp_path, "train.py --epochs 10000 --name a", as_a_script)
+    until((world / "a_s42.part.pt").exists)
+    os.kill(run.pid, signal.SIGINT)
+    assert run.wait() == 130
+    err = (tmp_path / "err").read_text().strip()
+    assert err.count("\n") == 0 and "train.py: interrupted" in err and "--resume" in err
 
 
 # ---- run_all.sh
@@ -246,6 +234,7 @@ def stages(tmp_path):
             text=True,
             env={**os.environ, "PYTHON": sys.executable, "QUICK": "1", "JOBS": "2"},
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
@@ -292,13 +281,13 @@ def test_run_all_killed_alone_leaves_steps_that_are_waited_for(stages, tmp_path)
     assert len(set(stages.lines("ended"))) == STEPS
 
 
-@pytest.mark.parametrize("words", [["lazy"], ["report"]])
-def test_run_all_twice_at_once_is_refused_in_one_line(stages, words, tmp_path):
+def test_run_all_twice_at_once_is_refused_in_one_line(stages, tmp_path):
     (tmp_path / "hold").touch()
     first = stages()
     until(lambda: stages.lines("began"))
-    second = stages(*words)
-    assert second.communicate()[1].count("\n") == 1 and second.returncode == 2
+    for words in ("lazy", "report"):
+        second = stages(words)
+        assert second.communicate()[1].count("\n") == 1 and second.returncode == 2
     (tmp_path / "hold").unlink()
     err = first.communicate()[1]
     assert first.returncode == 0 and err == "" and len(stages.lines("began")) == STEPS

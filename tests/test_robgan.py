@@ -153,7 +153,7 @@ def now(part):
 
 @pytest.mark.parametrize(
     "epoch, learn",
-    [(1, (1, 0, 0, 0, 0)), (2, (1, 1, 1, 1, 1)), (3, (1, 1, 1, 1, 1))],
+    [(1, (1, 0, 0, 0, 0)), (2, (1, 1, 1, 1, 1))],
 )
 def test_who_learns_in_which_phase(gan_of, splits, gen, epoch, learn):
     model, gan = gan_of("--epochs 4 --clean-epochs 1")
@@ -230,7 +230,7 @@ def test_generated_pictures_take_their_share_of_attacked_batches(splits, tmp_pat
     assert not any(p.requires_grad for p in at.source.parameters()) and not at.source.training
 
 
-def test_mistakes_with_generators_get_one_line(splits, tmp_path, capfd):
+def test_mistakes_with_generators_get_one_line(splits, tmp_path, dies):
     put_judge(tmp_path)
     save_generator(tmp_path, size=(12, 8))
     model = common.build_model(classes=3, size=(8, 8))
@@ -240,13 +240,8 @@ def test_mistakes_with_generators_get_one_line(splits, tmp_path, capfd):
         ("gan_s1", "built for another world"),
     ):
         args = train.get_args(["--method", "at", "--generator", name, "--dir", str(tmp_path)])
-        with pytest.raises(SystemExit) as stop:
+        with dies(says):
             train.AT(model, splits, args)
-        assert stop.value.code == 2 and says in capfd.readouterr().err
-    for flags in ("--method at --generated 0.3", "--method robgan --generator gan_s1"):
-        with pytest.raises(SystemExit):
-            train.get_args(flags.split())
-        assert "means nothing" in capfd.readouterr().err
 
 
 def test_facts_are_means_of_the_epoch(gan_of):
@@ -286,7 +281,7 @@ def test_a_collapsed_control_has_one_training_image_a_class():
     assert control.labels.tolist() == [0, 2, 1, 0]
 
 
-def test_robgan_by_the_command_line(tiny, call, mistake, tmp_path):
+def test_robgan_by_the_command_line(tiny, call, mistake, tmp_path, unprobed):
     world = tmp_path / "results"
     tiny(world, n=80)
     mistake("train.py --method robgan", "baseline_s42.pt is missing")
@@ -295,15 +290,12 @@ def test_robgan_by_the_command_line(tiny, call, mistake, tmp_path):
     put_judge(world, (28, 28), 10)
     mistake("train.py --method robgan --model resnet18", "batch norm")
     mistake("train.py --method robgan --clean-epochs 10", "counts all phases")
-    flags = "--epochs 3 --clean-epochs 1 --steps 1 --batch 40 --name gan_s42"
+    flags = "--epochs 2 --clean-epochs 1 --steps 1 --batch 40 --name gan_s42"
     call(f"train.py --method robgan {flags}")
     record = json.loads((world / "gan_s42.json").read_text())
     assert "gan_clean_s42.pt" in {p.name for p in world.iterdir()}
     call("train.py --method at --generator gan_s42 --epochs 1 --steps 1 --name more_s42")
     assert json.loads((world / "more_s42.json").read_text())["args"]["generated"] == 0.5
-    record = json.loads((world / "gan_s42.json").read_text())
-    assert "gan_clean_s42.pt" in {p.name for p in world.iterdir()}
-    call("train.py --method at --generator gan_s42 --epochs 1 --steps 1")
     generator = record["generator"]
     measured, judge = generator["measured"], common.load_model(world, "baseline_s42")[0]
     assert {*measured} == {"generated", "real", "collapsed"}
@@ -332,7 +324,7 @@ def test_robgan_by_the_command_line(tiny, call, mistake, tmp_path):
     assert torch.equal(shown["real"], data.images[torch.cat(first)])
 
 
-def test_a_judge_needs_four_images_a_class_and_must_tell_them_apart(splits, tmp_path, capfd):
+def test_a_judge_needs_four_images_a_class_and_must_tell_them_apart(splits, tmp_path, dies):
     args = train.get_args(["--method", "robgan", "--dir", str(tmp_path)])
     put_judge(tmp_path)
     few = {**splits, "test_unbiased": split_of([0, 1, 2] * 3)}
@@ -340,9 +332,8 @@ def test_a_judge_needs_four_images_a_class_and_must_tell_them_apart(splits, tmp_
     alike = {**splits, "train": splits["train"]._replace(images=same)}
     model = common.build_model(classes=3, size=(8, 8))
     for given, says in ((few, "needs four images of each class"), (alike, "cannot tell images")):
-        with pytest.raises(SystemExit) as stop:
+        with dies(says):
             train.RobGAN(model, given, args)
-        assert stop.value.code == 2 and says in capfd.readouterr().err
 
 
 def test_a_grey_world_gets_a_grey_generator(splits, tmp_path):

@@ -1,11 +1,16 @@
-"""The report: queries in the Markdown, answered from records made by hand, with known answers."""
+"""The write-up: queries answered from records made by hand; what README.md promises and shows."""
 
+import importlib
 import json
+import re
 import statistics
+import textwrap
 
 import pytest
+import torch
 from conftest import ROOT
 
+import common
 import train
 
 WORLD = {"recipe": "background", "corr": 0.95, "limit": None, "is_mnist": True, "seed": 42}
@@ -48,36 +53,19 @@ def put(folder, *records, world=WORLD):
 
 
 @pytest.fixture
-def ask(tmp_path, capsys):
+def ask(tmp_path):
     """Fill one query in DIR/x.md; returns the table's lines as lists of cells."""
 
-    def ask(query):
+    def ask(query, folder=tmp_path):
         text = f"# About\n\n<!-- table\n{query}\n-->\nold\n<!-- end -->\nbelow\n"
-        (tmp_path / "x.md").write_text(text, encoding="utf-8")
-        train.runs_of.cache_clear()
-        train.read.cache_clear()
-        train.report(train.get_args(["--dir", str(tmp_path)]))
-        text = (tmp_path / "x.md").read_text(encoding="utf-8")
+        path = folder / "x.md"
+        text = train.TABLE.sub(lambda found: train.fill(found, path, folder), text)
         assert text.startswith("# About\n") and text.endswith("<!-- end -->\nbelow\n")
         assert "old" not in text and query in text
-        lines = [line for line in text.splitlines() if line.startswith("|")]
+        lines = [line for line in text.splitlines() if line.startswith(("|", "*"))]
         return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
     return ask
-
-
-@pytest.fixture
-def refused(ask, capsys):
-    """Assert that a query stops with one line that names the table and says why."""
-
-    def refused(query, says):
-        with pytest.raises(SystemExit) as stop:
-            ask(query)
-        said = capsys.readouterr().err
-        assert stop.value.code == 2 and said.count("\n") == 1
-        assert "x.md, line 3" in said and says in said, said
-
-    return refused
 
 
 HARD = "test_hard = final.test_hard.acc"
@@ -96,9 +84,13 @@ def test_a_row_is_its_seeds_mean_and_spread(tmp_path, ask):
 
 
 def test_a_row_of_another_world_and_a_label_for_people(tmp_path, ask):
+    """What needs colours is a dash without; rows that have results elsewhere are no mistake."""
     put(tmp_path, record("baseline_s1"))
     put(tmp_path / "unbiased", record("oracle_s1", 0.93))
-    found = ask(f"rows baseline unbiased/oracle\nrow baseline: lazy (plain)\n{HARD}")
+    follows = "follows = final.test_hard.follows_colour"
+    found = ask(f"rows baseline unbiased/oracle\nrow baseline: lazy (plain)\n{HARD}\n{follows}")
+    assert [line[2] for line in found[2:]] == ["-"] * 3
+    assert ask(f"rows jtt\n{HARD}") == [["*no results yet*"]]
     assert [line[0] for line in found[2:]] == ["`baseline`", "`unbiased/oracle`", "lazy (plain)"]
     assert found[3][1] == "0.930" and found[4][1] == found[2][1]
 
@@ -126,8 +118,10 @@ def test_a_difference_is_over_the_seeds_of_both_with_a_t_interval(tmp_path, ask)
     middle = statistics.fmean(gains)
     interval = f"{middle:+.3f} ({middle - half:+.3f} to {middle + half:+.3f})"
     assert ask(f"rows jitter\n{gain}")[2] == ["`jitter`", interval]
-    put(tmp_path, record("jitter_s43", 0.9, trained=False))  # takes part in no comparison
-    found = ask(f"rows jitter\n{gain}")
+    later = tmp_path / "later"  # a run that did not train takes part in no comparison
+    put(later, *(record(f"jitter_s{s}", hard, trained=s != 43) for s, hard in mine.items()))
+    put(later, *(record(f"baseline_s{s}", hard) for s, hard in theirs.items()))
+    found = ask(f"rows jitter\n{gain}", later)
     assert found[2][0] == "`jitter` (1 of 4 did not train)"
     assert found[2][1].startswith("+0.150 (")
 
@@ -157,38 +151,21 @@ def test_entries_of_another_file(tmp_path, ask):
     assert cascade[2] == ["two layers", "0.200 ± 0.141 (2)"]
 
 
-def test_a_number_that_needs_colours_is_a_dash_without_them(tmp_path, ask):
+def test_a_misspelt_row_key_file_or_line_names_the_table(tmp_path, ask, dies):
     put(tmp_path, record("baseline_s1"))
-    found = ask(f"rows baseline\nfollows = final.test_hard.follows_colour\n{HARD}")
-    assert found[2] == ["`baseline`", "-", "0.500"]
-
-
-def test_a_table_without_results_says_so(tmp_path, ask):
-    put(tmp_path, record("mine_s1"))
-    assert ask(f"rows baseline\n{HARD}") == []  # it has results elsewhere, so it is no mistake
-    assert "*no results yet*" in (tmp_path / "x.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("query", "says"),
-    [
+    for query, says in (
         (f"rows basline\n{HARD}", "basline"),
         ("rows baseline\ntest_hard = final.test_hrad.acc", "final.test_hrad.acc"),
         (f"from attack_9:models\nrows baseline\n{HARD}", "attack_9:models"),
         (f"rows baseline\nsort by test_hard\n{HARD}", "sort by test_hard"),
         (f"rows baseline\npublished flat\n{HARD}", "flat"),
-        (
-            "rows baseline\n0.99 = flat_98: final.test_unbiased.acc",
-            "flat_98: final.test_unbiased.acc",
-        ),
-        ("rows baseline\ngain = final.test_hard.acc - basline", "final.test_hard.acc - basline"),
+        ("rows baseline\n0.99 = flat_98: final.val.acc", "flat_98: final.val.acc"),
+        ("rows baseline\ngain = final.val.acc - basline", "final.val.acc - basline"),
         ("rows baseline\nval = final.val", "final.val is no number"),
         ("rows baseline\nepochs = epochs", "epochs is no number"),
-    ],
-)
-def test_a_misspelt_row_key_file_or_line_names_the_table(tmp_path, refused, query, says):
-    put(tmp_path, record("baseline_s1"))
-    refused(query, says)
+    ):
+        with dies("x.md, line 3", says):
+            ask(query)
 
 
 def test_a_run_on_another_painting_is_left_out_with_one_line(tmp_path, ask, capsys):
@@ -198,27 +175,26 @@ def test_a_run_on_another_painting_is_left_out_with_one_line(tmp_path, ask, caps
     assert said.count("\n") == 1 and "jtt_s2.json" in said and "another painting" in said
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"script": "train.py", "name": "x_s1"}'])
-def test_a_broken_result_stops_with_one_line(tmp_path, mistake, text):
-    put(tmp_path, record("jtt_s1"))
-    (tmp_path / "x_s1.json").write_text(text)
-    train.read.cache_clear()
-    mistake("train.py --report --dir .", "x_s1.json")
-
-
-def test_a_folder_without_results_stops_with_one_line(tmp_path, mistake):
+def test_a_folder_with_a_broken_result_or_none_stops_with_one_line(tmp_path, mistake):
     put(tmp_path)
-    mistake("train.py --report --dir .", "no results")
+    mistake(f"train.py --report --dir {tmp_path}", "no results")
+    for k, text in enumerate(("{", "[1]", '{"script": "train.py", "name": "x_s1"}')):
+        put(tmp_path / f"w{k}", record("jtt_s1"))
+        (tmp_path / f"w{k}" / "x_s1.json").write_text(text)
+        mistake(f"train.py --report --dir w{k}", "x_s1.json")
 
 
 def test_elsewhere_all_runs_and_the_write_ups_tables_and_figures_are_made(tmp_path, capsys):
     """The report after a quick start or QUICK: no write-up of its own, so tables.md."""
     put(tmp_path, record("baseline_s42"), record("mine_s42", 0.75))
     put(tmp_path / "unbiased", record("oracle_s42", 0.93))
+    mine = tmp_path / "mine.md"
+    mine.write_text(f"<!-- table\nrows mine\n{HARD}\n-->\nold\n<!-- end -->\n")
     train.report(train.get_args(["--dir", str(tmp_path)]))
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert "| `mine` | nothing | 0.900 | 0.750 |" in text  # no row of the write-up
     assert "## " in text and "| 0.930 |" in text
+    assert "| `mine` | 0.750 |" in mine.read_text() and "old" not in mine.read_text()
     wrote = [line.removeprefix("wrote ") for line in capsys.readouterr().out.splitlines()]
     assert str(tmp_path / "tables.md") in wrote
     assert str(tmp_path / "figures" / "learning_curves.png") in wrote
@@ -227,7 +203,6 @@ def test_elsewhere_all_runs_and_the_write_ups_tables_and_figures_are_made(tmp_pa
 
 def figure_of(tmp_path, text):
     query = train.parse(text, "here")
-    train.runs_of.cache_clear()
     return query, train.found_rows(query, tmp_path)
 
 
@@ -277,3 +252,109 @@ def test_every_query_of_the_write_up_is_answered(capsys):
         assert "no results yet" not in text, path
         for found in train.TABLE.finditer(text):
             assert train.fill(found, path, ROOT / "results") == found[0], path
+
+
+# ---- README.md and results/report.md
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+REPORT = (ROOT / "results" / "report.md").read_text(encoding="utf-8")
+PAGES = {"README.md": README, "results/report.md": REPORT}
+COMMANDS = sorted(set(re.findall(r"^    python (\w+\.py.*)$", README, re.M)))
+SETTINGS = {"3.11", "0.001", "0.05", "0.9"}  # decimals of the prose that nobody measured
+QUERY = re.compile(r"<!-- .*?-->", re.S)
+
+
+def recipe(start):
+    """The indented block of README.md that begins with this line."""
+    found = re.search(rf"\n(    {re.escape(start)}.*\n(?:(?:    .*)?\n)+)", README)
+    return textwrap.dedent(found[1])
+
+
+def prose(page):
+    """A page without queries, tables, code and the addresses of its links."""
+    page = re.sub(r"(?m)^(    .*|\|.*)$", "", QUERY.sub("", page))
+    return re.sub(r"`[^`]*`|\]\([^)]*\)", " ", page)
+
+
+def test_commands_parse_and_write_over_no_committed_results(tmp_path, monkeypatch):
+    (tmp_path / "fashion").mkdir()
+    (tmp_path / "mixed.py").write_text("class Mixed(Baseline): pass")
+    monkeypatch.chdir(tmp_path)
+    for command in COMMANDS:
+        script, *flags = command.split()
+        importlib.import_module(script.removesuffix(".py")).get_args(flags)
+        assert "--dir demo" in command or "--image" in command, command
+
+
+def test_the_quick_start_looks_at_the_models_it_trained():
+    quick = [c for c in COMMANDS if c.startswith("train.py") and "mixed" not in c and "lr" in c]
+    trained = [train.get_args(c.split()[1:]).name for c in quick]
+    (looked,) = (c for c in COMMANDS if c.startswith("gradcam.py") and "hirescam" in c)
+    assert len(trained) == 2 and all(name in looked.split() for name in trained)
+
+
+def test_pages_have_links_that_lead_on_and_numbers_in_tables_below_their_query_only():
+    for name, page in PAGES.items():
+        for target in set(re.findall(r"\]\(([^)#]+)\)", page)):
+            found = target.startswith("http") or ((ROOT / name).parent / target).exists()
+            assert found, (name, target)
+        parts = re.split(r"<!-- table\n.*?-->\n.*?<!-- end -->", page, flags=re.S)
+        assert not [part for part in parts if re.search(r"\| \d\.\d{3}", part)], name
+        text = prose(page)
+        stale = set(re.findall(r"(?<![\w.])\d*\.\d+", text)) - SETTINGS
+        stale |= set(re.findall(r"[\d.]+ ?%", text)) - {"95 %"}
+        assert not stale, name
+
+
+def test_every_figure_has_a_caption():
+    lines = [line for line in REPORT.splitlines() if line]
+    for line, below in zip(lines, lines[1:], strict=False):
+        if line.startswith("!["):
+            assert re.fullmatch(r"\*.+\*", below), line
+
+
+def test_stages_methods_and_the_test_command_of_readme_are_there():
+    runner = (ROOT / "run_all.sh").read_text(encoding="utf-8")
+    stages = re.search(r'STAGES="(.*)"', runner)[1].split()
+    assert re.findall(r"(?m)^\| `(\w+)` \| \d+ \|", README) == stages
+    table = README.partition("| method | in one line |")[2].partition("## ")[0]
+    assert set(re.findall(r"(?m)^\| \[?`(\w+)`", table)) <= set(train.METHODS)
+    command = "bash run_all.sh test"
+    assert command in README and command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_recipe_for_a_method_is_complete(tiny, tmp_path, call, unprobed):
+    (tmp_path / "mixed.py").write_text(recipe("class Mixed"), encoding="utf-8")
+    tiny(tmp_path / "demo")
+    call("train.py --dir demo --method mixed.py --epochs 1")
+    record = json.loads((tmp_path / "demo" / "mixed_epochs1_s42.json").read_text())
+    assert record["args"]["method"] == "mixed" and record["knows"] == "nothing"
+
+
+def test_a_method_file_that_cannot_be_meant_gets_one_line(tmp_path, mistake):
+    (tmp_path / "jitter.py").write_text("class Jitter2(Jitter): pass")
+    (tmp_path / "empty.py").write_text("x = 1")
+    mistake("train.py --method jitter.py", "is named like a method of ours")
+    mistake("train.py --method empty.py", "has no class of a Method")
+    mistake("train.py --method nowhere.py", "there is no 'nowhere.py'")
+
+
+def test_the_recipe_for_an_own_checkpoint_works(tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    exec(recipe("import torch, common").replace("resnet18", "simplecnn"), {})  # faster
+    model, record = common.load_model(tmp_path, str(tmp_path / "demo" / "mine_s42.pt"))
+    assert model(torch.rand(2, 3, 28, 28)).shape == (2, 10)
+    assert record["args"]["method"] == "mine"
+
+
+def test_the_recipe_for_an_attack_from_python_works(tiny, tmp_path, monkeypatch, capsys):
+    tiny(tmp_path / "demo")
+    args = {"model": "simplecnn", "width": 4}
+    record = {"weights": common.build_model().state_dict(), "args": args}
+    record |= {"classes": 10, "size": [28, 28]}
+    common.save_pt(record, tmp_path / "results" / "baseline_s42.pt")
+    monkeypatch.chdir(tmp_path)
+    exec(recipe("from pathlib import Path"), {})
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"\d+ of 100 are right before\n\d+ of 100 are right after\n", said)

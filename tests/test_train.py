@@ -2,12 +2,14 @@
 
 import json
 import math
+import runpy
+import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import split_of
+from conftest import ROOT, split_of
 
 import common
 import train
@@ -227,7 +229,7 @@ def test_a_method_s_own_weights_have_a_rate_and_momentum_of_their_own(net):
     assert [*map(id, second["params"])] == [*map(id, own.parameters())]
 
 
-# ---- several processes, without starting any
+# ---- several processes
 
 
 def test_the_gradients_of_all_shards_are_that_of_the_batch(splits, net, monkeypatch):
@@ -274,6 +276,40 @@ def test_torchrun_is_for_methods_that_can_share_a_batch(mistake, monkeypatch):
     monkeypatch.setattr(train, "PROCESSES", 2)
     for name in ("lff", "jtt", "lntl", "groupdro", "robgan"):
         mistake(f"train.py --method {name}", f"--method {name} needs whole batches in one process")
+
+
+@pytest.mark.slow  # two more starts of torch beside torchrun's own
+def test_two_processes_learn_what_one_learns(tiny, call, tmp_path):
+    tiny(tmp_path / "results", n=201)  # in batches of 50 the last one has 51, a share 26 or 25
+    flags = "--epochs 3 --batch 50 --schedule onecycle --name"
+    call(f"train.py {flags} one")
+    before = {p.name for p in (tmp_path / "results").iterdir()}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *torchrun, str(ROOT / "train.py"), *flags.split(), "two"]
+    how = {"cwd": tmp_path, "text": True, "capture_output": True, "timeout": 120}
+    done = subprocess.run(command, **how)
+    assert done.returncode == 0, done.stderr
+    read = {name: (tmp_path / f"results/{name}_s42.json").read_text() for name in ("one", "two")}
+    one, two = json.loads(read["one"]), json.loads(read["two"])
+    losses = [e["loss"] for e in one["epochs"]]
+    assert [e["loss"] for e in two["epochs"]] == pytest.approx(losses, abs=1e-5)
+    assert two["final"]["val"]["acc"] == pytest.approx(one["final"]["val"]["acc"], abs=0.02)
+    assert (one["run"]["processes"], two["run"]["processes"]) == (1, 2)
+    assert one["args"] == two["args"]
+    assert {p.name for p in (tmp_path / "results").iterdir()} - before == {
+        "two_s42.pt",
+        "two_s42.json",
+    }
+    for line in ("epoch  2/3", "wrote "):
+        assert done.stdout.count(line) == 1, "the first process speaks for all"
+
+
+def test_variables_that_are_not_torchruns_change_nothing(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    names = runpy.run_path(str(ROOT / "train.py"))
+    assert (names["TORCHRUN"], names["PROCESSES"], names["RANK"]) == (False, 1, 0)
 
 
 # ---- scores
@@ -487,6 +523,9 @@ def test_the_json_keys_are_the_promised_ones_and_the_terminal_says_the_answer(ti
     assert record["world"] == train.world_of(world) != {}
     assert record["args"] == train.settings(args_of("--epochs 2 --lr 0.002"))
     assert {*record["final"]} == {"val", "test_hard", "test_unbiased"}
+    by_group = record["final"]["test_unbiased"].pop("by_group")
+    worst = record["final"]["test_unbiased"]["worst_group"]
+    assert by_group[worst["digit"]][worst["colour"]] == round(worst["acc"], 4)
     assert all({*s} == {*SCORE_KEYS.split()} for s in record["final"].values())
     assert {*record["probe"]} == {"colour", "digit", "n", "n_fit"} and record["probe"]["n"] == 10
     keys = {"epoch", "loss", "val", "val_aligned", "val_conflicting", "test_hard", "follows"}

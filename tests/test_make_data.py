@@ -244,15 +244,6 @@ def test_the_record_of_a_world_by_hand():
 # ---- MNIST files
 
 
-def test_an_idx_file_by_hand():
-    data = idx(2, 2, 3, values=range(12))
-    assert make_data.parse_idx("x", data, 3).tolist() == [
-        [[0, 1, 2], [3, 4, 5]],
-        [[6, 7, 8], [9, 10, 11]],
-    ]
-    assert make_data.parse_idx("x", idx(3, values=[7, 8, 9]), 1).tolist() == [7, 8, 9]
-
-
 def test_a_folder_of_idx_files_becomes_a_world_and_report_redraws_its_picture(
     call, mistake, tmp_path
 ):
@@ -427,25 +418,6 @@ def test_own_data_is_not_replaced(call, mistake, tmp_path, monkeypatch, meta, fi
     call("make_data.py --mnist idx --dir w/inside")  # a world of ours below is no concern
     call("make_data.py --mnist idx --dir w --overwrite")
     assert len(common.load_split(tmp_path / "w", "val").labels) == 10
-
-
-def test_a_world_killed_halfway_is_ours_and_painted_again(call, mistake, tmp_path, monkeypatch):
-    monkeypatch.setattr(make_data, "draw_samples", lambda folder: None)
-    write_idx(tmp_path / "idx", n=(100, 20))
-    call("make_data.py --mnist idx --dir w --recipe flat")
-    whole = contents(tmp_path / "w")
-
-    def killed(record, path):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(make_data, "save_pt", killed)
-        call("make_data.py --mnist idx --dir w --recipe flat")
-    assert not (tmp_path / "w" / "train.pt").exists(), "no four splits of two worlds"
-    mistake("make_data.py --mnist idx --dir w", "other settings, recipe flat")
-    call("make_data.py --mnist idx --dir w --recipe flat")
-    again = contents(tmp_path / "w")
-    assert all(again[path] == data for path, data in whole.items() if path.name != "times.csv")
 
 
 def test_text_files_end_their_lines_as_bash_needs_them():

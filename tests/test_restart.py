@@ -220,8 +220,9 @@ def stages(tmp_path):
         if "--report" not in sys.argv:
             note("began")
             time.sleep(0.2)
-            while os.path.exists("hold"):
-                time.sleep(0.05)
+            for _ in range(1200):  # a minute: no test that fails leaves it behind for ever
+                if os.path.exists("hold"):
+                    time.sleep(0.05)
             note("ended")
     """)
     for name in ("common.py", "make_data.py", "train.py", "gradcam.py", "attack.py"):
@@ -287,7 +288,7 @@ def test_run_all_twice_at_once_is_refused_in_one_line(stages, tmp_path):
     until(lambda: stages.lines("began"))
     for words in ("lazy", "report"):
         second = stages(words)
-        assert second.communicate()[1].count("\n") == 1 and second.returncode == 2
+        assert second.communicate(timeout=60)[1].count("\n") == 1 and second.returncode == 2
     (tmp_path / "hold").unlink()
     err = first.communicate()[1]
     assert first.returncode == 0 and err == "" and len(stages.lines("began")) == STEPS

@@ -2,7 +2,8 @@
 # Regenerates every table and figure on real MNIST: a runner, and below it the commands, stage by stage.
 #
 #   bash run_all.sh                every stage; a second call continues where the first one stopped
-#   bash run_all.sh STAGE...       only these: lazy evidence cures groups biased coloured shortcuts ablations lntl robust ...
+#   bash run_all.sh STAGE...       only these: lazy evidence cures groups biased coloured shortcuts
+#                                  ablations lntl robust robgan page
 #   bash run_all.sh compare NAME   a --method of yours (its name, FILE.py, or flags in quotes) beside three of ours
 #   bash run_all.sh report         refill tables and redraw figures from the results that are there
 #   bash run_all.sh test           format, lint and the fast tests
@@ -301,7 +302,7 @@ robust() {  # 60 min: adversarial training: the published problem, a ResNet, and
   [ $QUICK = 0 ] || reader=  # it would read its own pictures
   run gradcam.py --dir $R --maximise --name all $reader --models \
     $(models 3 baseline told_nothing_width4 jitter combined unbiased/oracle) at_balanced_s42 baseline_shufflelabels_s42  # what each answer wants to see
-  [ $QUICK = 1 ] || run attack.py --dir $R/mnist --name check_eps0.3_n100 --check --eps 0.3 --n 100 --models at_s42  # two epochs say nothing about attacks
+  [ $QUICK = 1 ] || run attack.py --dir $R/mnist --check --eps 0.3 --n 100 --models at_s42  # two epochs say nothing about attacks
   [ $QUICK = 1 ] || run attack.py --dir $R --check --name at_check --n 100 --models at_balanced_s42
 }
 

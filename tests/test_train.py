@@ -316,6 +316,21 @@ def test_scores_equal_a_count_by_hand():
     }
 
 
+def test_with_two_shortcuts_it_counts_where_only_one_of_them_conflicts():
+    """Six pictures of 0 and 1: colour and stripes own both, the colour only, the stripes only."""
+    split = split_of([0, 1, 0, 1, 0, 1], [0, 1, 1, 0, 0, 1])
+    split = split._replace(second=torch.tensor([0, 1, 0, 1, 1, 0]))
+    s = train.score(torch.tensor([0, 1, 1, 1, 1, 1]), split)
+    assert (s["only_first_conflicts"], s["only_second_conflicts"]) == (1 / 2, 1 / 2)
+    assert (s["follows_colour"], s["follows_second"]) == (1 / 2, 1 / 2)
+    table = train.accuracy_by_group(torch.tensor([0, 1, 1, 1, 1, 1]), split)
+    assert table == [[0.5, 0.0], [1.0, 1.0]]
+    assert train.accuracy_by_group(torch.tensor([1]), split_of([1], [0])) == [
+        [None] * 2,
+        [1.0, None],
+    ]
+
+
 def test_the_worst_group_is_the_one_with_the_lowest_accuracy():
     split = split_of([3, 3, 3, 1, 1], [7, 7, 7, 1, 1])
     s = train.score(torch.tensor([3, 0, 0, 1, 0]), split)

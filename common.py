@@ -182,6 +182,30 @@ def refuse_nan(name, model, inputs, logits):
         die(f"{name} gives answers that are no numbers", "train it again with a smaller --lr")
 
 
+class InputOf:
+    """Inside `with`, .seen is what this layer of a model was fed, a tensor for each call."""
+
+    def __init__(self, layer):
+        self.layer, self.seen = layer, []
+
+    def __enter__(self):
+        self.hook = self.layer.register_forward_pre_hook(self.keep)
+        return self
+
+    def keep(self, _, inputs):
+        self.seen.append(inputs[0])
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+
+def answers_and_features(model, split):
+    """A net's answers int64 (N,) and its penultimate features float (N,F), both on the CPU."""
+    with InputOf(model.fc) as features:
+        answers = predict(model, split.images).argmax(1)
+    return answers.cpu(), torch.cat(features.seen).cpu()
+
+
 def chunks(n, size=250):
     """Slices of n images; 250 are what a core's cache holds in front of a tiny net."""
     return [slice(low, low + size) for low in range(0, n, size)]

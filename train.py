@@ -34,7 +34,9 @@ from common import (
     MODELS,
     ROOT,
     SPLITS,
+    InputOf,
     Split,
+    answers_and_features,
     build_model,
     check_fit,
     chunks,
@@ -134,7 +136,7 @@ def get_args(argv=None):
     add("--generator", of="at", metavar="NAME", help="learn pictures of this robgan run, too")
     add("--generated", of="at", type=share, default=0.5, help="their share of a batch")
     add("--judge", of="robgan", default="baseline_s42", help="independent classifier")
-    of, pixels = "baseline biasbal balance at robgan", {"type": count, "metavar": "PIXELS"}
+    of, pixels = "baseline biasbal balance dfr at robgan", {"type": count, "metavar": "PIXELS"}
     add("--crop", of=of, **pixels, default=0, help="shift images by up to this; student: 2")
     add("--augment", of="at robgan", choices=("student",), help="a recipe: see `augment`")
 
@@ -586,6 +588,9 @@ class Method(nn.Module):
         """(name of the phase, key of the record that chooses its epoch; None keeps the last)."""
         return "", None
 
+    def finish(self, model, data):
+        """The last thing done to the weights that are kept; `data` is the training split."""
+
     def draws(self):
         """A generator of pictures, to be scored once training is over, or None."""
         return None
@@ -760,6 +765,33 @@ class Resample(Method):
         return F.cross_entropy(logits, batch.y)
 
 
+class DFR(Baseline):
+    """Deep feature reweighting (Kirichenko et al., 2023): plain training, then the last layer anew.
+
+    The layer is fitted from nothing on the features of the training images, where every (digit,
+    colour) pair that is there counts the same. Departures: the paper draws as many images of each
+    pair from data held out, here all training images are weighted; its L1 penalty, chosen on val,
+    is the L2 penalty of `fit_layer`, for which no split was asked. The epochs' scores are those of
+    plain training; the net that is kept comes after them.
+    """
+
+    wants_colours = True
+
+    def finish(self, model, data):
+        z = answers_and_features(model, data)[1]
+        mean, scale = z.mean(0), z.std(0) + 1e-6
+        y, colour = data.labels.cpu(), data.colors.cpu()
+        classes = model.fc.out_features
+        count = count_groups(data, classes).cpu()
+        weight = len(y) / (count.count_nonzero() * count[y, colour])  # mean 1
+        target = F.one_hot(y, classes) * weight[:, None]
+        weight, bias = fit_layer((z - mean) / scale, target, classes)
+        weight = weight / scale
+        with torch.no_grad():
+            model.fc.weight.copy_(weight)
+            model.fc.bias.copy_(bias - weight @ mean)
+
+
 class Reverse(torch.autograd.Function):
     """The identity forward; the gradient times -scale backward (Ganin & Lempitsky, 2015)."""
 
@@ -771,23 +803,6 @@ class Reverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return -ctx.scale * grad, None
-
-
-class InputOf:
-    """Inside `with`, .seen is what this layer of a model was fed, a tensor for each call."""
-
-    def __init__(self, layer):
-        self.layer, self.seen = layer, []
-
-    def __enter__(self):
-        self.hook = self.layer.register_forward_pre_hook(self.keep)
-        return self
-
-    def keep(self, _, inputs):
-        self.seen.append(inputs[0])
-
-    def __exit__(self, *_):
-        self.hook.remove()
 
 
 class GRL(Resample):
@@ -1424,6 +1439,7 @@ METHODS = {
     "combined": Combined,
     "biasbal": Resample,
     "balance": Resample,
+    "dfr": DFR,
     "groupdro": GroupDRO,
     "irm": IRM,
     "vrex": VREx,
@@ -1444,6 +1460,7 @@ def save_results(model, method, splits, args, epochs, kept, facts):
     }
     for phase, best in kept.items():
         model.load_state_dict(best.weights)
+        method.finish(model, splits["train"])
         name = phase_name(args.name, phase)
         flags = {**settings(args), "phase": phase} if phase else settings(args)
         record = {
@@ -1461,7 +1478,8 @@ def save_results(model, method, splits, args, epochs, kept, facts):
         }
         if "val_pgd" in epochs[best.epoch - 1]:
             record["val_pgd"] = epochs[best.epoch - 1]["val_pgd"]
-        checkpoint = {"script": "train.py", "weights": best.weights, "args": flags}
+        weights = copy_of(model.state_dict())
+        checkpoint = {"script": "train.py", "weights": weights, "args": flags}
         checkpoint |= {"trained": record["trained"], **shape_of(splits["train"])}
         if method.draws() is not None and not phase:
             record["generator"], more = score_generator(method.draws(), model, splits, args)
@@ -1528,13 +1546,6 @@ def trained(val):
     answers = [sum(column) for column in zip(*val["confusion"], strict=True)]
     learned = val["acc"] >= 1 / len(answers) + 0.1
     return learned and max(answers) <= 0.9 * sum(answers)
-
-
-def answers_and_features(model, split):
-    """A net's answers int64 (N,) and its penultimate features float (N,F), both on the CPU."""
-    with InputOf(model.fc) as features:
-        answers = predict(model, split.images).argmax(1)
-    return answers.cpu(), torch.cat(features.seen).cpu()
 
 
 def epoch_scores(model, splits):
@@ -1633,8 +1644,16 @@ def probe(z, split):
 
 
 def fit_linear(z, y, z_test, y_test, l2=1e-3):
-    """Test accuracy of a softmax regression with a small L2 penalty, fitted by L-BFGS. z (N,F)."""
-    classes = int(max(y.max(), y_test.max())) + 1
+    """Test accuracy of a softmax regression with a small L2 penalty. z (N,F), y (N,)."""
+    weight, bias = fit_layer(z, y, int(max(y.max(), y_test.max())) + 1, l2)
+    return (F.linear(z_test, weight, bias).argmax(1) == y_test).double().mean().item()
+
+
+def fit_layer(z, y, classes, l2=1e-3):
+    """(weight (classes,F), bias (classes,)) of a softmax regression by L-BFGS; z float (N,F).
+
+    y is int64 (N,), or float (N,classes): how much each image counts, in the column of its label.
+    """
     weight = torch.zeros(classes, z.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
     optimiser = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
@@ -1646,8 +1665,7 @@ def fit_linear(z, y, z_test, y_test, l2=1e-3):
         return loss
 
     optimiser.step(closure)
-    with torch.no_grad():
-        return (F.linear(z_test, weight, bias).argmax(1) == y_test).double().mean().item()
+    return weight.detach(), bias.detach()
 
 
 # ---- scoring a generator

@@ -95,10 +95,11 @@ def in_world(tmp_path):
 
 TOLD = {
     "nothing": "baseline gce lff jtt at robgan, at --balance --infer-groups, grl --infer-groups,"
+    " dfr --infer-groups,"
     " baseline --name oracle_s42",  # a name decides nothing
     "the kind of bias": "jitter lntl, jitter --balance --infer-groups, combined --infer-groups,"
     " baseline --grayscale, balance --infer-groups --grayscale",
-    "colour labels": "grl combined biasbal balance groupdro, at --balance, jitter --balance,"
+    "colour labels": "grl combined biasbal balance groupdro dfr, at --balance, jitter --balance,"
     " grl --grayscale",
 }
 
@@ -136,7 +137,7 @@ def test_the_plain_losses_are_means_of_what_the_label_s_probability_costs(gen, m
     assert loss.item() == pytest.approx(by_hand, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["baseline", "balance", "biasbal"])
+@pytest.mark.parametrize("method", ["baseline", "balance", "biasbal", "dfr"])
 def test_crop_shifts_the_images(net, data, method):
     x, seen = data.x(slice(6)), []
     net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -235,6 +236,37 @@ def test_the_loss_is_corrected_for_what_resampling_leaves(data, gen, flags, left
     assert method.loss(model, batch, gen).item() == pytest.approx(by_hand, rel=1e-5)
     if flags == "balance":  # to the last bit
         assert torch.equal(method.loss(model, batch, gen), F.cross_entropy(model.rows, batch.y))
+
+
+class TwoFeatures(torch.nn.Module):
+    """Sees red and green of a picture of one pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.fc(x[:, :2, 0, 0])
+
+
+def test_dfr_weighs_groups_alike_and_so_has_no_use_for_colour():
+    # red says the digit four times in five, whatever the colour; green is the colour, 19 in 20
+    groups = [(digit, colour, right) for digit in (0, 1) for colour in (0, 1) for right in range(5)]
+    often = [image for image in groups for _ in range(19 if image[0] == image[1] else 1)]
+    digit, colour, right = torch.tensor(often).T
+    red = torch.where(right > 0, digit, 1 - digit)
+    images = torch.stack([red, colour, colour], 1)[:, :, None, None].mul(255).byte()
+    data, net = common.Split(images, digit, colour, None), TwoFeatures()
+    z = images[:, :2, 0, 0] / 255
+    plain, _ = train.fit_layer(z, digit, 2)
+    assert plain[1, 1] > 2 * plain[1, 0] > 0
+    method_of("dfr", net, {"train": data}).finish(net, data)
+    assert net.fc.weight[1, 0] > 1 and net.fc.weight[:, 1].abs().max() < 0.01
+    assert torch.equal(common.predict(net, images).argmax(1), red)
+    odds = torch.tensor([[1.0, 0, 0], [0, 0, 0]])[:, :, None, None]
+    with torch.no_grad():  # log 4 either way, but for the penalty
+        gap = net(odds) @ torch.tensor([-1.0, 1.0])
+    assert gap.tolist() == pytest.approx([math.log(4), -math.log(4)], abs=0.1)
 
 
 def grl_losses(grl, net, batch, given_colour, given_digit):

@@ -8,6 +8,7 @@ Writes  DIR/gradcam.json, DIR/gradcam.pt (maps that the figures show), DIR/figur
     python gradcam.py --cam hirescam
     python gradcam.py --models jitter_s42 jitter_s43 --split val --name two
     python gradcam.py --maximise                            # what each answer wants to see
+    python gradcam.py --decompose                           # what the features know beside that
     python gradcam.py --page                                # demo.js, which demo.html reads
     python gradcam.py --image my_digit.png                  # your own digit on ten colours
     python gradcam.py --report                              # figures again, from the files
@@ -43,6 +44,7 @@ from common import (
     SPLITS,
     SimpleCNN,
     Split,
+    answers_and_features,
     build_model,
     check_fit,
     chunks,
@@ -51,6 +53,7 @@ from common import (
     figure,
     guard,
     ink,
+    lines,
     load_json,
     load_model,
     load_pt,
@@ -78,9 +81,26 @@ BATCH = 500  # images; small enough for a ResNet-50, large enough for the tiny n
 SANITY_IMAGES, SANITY_DRAWS = 1000, 5  # the cascade: images of the split, sets of random weights
 ROWS = 2  # models in the figures of heat maps
 STARTS = 3  # pictures that --maximise finds for each class
+LATENTS, ACTIVE = 512, 16  # of a sparse autoencoder: in all, and of one picture
+DICTIONARIES, DRAWS = 3, 5  # autoencoders a model; draws of whatever is random beside it
+SAYS = 0.3  # η² from which a latent says colour, or digit
+TAKEN = (0, 5, 10, 20, 40, 80)  # latents that are silenced at once
+SHOWN = 2  # latents of each kind in the figure
+CURVES = {
+    "colour": ("colour latents silenced", "#D55E00"),
+    "digit": ("digit latents silenced", "#0072B2"),
+    "others": ("others silenced that vary as much, or all", "#777777"),
+    "turned_up": ("colour latents turned up twofold", "#E69F00"),
+}
 LARGEST = 50_000_000  # pixels of a picture of one's own, those of a large phone camera
 TITLES = {"gradcam": "Grad-CAM", "hirescam": "HiResCAM"}  # kinds of heat map
-MAPS, MAXIMISE, IMAGE, PAGE = "heat maps", "--maximise", "--image", "--page"  # what it can do
+MAPS, MAXIMISE, DECOMPOSE, IMAGE, PAGE = (  # what it can do
+    "heat maps",
+    "--maximise",
+    "--decompose",
+    "--image",
+    "--page",
+)
 
 
 def get_args(argv=None):
@@ -98,11 +118,13 @@ def get_args(argv=None):
     helps = "that is shown (test_hard)"
     add(g, "--split", MAPS, choices=SPLITS[1:], default="test_hard", help=helps)
     helps = "of the result: gradcam_NAME (default: what differs from the defaults)"
-    add(g, "--name", MAPS, MAXIMISE, help=helps)
+    add(g, "--name", MAPS, MAXIMISE, DECOMPOSE, help=helps)
     add(g, "--cam", MAPS, choices=TITLES, default="gradcam", help="kind of map (gradcam)")
     g = p.add_argument_group("instead of heat maps").add_mutually_exclusive_group()
     helps = "find the pictures that each class wants to see"
     g.add_argument("--maximise", action="store_true", help=helps)
+    helps = "erase colour from the features, and silence what says it in a sparse autoencoder"
+    g.add_argument("--decompose", action="store_true", help=helps)
     helps = "find the digit in pictures of your own, show it on ten colours"
     g.add_argument("--image", nargs="+", type=Path, metavar="FILE", help=helps)
     helps = "write DIR/demo.js: the networks that DIR/demo.html names, for the page"
@@ -121,7 +143,7 @@ def get_args(argv=None):
         die(what, "save one under another --name")
     if args.reader in args.models:
         die(f"{args.reader} would read its own pictures", "choose another --reader")
-    if args.name and not re.fullmatch(r"(?!hirescam|maximise)\w{1,60}", args.name, re.A):
+    if args.name and not re.fullmatch(r"(?!hirescam|maximise|decompose)\w{1,60}", args.name, re.A):
         what = f"--name {args.name!r} must be letters, digits and _, and no kind of map"
         die(what, "choose another name")
     return args
@@ -130,6 +152,8 @@ def get_args(argv=None):
 def mode_of(args):
     if args.maximise:
         return MAXIMISE
+    if args.decompose:
+        return DECOMPOSE
     if args.page:
         return PAGE
     return IMAGE if args.image else MAPS
@@ -137,8 +161,9 @@ def mode_of(args):
 
 def result_name(args):
     """gradcam, gradcam_val_hirescam, gradcam_NAME_hirescam, gradcam_maximise, ..."""
-    head = "gradcam_maximise" if args.maximise else "gradcam"
-    skip = {"models", "name", "maximise", "image", "raw", "page", "reader"}
+    mode = mode_of(args)
+    head = f"gradcam_{mode[2:]}" if mode in (MAXIMISE, DECOMPOSE) else "gradcam"
+    skip = {"models", "name", "maximise", "decompose", "image", "raw", "page", "reader"}
     if args.name:
         head = f"{head}_{args.name}"
         skip = vars(args).keys() - {"cam"}
@@ -647,7 +672,14 @@ def draw(path, classes):
     record, beside = load_json(path, "delete it"), path.with_suffix(".pt")
     shown = load_pt(beside, "delete it") if beside.exists() else {}
     figures = {}
-    if "split" not in record:
+    if "latents" in record.get("args", {}):
+        figures[f"{path.stem}_curves"] = draw_curves(record)
+        figures[f"{path.stem}_channels"] = draw_channels(record)
+        if shown:
+            figures[f"{path.stem}_latents"] = pictures(
+                [row for rows in shown.values() for row in rows]
+            )
+    elif "split" not in record:
         if shown:
             figures[path.stem] = draw_wants(shown, classes)
     else:
@@ -824,6 +856,341 @@ def look_for(args, device):
         said = "" if read is None else f", {args.reader} reads {read:4.0%}"
         print(f"{model:{wide}s}  sure to {wants['confidence']:.3f}{said}")
     print(written)
+
+
+# ---- what the last layer is fed: a concept erased, a sparse dictionary, channels
+
+
+class Seen(NamedTuple):
+    """Pictures as the last layer sees them."""
+
+    z: torch.Tensor  # float (N,F): penultimate features
+    labels: torch.Tensor  # int64 (N,)
+    colours: torch.Tensor  # int64 (N,): the class that owns each picture's colour
+    code: torch.Tensor | None = None  # float (N,L): what a dictionary makes of the features
+
+
+def seen_by(model, splits):
+    """{name: Seen} of every split; `fit` has the even digits, `odd` and `hard` the odd ones."""
+    seen = {}
+    for name, split in splits.items():
+        z = answers_and_features(model, split)[1]
+        seen[name] = Seen(z, split.labels.cpu(), split.colors.cpu())
+    hard, every = (seen[name][:3] for name in ("test_hard", "test_unbiased"))
+    seen["hard"] = Seen(*(part[1::2] for part in hard))
+    seen["fit"], seen["odd"] = (Seen(*(part[k::2] for part in every)) for k in (0, 1))
+    return seen
+
+
+def hits_of(fc, seen, change):
+    """{measure: double (N,)}, 0 or 1 a picture, once `change`, Seen to (N,F), was at the features.
+
+    Is the answer right on test_hard, is it the colour's there, is it right on val.
+    """
+    with torch.inference_mode():
+        hard, val = (fc(change(seen[name])).argmax(1) for name in ("hard", "val"))
+    hits = {
+        "test_hard": hard == seen["hard"].labels,
+        "follows_colour": hard == seen["hard"].colours,
+        "val": val == seen["val"].labels,
+    }
+    return {key: hit.double() for key, hit in hits.items()}
+
+
+def average(several):
+    """Of dictionaries with the same keys, key by key."""
+    return {key: sum(one[key] for one in several) / len(several) for key in several[0]}
+
+
+def means(hits):
+    return {key: mean(hit) for key, hit in hits.items()}
+
+
+def gains(hits, other):
+    """Mean differences over the same pictures, with 95 % intervals."""
+    found = {}
+    for key in hits.keys() & {"test_hard", "follows_colour", "val"}:
+        gain = hits[key] - other[key]
+        value, half = mean(gain), 1.96 * gain.std().item() / math.sqrt(len(gain))
+        found[key] = {"value": value, "low": value - half, "high": value + half}
+    return found
+
+
+def eraser(z, concept):
+    """A map of features, (N,F) to (N,F), after which least squares reads nothing of a concept.
+
+    LEACE in closed form (Belrose et al., 2023) from z (N,F) and concept int64 (N,): of all affine
+    maps that leave no covariance with its classes, the one that moves features least.
+    """
+    one_hot, middle = F.one_hot(concept).double(), z.double().mean(0)
+    z = z.double() - middle
+    values, vectors = torch.linalg.eigh(z.T @ z / len(z))
+    vary = values > 1e-9 * values.max()
+    root, vectors = values[vary].sqrt(), vectors[:, vary]
+    whiten, back = (vectors / root) @ vectors.T, (vectors * root) @ vectors.T
+    u, size, _ = torch.linalg.svd(whiten @ z.T @ (one_hot - one_hot.mean(0)) / len(z), False)
+    u = u[:, size > 1e-6]
+    away, middle = (whiten @ u @ u.T @ back).float(), middle.float()
+    return lambda z: z - (z - middle) @ away
+
+
+def erasures(fc, seen, plain, seed):
+    """Scores without colour, without digit, and without as much at random: shuffled colours."""
+    fit, gen = seen["fit"], stream(seed, "shuffled colours")
+    concepts, found = {"colour": [fit.colours], "digit": [fit.labels]}, {}
+    orders = [torch.randperm(len(fit.z), generator=gen) for _ in range(DRAWS)]
+    concepts["random"] = [fit.colours[order] for order in orders]
+    for kind, several in concepts.items():
+        maps = [eraser(fit.z, concept) for concept in several]
+        hits = average([hits_of(fc, seen, lambda s, erase=erase: erase(s.z)) for erase in maps])
+        found[kind] = means(hits) | {"gain": gains(hits, plain)}
+    return found
+
+
+class Dictionary(NamedTuple):
+    """A sparse autoencoder: at most `active` of L latents make up a picture's features."""
+
+    middle: torch.Tensor  # float (F,): of the features
+    scale: torch.Tensor  # root mean squared distance of features to their middle
+    encoder: torch.Tensor  # float (F,L)
+    bias: torch.Tensor  # float (L,)
+    decoder: torch.Tensor  # float (L,F): rows of length one
+    active: int
+
+    def code(self, z):
+        """Activations (N,L) of features (N,F)."""
+        return largest((z - self.middle) / self.scale @ self.encoder + self.bias, self.active)
+
+    def turned(self, seen, latents, usual, factor):
+        """Features (N,F) with latents `factor` times as far from their usual activation (L,).
+
+        0 silences them. What the dictionary does not make up stays as it is.
+        """
+        more = (factor - 1) * (seen.code[:, latents] - usual[latents])
+        return seen.z + self.scale * (more @ self.decoder[latents])
+
+
+def largest(code, k):
+    """The k largest of each row, where they are above zero; the rest is zero."""
+    code = code.relu()
+    return code * (code >= code.topk(k).values[:, -1:])
+
+
+def fit_dictionary(z, gen, latents=LATENTS, active=ACTIVE, epochs=4, batch=500, lr=3e-3):
+    """The Dictionary of features z (N,F): a top-k sparse autoencoder (Gao et al., 2024).
+
+    Adam on the squared error. Departure: nothing revives latents that die.
+    """
+    middle = z.mean(0)
+    scale = (z - middle).square().sum(1).mean().sqrt()
+    x = (z - middle) / scale
+    decoder = F.normalize(torch.randn(latents, z.shape[1], generator=gen), dim=1)
+    weights = [decoder.T.clone(), torch.zeros(latents), decoder]
+    optimiser = torch.optim.Adam([w.requires_grad_() for w in weights], lr=lr)
+    for _ in range(epochs):
+        for part in torch.randperm(len(x), generator=gen).split(batch):
+            code = largest(x[part] @ weights[0] + weights[1], active)
+            loss = (x[part] - code @ decoder).square().sum(1).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            decoder.data.copy_(F.normalize(decoder.data, dim=1))
+    return Dictionary(middle, scale, *(w.detach() for w in weights), active)
+
+
+def eta_squared(values, group):
+    """Share of each column's variance that lies between groups: values (N,L), group int64 (N,)."""
+    member, away = F.one_hot(group).to(values.dtype), values - values.mean(0)
+    between = ((member.T @ away).square() / member.sum(0).clamp(min=1)[:, None]).sum(0)
+    return (between / away.square().sum(0)).nan_to_num()
+
+
+def as_strong(latents, pool, strength, gen):
+    """Random latents of a pool (P,) that vary as much as these do together, or the whole pool."""
+    pool = pool[torch.randperm(len(pool), generator=gen)]
+    fewer = strength[pool].cumsum(0) < strength[latents].sum()
+    return pool[: int(fewer.sum()) + 1] if len(latents) else latents
+
+
+def taken_apart(fc, seen, gen):
+    """One autoencoder: (numbers, {(kind, k): hits}, decoder of live latents, what it shows most).
+
+    The k latents that say most of the colour, or of the digit, are silenced; so are others, which
+    do not say colour and vary as much; those of the colour are also turned up to twice as far.
+    """
+    d = fit_dictionary(seen["train"].z, gen)
+    seen = {n: seen[n]._replace(code=d.code(seen[n].z)) for n in ("fit", "odd", "hard", "val")}
+    fit, odd = seen["fit"], seen["odd"]
+    usual, strength, live = fit.code.mean(0), fit.code.var(0), (fit.code > 0).any(0)
+    concepts = {"colour": fit.colours, "digit": fit.labels}
+    says = {kind: eta_squared(fit.code, group) for kind, group in concepts.items()}
+    ranked = {kind: share.argsort(descending=True) for kind, share in says.items()}
+    pool = (live & (says["colour"] <= SAYS)).nonzero()[:, 0]
+
+    def turned(latents, factor=0):
+        hits = hits_of(fc, seen, lambda s: d.turned(s, latents, usual, factor))
+        return hits | {"variance": strength[latents].sum()[None]}
+
+    curves = {}
+    for k in TAKEN:
+        colour, digit = (ranked[kind][:k] for kind in says)
+        others = [as_strong(colour, pool, strength, gen) for _ in range(DRAWS)]
+        curves["colour", k], curves["digit", k] = turned(colour), turned(digit)
+        curves["others", k] = average([turned(latents) for latents in others])
+        curves["turned_up", k] = turned(colour, factor=2)
+    away = odd.z - d.middle
+    lost = (away - d.scale * odd.code @ d.decoder).square().sum() / away.square().sum()
+    numbers = {"variance_kept": 1 - lost.item(), "active": mean((odd.code > 0).sum(1))}
+    numbers |= {f"say_{kind}": int((share > SAYS).sum()) for kind, share in says.items()}
+    numbers["live"] = int(live.sum())
+    shown = [
+        (kind, share[latent].item(), odd.code[:, latent].topk(10).indices)
+        for kind, share in says.items()
+        for latent in ranked[kind][:SHOWN]
+    ]
+    return numbers, curves, d.decoder[live], shown
+
+
+def stability(decoders):
+    """Mean cosine of a live latent with the best match that another autoencoder has for it."""
+    pairs = itertools.permutations(decoders, 2)
+    return mean(torch.cat([(one @ other.T).amax(1) for one, other in pairs]))
+
+
+def channels_of(seen, channels):
+    """Mean activity of each channel for each digit on each colour, and what it is about.
+
+    Shares of the variance of such a table (digit,colour): between colours, between digits, and
+    what neither explains alone. Means over the channels that vary.
+    """
+    activity = seen.z.view(len(seen.z), channels, -1).mean(2)  # (N,C)
+    classes = int(max(seen.labels.max(), seen.colours.max())) + 1
+    member = F.one_hot(seen.labels * classes + seen.colours, classes**2).float()
+    table = (member.T @ activity / member.sum(0).clamp(min=1)[:, None]).T
+    table = table.view(channels, classes, classes)
+    away = (table - table.mean((1, 2), keepdim=True)).double()
+    total, shares = away.square().mean((1, 2)), {}
+    for kind, side in (("colour", 1), ("digit", 2)):
+        shares[kind] = away.mean(side).square().mean(1) / total
+    shares["both"] = 1 - shares["colour"] - shares["digit"]
+    about = {kind: mean(share[total > 0]) for kind, share in shares.items()}
+    each = {f"each_{kind}": share.nan_to_num().tolist() for kind, share in shares.items()}
+    return {"activity": table.tolist(), **about, **each}
+
+
+def decomposed(model, splits, seed):
+    """(JSON record, what its first autoencoder shows most) of one network."""
+    fc, seen = copy.deepcopy(model.fc).cpu(), seen_by(model, splits)
+    plain = hits_of(fc, seen, lambda s: s.z)
+    found = [taken_apart(fc, seen, stream(seed, f"dictionary {k}")) for k in range(DICTIONARIES)]
+    numbers, curves, decoders, shown = zip(*found, strict=True)
+    hits = {at: average([one[at] for one in curves]) for at in curves[0]}
+    silenced = {kind: {str(k): means(hits[kind, k]) for k in TAKEN} for kind in CURVES}
+    for k in TAKEN:
+        beside = gains(hits["colour", k], hits["others", k])
+        silenced["colour"][str(k)]["beside_others"] = beside
+    record = {
+        "plain": means(plain),
+        "erased": erasures(fc, seen, plain, seed),
+        "dictionary": average(numbers) | {"stability": stability(decoders)},
+        "silenced": silenced,
+        "channels": channels_of(seen["test_unbiased"], model.conv3.out_channels),
+    }
+    return record, shown[0]
+
+
+def draw_curves(record):
+    """A column for each of two rows: scores as latents are silenced, beside erasure."""
+    rows = {}
+    for name in record["args"]["models"]:
+        rows.setdefault(row_of(name), []).append(record["models"][name])
+    rows = dict(list(rows.items())[:ROWS])
+    fig, axes = figure(4.4 * len(rows), 6, 2, len(rows), sharex=True, sharey="row")
+    for column, (row, models) in zip(axes.T, rows.items(), strict=True):
+        for ax, key in zip(column, ("test_hard", "follows_colour"), strict=True):
+            for kind, (label, colour) in CURVES.items():
+                points = {k: [m["silenced"][kind][str(k)][key] for m in models] for k in TAKEN}
+                lines(ax, points, colour, marker="o", ms=4, label=label)
+            erased = [m["erased"]["colour"][key] for m in models]
+            level = {0: erased, max(TAKEN): erased}
+            lines(ax, level, "black", ls="--", label="colour erased from the features")
+            ax.set(ylim=(0, 1))
+            ax.grid(alpha=0.3)
+        column[0].set_title(row, weight="bold")
+        column[1].set_xlabel("colour or digit latents that are changed")
+    axes[0, 0].set_ylabel("right on test_hard")
+    axes[1, 0].set_ylabel("answers the colour's digit")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return fig
+
+
+def draw_channels(record):
+    """A network a row, a channel a column: mean activity of each digit on each colour."""
+    names = firsts_of(record["args"]["models"])[: ROWS + 1]
+    tables = [record["models"][name]["channels"] for name in names]
+    columns = min(8, max(len(table["activity"]) for table in tables))
+    fig, axes = figure(1.35 * columns + 0.6, 1.75 * len(names) + 0.5, len(names), columns)
+    for line, name, table in zip(axes, names, tables, strict=True):
+        for k, ax in enumerate(line):
+            ax.set(xticks=[], yticks=[])
+            if k < len(table["activity"]):
+                ax.imshow(table["activity"][k], cmap="viridis")
+                shares = (f"{table[f'each_{kind}'][k]:.0%} {kind}" for kind in ("colour", "digit"))
+                ax.set_title("\n".join(shares), fontsize=8)
+        line[0].set_ylabel(f"{name}\n\ndigit 9 to 0", fontsize=8)
+        line[0].set_xlabel("colour 0 to 9", fontsize=8)
+    about = "Mean activity of conv3. Upright stripes: about the colour; level: about the digit."
+    fig.suptitle(about, fontsize=11)
+    return fig
+
+
+def take_apart(args, device):
+    """Decompose all models, write it down and draw it."""
+    began, path = time.time(), args.dir / f"{result_name(args)}.json"
+    settings = {"models": args.models, "seed": args.seed, "latents": LATENTS, "active": ACTIVE}
+    splits = {split: load_split(args.dir, split, device) for split in SPLITS}
+    painting, classes = painting_of(args.dir), class_names(args.dir)
+    colours = painting.names if painting else classes
+    if any(split.colors is None for split in splits.values()):
+        die(f"{args.dir} has pictures without colors", "see 'The data' in README.md")
+    found = {model: load_model(args.dir, model, device) for model in args.models}
+    for model, (net, checkpoint) in found.items():
+        check_fit(model, checkpoint, splits["train"], "train")
+        if not isinstance(net, SimpleCNN):
+            die(f"{model} has no conv3 whose channels are shown", "choose a SimpleCNN")
+    guard(path, {**settings, "script": "gradcam.py"}, args.overwrite)
+    print(f"taking the features of {len(found)} models apart, about a minute each", flush=True)
+    models, shown, odd = {}, {}, splits["test_unbiased"].take(slice(1, None, 2))
+    for model, (net, checkpoint) in found.items():
+        progress(f"features of {model}, model {len(models) + 1} of {len(found)}")
+        record, strongest = decomposed(net, splits, args.seed)
+        models[model] = {**record, "trained": checkpoint.get("trained", True)}
+        if model in firsts_of(args.models)[:ROWS]:
+            rows = [latent_row(model, odd, *latent, classes, colours) for latent in strongest]
+            shown[model] = rows
+    record = {
+        "schema": 1,
+        "script": "gradcam.py",
+        "args": settings,
+        "models": models,
+        "run": facts(args, device),
+    }
+    written = write_down(record, shown, path, classes, began)
+    print("right on odd digits of test_hard: as it is, colour erased, 40 colour latents silenced")
+    for model, about in list(models.items())[:8]:
+        scores = about["plain"], about["erased"]["colour"], about["silenced"]["colour"]["40"]
+        print(model, *(f"{score['test_hard']:.3f}" for score in scores))
+    print(written)
+
+
+def latent_row(model, split, kind, share, index, classes, colours):
+    """The pictures that excite a latent most, as a row of `pictures`."""
+    few = split.take(index.to(split.labels.device))
+    cells = [
+        (image.contiguous(), f"{classes[label]} on {colours[c]}", {})
+        for image, label, c in zip(few.images.cpu(), few.labels, few.colors, strict=True)
+    ]
+    return f"{model}: a latent that says most of the {kind} (η² {share:.2f})", cells
 
 
 # ---- pictures of one's own
@@ -1086,7 +1453,8 @@ def main(argv=None):
     if args.report:
         return report(args.dir)
     device = setup(args)
-    do = {MAPS: look, MAXIMISE: look_for, IMAGE: look_at_images, PAGE: make_page}
+    do = {MAPS: look, MAXIMISE: look_for, DECOMPOSE: take_apart}
+    do |= {IMAGE: look_at_images, PAGE: make_page}
     do[mode_of(args)](args, device)
 
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 import common
 import gradcam as g
+import train
 
 NAMES, MEANS = list(common.PALETTE), common.rgb(common.PALETTE)
 PAINTING = g.Painting("background", None, NAMES, MEANS)
@@ -359,6 +360,98 @@ def test_what_a_net_wants_to_see_is_read_by_another():
     assert wants((Reads(), {**about, "size": [5, 5]}))[0]["read by an oracle"] is None
 
 
+# ---- what the features hold
+
+
+def factorial():
+    """Features (300,6) of 3 colours x 4 digits, each fully crossed: colour, digit, noise."""
+    colour, digit, copy = (
+        part.flatten()
+        for part in torch.meshgrid(*(torch.arange(n) for n in (3, 4, 25)), indexing="ij")
+    )
+    noise = torch.randn(25, 2, generator=common.stream(0, "noise"))[copy]
+    shown = torch.tensor([[0.0, 1], [2, 0], [5, 3]])[colour]
+    read = torch.tensor([[1.0, 0], [0, 1], [0, 0], [2, 2]])[digit]
+    return torch.cat([shown, read, noise], 1), colour, digit
+
+
+def test_erasure_takes_all_of_a_concept_and_moves_nothing_else():
+    z, colour, digit = factorial()
+    left = g.eraser(z, colour)(z)
+    assert torch.allclose(left[:, :2], z[:, :2].mean(0).expand(len(z), 2), atol=1e-4)
+    assert torch.allclose(left[:, 2:], z[:, 2:], atol=1e-4)
+    left = g.eraser(z, digit)(z)
+    assert torch.allclose(left[:, [0, 1, 4, 5]], z[:, [0, 1, 4, 5]], atol=1e-4)
+
+
+def test_no_linear_trace_is_left_where_concept_and_features_are_mixed():
+    z, colour, _ = factorial()
+    gen = common.stream(0, "mixture")
+    z = (z + torch.randn(z.shape, generator=gen)) @ torch.randn(6, 9, generator=gen)  # rank 6
+    left = g.eraser(z, colour)(z)
+    assert train.fit_linear(z, colour, z, colour) > 0.75
+    assert train.fit_linear(left, colour, left, colour) == pytest.approx(1 / 3, abs=0.02)
+    middles = torch.stack([z[colour == k].mean(0) for k in range(3)]) - z.mean(0)
+    span = torch.linalg.svd(middles, full_matrices=False).Vh[:2]
+    moved = left - z
+    assert torch.allclose(moved @ span.T @ span, moved, atol=1e-4)
+
+
+def test_the_autoencoder_recovers_a_planted_dictionary():
+    gen = common.stream(0, "planted")
+    planted = nn.functional.normalize(torch.randn(12, 16, generator=gen), dim=1)
+    code = torch.rand(3000, 12, generator=gen) + 0.5
+    few = torch.rand(3000, 12, generator=gen).argsort(1) < 2
+    d = g.fit_dictionary((code * few) @ planted, gen, 48, 3, epochs=40, batch=100, lr=1e-2)
+    assert (planted @ d.decoder.T).amax(1).min() > 0.9
+    assert torch.allclose(d.decoder.norm(dim=1), torch.ones(48), atol=1e-5)
+    assert (d.code((code * few) @ planted) > 0).sum(1).max() <= 3
+
+
+def test_silencing_no_latent_changes_no_bit_and_silencing_one_sets_it_to_its_mean():
+    gen = common.stream(0, "code")
+    z = torch.rand(50, 8, generator=gen)
+    d = g.fit_dictionary(z, gen, 12, 4, epochs=1, batch=10)
+    seen = g.Seen(z, None, None, d.code(z))
+    usual = seen.code.mean(0)
+    none = torch.tensor([], dtype=torch.int64)
+    assert torch.equal(d.turned(seen, none, usual, 0), z)
+    assert torch.equal(d.turned(seen, none, usual, 2), z)
+    one = int(seen.code.var(0).argmax())
+    away = seen.code[:, one, None] - usual[one]
+    moved = d.turned(seen, torch.tensor([one]), usual, 0) - z
+    assert torch.allclose(moved, -d.scale * away * d.decoder[one], atol=1e-6)
+    twice = d.turned(seen, torch.tensor([one]), usual, 2) - z
+    assert torch.allclose(twice, -moved, atol=1e-6) and moved.abs().max() > 0
+
+
+def test_eta_squared_by_hand():
+    group = torch.tensor([0, 0, 1, 1])
+    values = torch.tensor([[1.0, 0, 3], [1, 2, 3], [5, 1, 3], [5, 1, 3]])
+    assert g.eta_squared(values, group).tolist() == [1, 0, 0]  # the last one never varies
+    assert g.eta_squared(torch.tensor([[0.0], [2], [2], [4]]), group).item() == pytest.approx(0.5)
+
+
+def test_others_are_drawn_until_they_vary_as_much():
+    strength, gen = torch.tensor([4.0, 1, 1, 1, 1, 1]), common.stream(0, "others")
+    pool = torch.arange(1, 6)
+    found = g.as_strong(torch.tensor([0]), pool, strength, gen).tolist()
+    assert len(set(found)) == 4 and set(found) <= {1, 2, 3, 4, 5}
+    assert len(g.as_strong(torch.tensor([0, 0]), pool, strength, gen)) == 5  # all that there are
+    assert len(g.as_strong(torch.tensor([], dtype=torch.int64), pool, strength, gen)) == 0
+
+
+def test_what_a_channel_is_about():
+    digit, colour = torch.arange(100) // 10, torch.arange(100) % 10
+    maps = [colour, digit, digit + 2 * colour, torch.zeros(100)]
+    z = torch.stack(maps, 1).float()[:, :, None].expand(-1, -1, 5).flatten(1)  # five places each
+    about = g.channels_of(g.Seen(z, digit, colour), 4)
+    assert about["each_colour"] == pytest.approx([1, 0, 0.8, 0])
+    assert about["each_digit"] == pytest.approx([0, 1, 0.2, 0])
+    assert about["colour"] == pytest.approx(0.6) and about["both"] == pytest.approx(0, abs=1e-6)
+    assert about["activity"][2][3] == pytest.approx([3 + 2 * c for c in range(10)])
+
+
 # ---- files, figures and the command line
 
 
@@ -372,6 +465,8 @@ def test_files_are_named_by_what_differs():
     assert named("--name mine --split val") == "gradcam_mine"
     assert named("--name mine --cam hirescam") == "gradcam_mine_hirescam"
     assert named("--maximise --seed 3 --reader x") == "gradcam_maximise_s3"
+    assert named("--decompose") == "gradcam_decompose"
+    assert named("--decompose --name all") == "gradcam_decompose_all"
 
 
 def checkpoint(path, name="simplecnn", size=28, classes=10, method="baseline"):
@@ -399,6 +494,7 @@ def world(made, tmp_path, monkeypatch):
     """A copy in results/ that a test may fill; searches are cut short."""
     monkeypatch.setattr(g, "SANITY_DRAWS", 1)
     monkeypatch.setattr(g.maximise, "__defaults__", (2, 0.05, 2, 0.05))
+    monkeypatch.setattr(g.fit_dictionary, "__defaults__", (32, 4, 1, 50, 0.003))
     return shutil.copytree(made, tmp_path / "results")
 
 
@@ -443,9 +539,12 @@ def test_every_record_has_its_own_figures_and_report_redraws_the_same(world, cal
     assert said[-1] == "open  results/figures/gradcam_hirescam_ten_colours.png"
     said = call("gradcam.py --maximise --name two --models jitter_s42").splitlines()
     assert said[-1] == "open  results/figures/gradcam_maximise_two.png"
+    said = call("gradcam.py --decompose --models baseline_s42").splitlines()
+    assert said[-1] == "open  results/figures/gradcam_decompose_curves.png"
     common.save_json({"script": "mine.py"}, world / "gradcam_of_somebody.json")
     drawn = {p.name: p.read_bytes() for p in (world / "figures").glob("gradcam*")}
     names = {f"gradcam_hirescam_{n}.png" for n in ("examples", "lift_flip", "ten_colours")}
+    names |= {f"gradcam_decompose_{n}.png" for n in ("curves", "channels", "latents")}
     assert set(drawn) == names | {"gradcam_maximise_two.png"}
     for name in drawn:
         (world / "figures" / name).unlink()
@@ -471,6 +570,38 @@ def test_maximise_keeps_the_first_picture_of_every_class(world, undrawn, call):
     first = saved(world)
     call("gradcam.py --maximise --reader oracle")
     assert len(first) == 2 and saved(world) == first, "the same command, the same bytes"
+
+
+def test_the_keys_of_what_is_taken_apart(world, undrawn, call):
+    call("gradcam.py --decompose")
+    record = measured(world, "gradcam_decompose")
+    assert sorted(record) == ["args", "models", "run", "schema", "script"]
+    assert record["schema"] == 1
+    model = record["models"]["jitter_s42"]
+    assert sorted(model) == ["channels", "dictionary", "erased", "plain", "silenced", "trained"]
+    scores = {"test_hard", "follows_colour", "val"}
+    assert set(model["plain"]) == scores
+    assert set(model["erased"]) == {"colour", "digit", "random"}
+    for erased in model["erased"].values():
+        assert set(erased) == scores | {"gain"} and set(erased["gain"]) == scores
+    numbers = "active live say_colour say_digit stability variance_kept"
+    assert sorted(model["dictionary"]) == numbers.split()
+    assert set(model["silenced"]) == set(g.CURVES)
+    for kind, curve in model["silenced"].items():
+        assert set(curve) == {str(k) for k in g.TAKEN}
+        own = {"beside_others"} if kind == "colour" else set()
+        assert all(set(point) == scores | {"variance"} | own for point in curve.values())
+        assert {key: curve["0"][key] for key in scores} == model["plain"]
+    assert model["silenced"]["colour"]["5"]["beside_others"]["val"].keys() == {
+        "value",
+        "low",
+        "high",
+    }
+    about = ("colour", "digit", "both")
+    assert set(model["channels"]) == {"activity", *about, *(f"each_{kind}" for kind in about)}
+    split = common.load_split(world, "test_hard").take(slice(1, None, 2))  # the odd digits
+    answers = common.predict(common.load_model(world, "jitter_s42")[0], split.images).argmax(1)
+    assert model["plain"]["test_hard"] == pytest.approx((answers == split.labels).double().mean())
 
 
 def test_a_net_of_fewer_classes_or_another_size_finds_its_pictures(world, undrawn, call):
@@ -694,6 +825,10 @@ def test_mistakes_get_one_line_and_exit_code_2(world, mistake):
         ("--maximise --reader nobody_s1", "nobody_s1.pt is missing"),
         ("--maximise --reader jitter_s42", "would read its own pictures"),
         ("--maximise --image own.png", "not allowed with"),
+        ("--decompose --split val", "--split means nothing for --decompose"),
+        ("--decompose --models mlp", "no conv3"),
+        ("--decompose --models nobody_s1", "nobody_s1.pt is missing"),
+        ("--name decompose", "no kind of map"),
         ("--image own.png --name mine", "--name means nothing for --image"),
         ("--image results/meta.json", "no picture"),
         ("--raw", "--raw means nothing for heat maps"),

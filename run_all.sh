@@ -153,7 +153,7 @@ lazy() {  # 9 min
   run gradcam.py --dir $R --cam hirescam
 }
 
-evidence() {  # 5 min: what a sceptic asks for
+evidence() {  # 9 min: what a sceptic asks for
   local few="$(models 3 baseline jitter) grl_s42 combined_s42 unbiased/oracle_s42"
   run train.py --dir $R --method baseline --shuffle-labels  # a null model for the heat maps
   run train.py --dir $R --method grl --gamma 1
@@ -163,12 +163,17 @@ evidence() {  # 5 min: what a sceptic asks for
   level
   run gradcam.py --dir $R --name all --models $(models 5 baseline jitter grl combined unbiased/oracle) baseline_shufflelabels_s42  # lift and flips
   run gradcam.py --dir $R --name all --cam hirescam --models $(models 3 baseline jitter)
+  run gradcam.py --dir $R --decompose --name all --models $(models 3 baseline jitter) unbiased/oracle_s42  # a minute a model
   run attack.py --dir $R --name check_n200 --check --n 200  # fails if an attack cannot be trusted
 }
 
-cures() {  # 5 min: the other rows of the headline table
+cures() {  # 12 min: the other rows of the headline table
   run train.py --dir $R --method lntl  # slow: its heads look at every pixel
   for m in lff groupdro jtt biasbal; do each 3 train.py --dir $R --method $m; done
+  for w in "" " --width 16"; do  # the last layer anew, told and told nothing
+    each 3 train.py --dir $R --method dfr$w
+    each 3 train.py --dir $R --method dfr --infer-groups$w
+  done
 }
 
 groups() {  # told nothing: a first net names the colours

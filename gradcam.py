@@ -673,12 +673,11 @@ def draw(path, classes):
     shown = load_pt(beside, "delete it") if beside.exists() else {}
     figures = {}
     if "latents" in record.get("args", {}):
-        figures[f"{path.stem}_curves"] = draw_curves(record)
-        figures[f"{path.stem}_channels"] = draw_channels(record)
         if shown:
-            figures[f"{path.stem}_latents"] = pictures(
-                [row for rows in shown.values() for row in rows]
-            )
+            rows = [row for rows in shown.values() for row in rows]
+            figures[f"{path.stem}_latents"] = pictures(rows)
+        figures[f"{path.stem}_channels"] = draw_channels(record)
+        figures[f"{path.stem}_curves"] = draw_curves(record)  # the last one is pointed to
     elif "split" not in record:
         if shown:
             figures[path.stem] = draw_wants(shown, classes)

@@ -123,6 +123,7 @@ def get_args(argv=None):
         **switch,
         help="a first net's answers are the colours",
     )
+    add("--rounds", of="balance", type=number(int, 1, 3), default=1, help="shortcuts to be named")
     add("--first-epochs", of="jtt", type=some, default=1, help="of the first net")
 
     of = "at robgan"
@@ -203,6 +204,7 @@ def check_args(p, args, given):
     own = vars(args)  # without the flags of other methods
     for wrong, what in (
         (infers_groups(args) and not own.get("balance", True), "--infer-groups without --balance"),
+        (own.get("rounds", 1) > 1 and not infers_groups(args), "--rounds without --infer-groups"),
         ("width" in given and "cnn" not in args.model, f"--width with --model {args.model}"),
         ("steps" in given and own.get("attack") == "fgsm", "--steps with --attack fgsm"),
         ("grain" in given and own.get("jitter") != "mix", "--grain without --jitter mix"),
@@ -230,6 +232,8 @@ def settings(args):
     skip = set(NOT_SETTINGS)
     if vars(args).get("generator") is None:
         skip.add("generated")
+    if vars(args).get("rounds") == 1:
+        skip.add("rounds")
     return {key: value for key, value in vars(args).items() if key not in skip}
 
 
@@ -300,7 +304,8 @@ def main(argv=None):
     print_start(args, model, device)
     facts = {"knows": knows(args)}
     if infers_groups(args):
-        splits["train"], facts["groups"] = infer_groups(splits["train"], args.seed)
+        rounds = getattr(args, "rounds", 1)
+        splits["train"], facts["groups"] = infer_groups(splits["train"], args.seed, rounds)
     method = METHODS[args.method](model, splits, args).to(device)
     epochs, kept = train(model, method, splits, args, args.dir / f"{args.name}.part.pt")
     if PROCESSES > 1:
@@ -724,9 +729,10 @@ JITTERS = {"mix": mix, "hsv": hsv}
 
 
 def count_groups(split, classes):
-    """Images per (digit, colour): float (classes, classes)."""
-    cell = split.labels * classes + split.colors
-    return cell.bincount(minlength=classes**2).view(classes, classes).float()
+    """Images per (digit, colour): float (classes, classes), or (classes, groups) of --rounds."""
+    groups = max(classes, int(split.colors.max()) + 1)
+    cell = split.labels * groups + split.colors
+    return cell.bincount(minlength=classes * groups).view(classes, groups).float()
 
 
 def log_given(count, dim):
@@ -1086,7 +1092,7 @@ def train_plain(splits, args, **changes):
 # ---- told nothing: a first net, read early, names the shortcut
 
 
-def first_answers(data, seed):
+def first_answers(data, seed, resample=0.0):
     """(what a first net answers to every training image, int64 (N,); the epochs that it took).
 
     Early in training it answers by the shortcut, if that is easier than the label (Yang et al.,
@@ -1099,6 +1105,7 @@ def first_answers(data, seed):
         torch.manual_seed(seed)
         net = build_model("simplecnn", 16, **shape_of(data)).to(data.labels.device)
     method = GCE(net, {"train": data}, args)
+    method.resample = resample
     optimiser = make_optimiser(net, method, args.lr)
     state = {"model": net, "method": method, "optimiser": optimiser}
     state["schedule"] = make_schedule(optimiser, "constant", 1)
@@ -1117,7 +1124,7 @@ def first_answers(data, seed):
     die(f"after {args.epochs} epochs the first net is {words}", hint)
 
 
-def infer_groups(data, seed):
+def infer_groups(data, seed, rounds=1):
     """(training split whose colours are a first net's answers, how good these are).
 
     A biased net's answer stands for the spurious label (Zhang et al., 2022). True colours, where
@@ -1131,6 +1138,14 @@ def infer_groups(data, seed):
         facts["equal_colour_conflicting"] = mean_of(named[against])
     words = [f"{key} {value:.4g}" for key, value in facts.items() if value is not None]
     print("its answers stand for colours:", *words, flush=True)
+    for k in range(1, rounds):  # to a net balanced by the shortcuts found, the next is the easiest
+        known = data._replace(colors=answers)
+        more, epochs = first_answers(known, seed + 1 + k, resample=1.0)
+        answers = answers * shape_of(data)["classes"] + more
+        facts[f"round_{k + 1}"] = {"epochs": epochs, "equal_label": mean_of(more == data.labels)}
+        if data.second is not None:
+            named = (more == data.second)[data.second != data.labels]
+            facts[f"round_{k + 1}"]["equal_second_conflicting"] = mean_of(named)
     return data._replace(colors=answers), facts
 
 
@@ -1519,6 +1534,8 @@ def knows(args):
             return "no bias in training"
     if uses_colours(args) and not infers_groups(args):
         return "colour labels"
+    if getattr(args, "rounds", 1) > 1:
+        return "how many shortcuts"
     told = METHODS[args.method].knows
     if infers_groups(args) and told == "the environments":
         return "nothing"

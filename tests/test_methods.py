@@ -411,7 +411,7 @@ def test_a_first_net_s_answers_stand_for_colours_and_are_measured(data, monkeypa
     answers = data.colors.clone()
     answers[[0, 5]] = 2  # one of nine aligned images, one of the three conflicting ones...
     answers[6] = 1  # ...and another of these, called by its label
-    monkeypatch.setattr(train, "first_answers", lambda data, seed: (answers, seed))
+    monkeypatch.setattr(train, "first_answers", lambda data, seed, resample=0: (answers, seed))
     seen, facts = train.infer_groups(data, 4)
     assert torch.equal(seen.colors, answers) and torch.equal(seen.labels, data.labels)
     assert torch.equal(seen.images, data.images)
@@ -423,6 +423,30 @@ def test_a_first_net_s_answers_stand_for_colours_and_are_measured(data, monkeypa
     }
     blind, facts = train.infer_groups(data._replace(colors=None), 4)
     assert torch.equal(blind.colors, answers) and {*facts} == {"epochs", "equal_label"}
+
+
+def test_a_second_round_names_the_shortcut_that_is_left_once_the_first_is_balanced(monkeypatch):
+    labels, first, second = [0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 0], [0, 1, 0, 1, 0, 1]
+    data = split_of(labels, first)._replace(second=torch.tensor(second))
+    asked = []
+
+    def named(data, seed, resample=0.0):
+        asked.append((data.colors.tolist(), seed, resample))
+        return torch.tensor(first if len(asked) == 1 else second), len(asked)
+
+    monkeypatch.setattr(train, "first_answers", named)
+    seen, facts = train.infer_groups(data, 4, rounds=2)
+    assert asked == [(first, 5, 0.0), (first, 6, 1.0)]
+    assert seen.colors.tolist() == [0, 1, 2, 3, 2, 1]  # one of two colours, one of two seconds
+    share = pytest.approx(4 / 6)
+    assert facts["round_2"] == {"epochs": 2, "equal_label": share, "equal_second_conflicting": 1.0}
+    count = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    assert torch.equal(train.count_groups(seen, 2), count.float())
+    model = Logits([[0.0, 0.0]] * 6)
+    method = method_of("balance", model, {"train": seen}, "--resample 0")
+    loss = method.loss(model, batch_of(torch.zeros(6, 1), labels, seen.colors), None)
+    likely = [1 / 2] * 6  # a pair never seen counts as one image, so every group is one of each
+    assert loss.item() == pytest.approx(-math.log(likely[0]))
 
 
 def flat_colours(n):

@@ -337,6 +337,67 @@ def test_the_lazy_network_is_right_on_the_diagonal_and_told_nothing_everywhere()
         assert min(own + foreign) > 0.85 and abs(fmean(own) - fmean(foreign)) < 0.02
 
 
+def test_where_the_shortcut_is_strongest_it_stands_above_all_that_know_nothing_then_between_two():
+    for corr in ("999", "997", "995", "99"):
+        best, setting = [], f"0.{corr}"
+        for start in ("Nahon et al. (2023)", "SoftCon"):
+            best += [row[setting] for row in published("biased_mnist", start) if setting in row]
+        assert max(best) == published_best("biased_mnist", setting, knows="nothing")
+        ours = in_world(f"flat_{corr}", "told_nothing")
+        assert ours > (max(best) if corr == "999" else min(best)), corr
+
+
+def test_with_the_published_network_it_stands_above_all_that_we_read_or_level():
+    for corr in CMNIST:
+        ours = in_world(f"cmnist_{corr}", "told_nothing_mlp")
+        best = published_best("cmnist", f"0.{corr}", knows="nothing", how="read")
+        assert ours > best if corr != "95" else abs(ours - best) < 0.01
+        (second_hand,) = published("cmnist", "FG-CCDB")
+        assert second_hand[f"0.{corr}"] > ours
+        if corr != "95":
+            assert in_world(f"cmnist_{corr}", "told_nothing") > second_hand[f"0.{corr}"]
+
+
+def by_seed_of(world, row, number=hard):
+    return {seed: number(record) for seed, record in rows(world)[row].items()}
+
+
+def test_stripes_are_cured_and_jitter_that_undoes_colour_makes_them_worse_in_every_seed():
+    plain, told, kind = (by_seed_of("stripes", f) for f in ("plain", "told_nothing", "told_kind"))
+    assert set(plain) == set(told) == set(kind)
+    assert all(kind[seed] < plain[seed] - 0.1 and told[seed] > plain[seed] + 0.05 for seed in plain)
+
+
+def test_one_round_leaves_the_stripes_and_a_second_cures_both():
+    def where_only_stripes_conflict(record):
+        return record["final"]["test_unbiased"]["only_second_conflicts"]
+
+    once, twice = (by_seed_of("both", f"told_nothing{f}") for f in ("", "_twice"))
+    plain = by_seed_of("both", "plain")
+    assert min(once.values()) > max(plain.values()) + 0.1
+    assert min(twice.values()) > max(once.values()) + 0.2
+    stripes = [
+        by_seed_of("both", f, where_only_stripes_conflict) for f in ("plain", "told_nothing")
+    ]
+    assert max(stripes[1].values()) < min(stripes[0].values()) - 0.05
+
+
+def test_the_first_network_names_backgrounds_nearly_always_strokes_and_gratings_less_often():
+    def names(world):
+        found = rows(world)["told_nothing"].values()
+        return [record["groups"]["equal_colour_conflicting"] for record in found]
+
+    assert min(sum(map(names, (".", "corr_8", "corr_6", *CURVE[3:])), [])) > 0.95
+    fewer = sum(map(names, ("stripes", *(f"cmnist_{corr}" for corr in CMNIST))), [])
+    assert max(fewer) < 0.85
+
+
+def test_told_nothing_holds_where_the_plain_network_falls():
+    worlds = ("corr_3", "corr_6", "corr_8", ".", *CURVE[3:])
+    assert all(in_world(world, "told_nothing") > in_world(world, "plain") for world in worlds[1:])
+    assert in_world("flat_999", "plain") < 0.2 and in_world("flat_997", "told_nothing") > 0.9
+
+
 CURVE = ("corr_3", "corr_6", "corr_8", "flat_99", "flat_995", "flat_997", "flat_999")
 
 

@@ -445,7 +445,7 @@ def is_model(path):
 def load_model(folder, name, device="cpu"):
     """(model in eval mode, its record: weights, args, classes, size) as train.py saved it."""
     path = Path(name) if name.endswith(".pt") else folder / f"{name}.pt"
-    hint = "see 'The checkpoint' in README.md"
+    hint = "see 'The network' in README.md"
     if not path.exists():
         there = sorted(p.stem for p in folder.glob("*.pt") if is_model(p))
         hint = f"models in {folder}: {', '.join(there) or 'none, run train.py'}"

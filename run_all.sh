@@ -223,6 +223,7 @@ coloured() {  # Coloured MNIST, beside its published table
     net="--dir $R/cmnist_$c --model mlp --batch 256 --schedule onecycle --epochs 20"
     each 3 train.py $net --name told_nothing_mlp $NOTHING --crop 2
     each 3 train.py $net --name baseline
+    each 3 train.py $net --name plain_mlp --crop 2
     each 1 train.py $net --name balance --method balance  # told more
     each 1 train.py $net --name jitter --method jitter --alpha 1 --grain 0
   done

@@ -85,7 +85,6 @@ LATENTS, ACTIVE = 512, 16  # of a sparse autoencoder: in all, and of one picture
 DICTIONARIES, DRAWS = 3, 5  # autoencoders a model; draws of whatever is random beside it
 SAYS = 0.3  # η² from which a latent says colour, or digit
 TAKEN = (0, 5, 10, 20, 40, 80)  # latents that are silenced at once
-SHOWN = 2  # latents of each kind in the figure
 CURVES = {
     "colour": ("colour latents silenced", "#D55E00"),
     "digit": ("digit latents silenced", "#0072B2"),
@@ -168,11 +167,6 @@ def result_name(args):
         head = f"{head}_{args.name}"
         skip = vars(args).keys() - {"cam"}
     return name_of(head, args, get_args([]), skip)
-
-
-def facts(args, device):
-    """What may differ when the same command is run again."""
-    return {"torch": torch.__version__, "threads": args.threads, "device": str(device)}
 
 
 # ---- heat maps
@@ -576,10 +570,17 @@ def scene(title, shown, subjects, classes, colour_names=None):
     }
 
 
+def rows_of(names):
+    """{row: its names}, in their order."""
+    rows = {}
+    for name in names:
+        rows.setdefault(row_of(name), []).append(name)
+    return rows
+
+
 def firsts_of(names):
     """The first name of each row."""
-    firsts = {row_of(name): name for name in reversed(names)}
-    return [name for name in names if name in firsts.values()]
+    return [row[0] for row in rows_of(names).values()]
 
 
 def scenes_of(subjects, split, painting, classes, seed):
@@ -636,12 +637,11 @@ def draw_scene(scene, classes):
 
 def draw_lift_flip(record):
     """A point per model: how often a new background changes its answer, and its maps' lift."""
-    rows = {}
-    for name in record["args"]["models"]:
-        rows.setdefault(row_of(name), []).append(record["models"][name])
+    rows = rows_of(record["args"]["models"])
     fig, axes = figure(7.2, max(4.4, 0.22 * len(rows) + 0.4))  # the legend has a line a row
     ax = axes[0, 0]
-    for (row, models), marker in zip(rows.items(), itertools.cycle("osD^vPX*<>hp")):
+    for (row, names), marker in zip(rows.items(), itertools.cycle("osD^vPX*<>hp")):
+        models = [record["models"][name] for name in names]
         flips = [m["flips"]["background"]["changed"]["rate"] for m in models]
         lifts = [m["maps"][record["split"]]["lift"] for m in models]
         lifts = [math.nan if lift is None else lift for lift in lifts]
@@ -658,46 +658,36 @@ def draw_lift_flip(record):
     return fig
 
 
-def draw_wants(found, classes):
-    """A model a row, a class a column: a picture that it wants to see, and how sure it is."""
-    rows = []
-    for name, seen in found.items():
-        below = [f"{classes[k]} ({sure:.2f})" for k, sure in enumerate(seen["confidence"])]
-        rows.append((name, [(x, b, {}) for x, b in zip(seen["images"], below, strict=True)]))
-    return pictures(rows)
-
-
-def draw(path, classes):
+def draw(path):
     """The figures of one record, named after its file; returns their paths."""
     record, beside = load_json(path, "delete it"), path.with_suffix(".pt")
     shown = load_pt(beside, "delete it") if beside.exists() else {}
     figures = {}
-    if "latents" in record.get("args", {}):
-        if shown:
-            rows = [row for rows in shown.values() for row in rows]
-            figures[f"{path.stem}_latents"] = pictures(rows)
-        figures[f"{path.stem}_channels"] = draw_channels(record)
-        figures[f"{path.stem}_curves"] = draw_curves(record)  # the last one is pointed to
-    elif "split" not in record:
-        if shown:
-            figures[path.stem] = draw_wants(shown, classes)
-    else:
+    decomposed = "latents" in record.get("args", {})
+    if "split" in record:
         if record["repainting"] is None:
-            figures[f"{path.stem}_lift_flip"] = draw_lift_flip(record)
-        for name, scene in shown.items():
-            figures[f"{path.stem}_{name}"] = draw_scene(scene, classes)
+            figures["_lift_flip"] = draw_lift_flip(record)
+        classes = class_names(path.parent)
+        figures |= {f"_{name}": draw_scene(scene, classes) for name, scene in shown.items()}
+    elif shown:
+        figures["_latents" if decomposed else ""] = pictures(list(shown.items()))
+    if decomposed:
+        figures["_channels"] = draw_channels(record)
+        figures["_curves"] = draw_curves(record)  # the last one is pointed to
     drawn = []
     for name, fig in figures.items():
-        drawn.append(path.parent / "figures" / f"{name}.png")
+        drawn.append(path.parent / "figures" / f"{path.stem}{name}.png")
         save_figure(fig, drawn[-1])
     return drawn
 
 
-def write_down(record, shown, path, classes, began):
+def write_down(args, device, began, record, shown):
     """Write a record and what its figures show, and draw them; returns two lines that say so."""
+    path = args.dir / f"{result_name(args)}.json"
+    where = {"torch": torch.__version__, "threads": args.threads, "device": str(device)}
     save_pt(shown, path.with_suffix(".pt"))
-    save_json(record, path)
-    drawn = draw(path, classes)
+    save_json({**record, "script": "gradcam.py", "run": where}, path)
+    drawn = draw(path)
     seconds = note_time(path.parent, path.stem, began)
     progress("")
     wrote = f"wrote {path}, its .pt and {len(drawn)} figures in {seconds:.0f} s"
@@ -708,10 +698,9 @@ def report(folder):
     """Redraw the figures of every record in the folder."""
     if not folder.is_dir():
         die(f"--dir {folder} is missing", "choose another")
-    classes = class_names(folder)
     for path in sorted(folder.glob("gradcam*.json")):
         if load_json(path, "move it away").get("script") == "gradcam.py":
-            for figure in draw(path, classes):
+            for figure in draw(path):
                 print(f"wrote {figure}")
 
 
@@ -742,16 +731,14 @@ def look(args, device):
     first = args.models[0]
     record = {
         "schema": 3,
-        "script": "gradcam.py",
         "args": settings,
         "split": args.split,
         "repainting": obstacle,
         "models": measure(subjects, split, args.split, painting, args.seed),
         "null": null_rows(first, subjects[first], split, args.split, args.seed),
-        "run": facts(args, device),
     }
     scenes = scenes_of(subjects, split, painting, classes, args.seed)
-    written = write_down(record, scenes, path, classes, began)
+    written = write_down(args, device, began, record, scenes)
     if obstacle:
         print(f"no flip rates: {obstacle}")
     say(record)
@@ -803,7 +790,7 @@ def maximise(model, label, size, gen, steps=200, step_size=0.05, shift=2, tv=1.0
 
 
 def wants_of(model, checkpoint, reader, seed, device):
-    """(measures, {"images", "confidence"} of the first picture of each class).
+    """(measures, first picture of each class, uint8 (classes,3,H,W), and how sure the model is).
 
     What every class of a model wants to see. Means over pictures: how sure the model is, and how
     often `reader`, (model, checkpoint) or None, reads them as the class.
@@ -815,9 +802,8 @@ def wants_of(model, checkpoint, reader, seed, device):
     read = None
     if reader and list(reader[1]["size"]) == size:
         read = mean(predict(reader[0], x).argmax(1) == label)
-    images = (x[:classes] * 255).round().byte()
-    shown = {"images": images.cpu(), "confidence": sure[:classes].cpu()}
-    return {"confidence": mean(sure), "read by an oracle": read}, shown
+    images = (x[:classes] * 255).round().byte().cpu()
+    return {"confidence": mean(sure), "read by an oracle": read}, images, sure[:classes].cpu()
 
 
 def look_for(args, device):
@@ -832,23 +818,23 @@ def look_for(args, device):
     models, shown = {}, {}
     for model_name, (model, checkpoint) in found.items():
         progress(f"pictures of {model_name}")
-        wants, shown[model_name] = wants_of(model, checkpoint, reader, args.seed, device)
+        wants, images, sure = wants_of(model, checkpoint, reader, args.seed, device)
         models[model_name] = {**wants, "trained": checkpoint.get("trained", True)}
+        cells = zip(images, classes, sure.tolist(), strict=False)  # more names than classes
+        shown[model_name] = [(image, f"{answer} ({p:.2f})", {}) for image, answer, p in cells]
     progress("pictures of random weights")
     checkpoint = found[args.models[0]][1]
     fresh = random_net(checkpoint, stream(args.seed, "random weights 0"))
-    null, _ = wants_of(fresh, checkpoint, reader, args.seed, device)
+    null, *_ = wants_of(fresh, checkpoint, reader, args.seed, device)
     record = {
         "schema": 2,
-        "script": "gradcam.py",
         "args": settings,
         "reader": args.reader,
         "null": null,
         "models": models,
-        "run": facts(args, device),
     }
     shown = {model: shown[model] for model in firsts_of(args.models)}
-    written = write_down(record, shown, path, classes, began)
+    written = write_down(args, device, began, record, shown)
     wide = max(len(model) for model in args.models)
     for model, wants in list(models.items())[:8]:
         read = wants["read by an oracle"]
@@ -860,66 +846,27 @@ def look_for(args, device):
 # ---- what the last layer is fed: a concept erased, a sparse dictionary, channels
 
 
-class Seen(NamedTuple):
-    """Pictures as the last layer sees them."""
-
-    z: torch.Tensor  # float (N,F): penultimate features
-    labels: torch.Tensor  # int64 (N,)
-    colours: torch.Tensor  # int64 (N,): the class that owns each picture's colour
-    code: torch.Tensor | None = None  # float (N,L): what a dictionary makes of the features
-
-
-def seen_by(model, splits):
-    """{name: Seen} of every split; `fit` has the even digits, `odd` and `hard` the odd ones."""
-    seen = {}
-    for name, split in splits.items():
-        z = answers_and_features(model, split)[1]
-        seen[name] = Seen(z, split.labels.cpu(), split.colors.cpu())
-    hard, every = (seen[name][:3] for name in ("test_hard", "test_unbiased"))
-    seen["hard"] = Seen(*(part[1::2] for part in hard))
-    seen["fit"], seen["odd"] = (Seen(*(part[k::2] for part in every)) for k in (0, 1))
-    return seen
-
-
-def hits_of(fc, seen, change):
-    """{measure: double (N,)}, 0 or 1 a picture, once `change`, Seen to (N,F), was at the features.
-
-    Is the answer right on test_hard, is it the colour's there, is it right on val.
-    """
-    with torch.inference_mode():
-        hard, val = (fc(change(seen[name])).argmax(1) for name in ("hard", "val"))
-    hits = {
-        "test_hard": hard == seen["hard"].labels,
-        "follows_colour": hard == seen["hard"].colours,
-        "val": val == seen["val"].labels,
-    }
-    return {key: hit.double() for key, hit in hits.items()}
-
-
 def average(several):
     """Of dictionaries with the same keys, key by key."""
     return {key: sum(one[key] for one in several) / len(several) for key in several[0]}
 
 
-def means(hits):
-    return {key: mean(hit) for key, hit in hits.items()}
-
-
-def gains(hits, other):
-    """Mean differences over the same pictures, with 95 % intervals."""
-    found = {}
-    for key in hits.keys() & {"test_hard", "follows_colour", "val"}:
-        gain = hits[key] - other[key]
-        value, half = mean(gain), 1.96 * gain.std().item() / math.sqrt(len(gain))
-        found[key] = {"value": value, "low": value - half, "high": value + half}
+def scores(hits, **others):
+    """Means of hits, {measure: (N,)}, and mean differences to others with 95 % intervals."""
+    found = {key: mean(hit) for key, hit in hits.items()}
+    for name, other in others.items():
+        found[name] = {}
+        for key, hit in hits.items():
+            gain = hit - other[key]
+            value, half = mean(gain), 1.96 * gain.std().item() / math.sqrt(len(gain))
+            found[name][key] = {"value": value, "low": value - half, "high": value + half}
     return found
 
 
 def eraser(z, concept):
-    """A map of features, (N,F) to (N,F), after which least squares reads nothing of a concept.
+    """The map of features z (N,F) that hides a concept, int64 (N,), from any linear reader.
 
-    LEACE in closed form (Belrose et al., 2023) from z (N,F) and concept int64 (N,): of all affine
-    maps that leave no covariance with its classes, the one that moves features least.
+    LEACE in closed form (Belrose et al., 2023): of all such affine maps the one that moves least.
     """
     one_hot, middle = F.one_hot(concept).double(), z.double().mean(0)
     z = z.double() - middle
@@ -933,68 +880,28 @@ def eraser(z, concept):
     return lambda z: z - (z - middle) @ away
 
 
-def erasures(fc, seen, plain, seed):
-    """Scores without colour, without digit, and without as much at random: shuffled colours."""
-    fit, gen = seen["fit"], stream(seed, "shuffled colours")
-    concepts, found = {"colour": [fit.colours], "digit": [fit.labels]}, {}
-    orders = [torch.randperm(len(fit.z), generator=gen) for _ in range(DRAWS)]
-    concepts["random"] = [fit.colours[order] for order in orders]
-    for kind, several in concepts.items():
-        maps = [eraser(fit.z, concept) for concept in several]
-        hits = average([hits_of(fc, seen, lambda s, erase=erase: erase(s.z)) for erase in maps])
-        found[kind] = means(hits) | {"gain": gains(hits, plain)}
-    return found
+def fit_dictionary(x, gen, latents=LATENTS, active=ACTIVE, epochs=4, batch=500, lr=3e-3):
+    """(code, decoder (L,F)) of x (N,F), which is nearly code(x) @ decoder: `active` latents each.
 
-
-class Dictionary(NamedTuple):
-    """A sparse autoencoder: at most `active` of L latents make up a picture's features."""
-
-    middle: torch.Tensor  # float (F,): of the features
-    scale: torch.Tensor  # root mean squared distance of features to their middle
-    encoder: torch.Tensor  # float (F,L)
-    bias: torch.Tensor  # float (L,)
-    decoder: torch.Tensor  # float (L,F): rows of length one
-    active: int
-
-    def code(self, z):
-        """Activations (N,L) of features (N,F)."""
-        return largest((z - self.middle) / self.scale @ self.encoder + self.bias, self.active)
-
-    def turned(self, seen, latents, usual, factor):
-        """Features (N,F) with latents `factor` times as far from their usual activation (L,).
-
-        0 silences them. What the dictionary does not make up stays as it is.
-        """
-        more = (factor - 1) * (seen.code[:, latents] - usual[latents])
-        return seen.z + self.scale * (more @ self.decoder[latents])
-
-
-def largest(code, k):
-    """The k largest of each row, where they are above zero; the rest is zero."""
-    code = code.relu()
-    return code * (code >= code.topk(k).values[:, -1:])
-
-
-def fit_dictionary(z, gen, latents=LATENTS, active=ACTIVE, epochs=4, batch=500, lr=3e-3):
-    """The Dictionary of features z (N,F): a top-k sparse autoencoder (Gao et al., 2024).
-
-    Adam on the squared error. Departure: nothing revives latents that die.
+    A top-k sparse autoencoder (Gao et al., 2024). Departure: nothing revives latents that die.
     """
-    middle = z.mean(0)
-    scale = (z - middle).square().sum(1).mean().sqrt()
-    x = (z - middle) / scale
-    decoder = F.normalize(torch.randn(latents, z.shape[1], generator=gen), dim=1)
-    weights = [decoder.T.clone(), torch.zeros(latents), decoder]
-    optimiser = torch.optim.Adam([w.requires_grad_() for w in weights], lr=lr)
+    decoder = F.normalize(torch.randn(latents, x.shape[1], generator=gen), dim=1)
+    encoder, bias = decoder.T.clone(), torch.zeros(latents)
+    weights = [w.requires_grad_() for w in (encoder, bias, decoder)]
+    optimiser = torch.optim.Adam(weights, lr=lr)
+
+    def code(x):
+        every = (x @ encoder + bias).relu()
+        return every * (every >= every.topk(active).values[:, -1:])
+
     for _ in range(epochs):
         for part in torch.randperm(len(x), generator=gen).split(batch):
-            code = largest(x[part] @ weights[0] + weights[1], active)
-            loss = (x[part] - code @ decoder).square().sum(1).mean()
+            loss = (x[part] - code(x[part]) @ decoder).square().sum(1).mean()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             decoder.data.copy_(F.normalize(decoder.data, dim=1))
-    return Dictionary(middle, scale, *(w.detach() for w in weights), active)
+    return torch.no_grad()(code), decoder.detach()
 
 
 def eta_squared(values, group):
@@ -1011,185 +918,168 @@ def as_strong(latents, pool, strength, gen):
     return pool[: int(fewer.sum()) + 1] if len(latents) else latents
 
 
-def taken_apart(fc, seen, gen):
-    """One autoencoder: (numbers, {(kind, k): hits}, decoder of live latents, what it shows most).
+def taken_apart(ask, z, fit, gen):
+    """One autoencoder: (numbers, {(kind, k): hits}, decoder of live latents, what excites most).
 
-    The k latents that say most of the colour, or of the digit, are silenced; so are others, which
-    do not say colour and vary as much; those of the colour are also turned up to twice as far.
+    Changed are the k latents that say most of the colour, or the digit, or others as strong.
     """
-    d = fit_dictionary(seen["train"].z, gen)
-    seen = {n: seen[n]._replace(code=d.code(seen[n].z)) for n in ("fit", "odd", "hard", "val")}
-    fit, odd = seen["fit"], seen["odd"]
-    usual, strength, live = fit.code.mean(0), fit.code.var(0), (fit.code > 0).any(0)
-    concepts = {"colour": fit.colours, "digit": fit.labels}
-    says = {kind: eta_squared(fit.code, group) for kind, group in concepts.items()}
-    ranked = {kind: share.argsort(descending=True) for kind, share in says.items()}
-    pool = (live & (says["colour"] <= SAYS)).nonzero()[:, 0]
+    middle = z["train"].mean(0)
+    scale = (z["train"] - middle).square().sum(1).mean().sqrt()
+    encode, decoder = fit_dictionary((z["train"] - middle) / scale, gen)
+    code = {name: encode((z[name] - middle) / scale) for name in ("fit", "odd", "test_hard", "val")}
+    usual, strength, live = code["fit"].mean(0), code["fit"].var(0), (code["fit"] > 0).any(0)
+    says_colour, says_digit = (
+        eta_squared(code["fit"], group) for group in (fit.colors, fit.labels)
+    )
+    ranked = [says.argsort(descending=True) for says in (says_colour, says_digit)]
+    pool = (live & (says_colour <= SAYS)).nonzero()[:, 0]
 
     def turned(latents, factor=0):
-        hits = hits_of(fc, seen, lambda s: d.turned(s, latents, usual, factor))
-        return hits | {"variance": strength[latents].sum()[None]}
+        """Hits with latents `factor` times as far from usual; the rest of the features stays."""
+
+        def change(name):
+            more = (factor - 1) * (code[name][:, latents] - usual[latents])
+            return z[name] + scale * (more @ decoder[latents])
+
+        return ask(change)
 
     curves = {}
     for k in TAKEN:
-        colour, digit = (ranked[kind][:k] for kind in says)
+        colour, digit = (order[:k] for order in ranked)
         others = [as_strong(colour, pool, strength, gen) for _ in range(DRAWS)]
         curves["colour", k], curves["digit", k] = turned(colour), turned(digit)
         curves["others", k] = average([turned(latents) for latents in others])
         curves["turned_up", k] = turned(colour, factor=2)
-    away = odd.z - d.middle
-    lost = (away - d.scale * odd.code @ d.decoder).square().sum() / away.square().sum()
-    numbers = {"variance_kept": 1 - lost.item(), "active": mean((odd.code > 0).sum(1))}
-    numbers |= {f"say_{kind}": int((share > SAYS).sum()) for kind, share in says.items()}
-    numbers["live"] = int(live.sum())
-    shown = [
-        (kind, share[latent].item(), odd.code[:, latent].topk(10).indices)
-        for kind, share in says.items()
-        for latent in ranked[kind][:SHOWN]
-    ]
-    return numbers, curves, d.decoder[live], shown
+    odd, away = code["odd"], z["odd"] - middle
+    lost = (away - scale * odd @ decoder).square().sum() / away.square().sum()
+    numbers = {
+        "variance_kept": 1 - lost.item(),
+        "active": mean((odd > 0).sum(1)),
+        "live": int(live.sum()),
+        "say_colour": int((says_colour > SAYS).sum()),
+        "say_digit": int((says_digit > SAYS).sum()),
+    }
+    return numbers, curves, decoder[live], [odd[:, order[0]].topk(10).indices for order in ranked]
 
 
-def stability(decoders):
-    """Mean cosine of a live latent with the best match that another autoencoder has for it."""
-    pairs = itertools.permutations(decoders, 2)
-    return mean(torch.cat([(one @ other.T).amax(1) for one, other in pairs]))
-
-
-def channels_of(seen, channels):
-    """Mean activity of each channel for each digit on each colour, and what it is about.
-
-    Shares of the variance of such a table (digit,colour): between colours, between digits, and
-    what neither explains alone. Means over the channels that vary.
-    """
-    activity = seen.z.view(len(seen.z), channels, -1).mean(2)  # (N,C)
-    classes = int(max(seen.labels.max(), seen.colours.max())) + 1
-    member = F.one_hot(seen.labels * classes + seen.colours, classes**2).float()
+def channels_of(model, z, split):
+    """Mean activity of each channel (digit,colour), and what it is about: shares of variance."""
+    activity, classes = z.view(len(z), model.conv3.out_channels, -1).mean(2), model.fc.out_features
+    member = F.one_hot(split.labels * classes + split.colors, classes**2).float()
     table = (member.T @ activity / member.sum(0).clamp(min=1)[:, None]).T
-    table = table.view(channels, classes, classes)
+    table = table.view(-1, classes, classes)
     away = (table - table.mean((1, 2), keepdim=True)).double()
-    total, shares = away.square().mean((1, 2)), {}
+    found = {"activity": table.tolist()}
     for kind, side in (("colour", 1), ("digit", 2)):
-        shares[kind] = away.mean(side).square().mean(1) / total
-    shares["both"] = 1 - shares["colour"] - shares["digit"]
-    about = {kind: mean(share[total > 0]) for kind, share in shares.items()}
-    each = {f"each_{kind}": share.nan_to_num().tolist() for kind, share in shares.items()}
-    return {"activity": table.tolist(), **about, **each}
+        share = away.mean(side).square().mean(1) / away.square().mean((1, 2))
+        found[f"each_{kind}"] = share.nan_to_num().tolist()
+    return found
 
 
 def decomposed(model, splits, seed):
-    """(JSON record, what its first autoencoder shows most) of one network."""
-    fc, seen = copy.deepcopy(model.fc).cpu(), seen_by(model, splits)
-    plain = hits_of(fc, seen, lambda s: s.z)
-    found = [taken_apart(fc, seen, stream(seed, f"dictionary {k}")) for k in range(DICTIONARIES)]
-    numbers, curves, decoders, shown = zip(*found, strict=True)
+    """(JSON record, which odd pictures excite the strongest latents) of one network."""
+    z = {name: answers_and_features(model, split)[1] for name, split in splits.items()}
+    fit, hard, gen = splits["fit"], splits["test_hard"], stream(seed, "shuffled colours")
+
+    @torch.inference_mode()
+    def ask(change):
+        """{measure: double (N,)}, 1 or 0 a picture, of features change(name) (N,F)."""
+        answers, on_val = (model.fc(change(name)).argmax(1) for name in ("test_hard", "val"))
+        hits = {"test_hard": answers == hard.labels, "follows_colour": answers == hard.colors}
+        hits["val"] = on_val == splits["val"].labels
+        return {key: hit.double() for key, hit in hits.items()}
+
+    plain, erased, silenced = ask(z.get), {}, {kind: {} for kind in CURVES}
+    shuffled = [fit.colors[torch.randperm(len(z["fit"]), generator=gen)] for _ in range(DRAWS)]
+    concepts = {"colour": [fit.colors], "digit": [fit.labels], "random": shuffled}
+    for kind, several in concepts.items():
+        maps = [eraser(z["fit"], concept) for concept in several]
+        hits = average([ask(lambda name, erase=erase: erase(z[name])) for erase in maps])
+        erased[kind] = scores(hits, gain=plain)
+    gens = [stream(seed, f"dictionary {k}") for k in range(DICTIONARIES)]
+    found = [taken_apart(ask, z, fit, gen) for gen in gens]
+    numbers, curves, decoders, strongest = zip(*found, strict=True)
     hits = {at: average([one[at] for one in curves]) for at in curves[0]}
-    silenced = {kind: {str(k): means(hits[kind, k]) for k in TAKEN} for kind in CURVES}
-    for k in TAKEN:
-        beside = gains(hits["colour", k], hits["others", k])
-        silenced["colour"][str(k)]["beside_others"] = beside
+    for kind, k in hits:
+        beside = {"beside_others": hits["others", k]} if kind == "colour" else {}
+        silenced[kind][str(k)] = scores(hits[kind, k], **beside)
+    best = [(one @ other.T).amax(1) for one, other in itertools.permutations(decoders, 2)]
     record = {
-        "plain": means(plain),
-        "erased": erasures(fc, seen, plain, seed),
-        "dictionary": average(numbers) | {"stability": stability(decoders)},
+        "plain": scores(plain),
+        "erased": erased,
+        "dictionary": average(numbers) | {"stability": mean(torch.cat(best))},
         "silenced": silenced,
-        "channels": channels_of(seen["test_unbiased"], model.conv3.out_channels),
+        "channels": channels_of(model, z["test_unbiased"], splits["test_unbiased"]),
     }
-    return record, shown[0]
+    return record, strongest[0]
 
 
 def draw_curves(record):
     """A column for each of two rows: scores as latents are silenced, beside erasure."""
-    rows = {}
-    for name in record["args"]["models"]:
-        rows.setdefault(row_of(name), []).append(record["models"][name])
-    rows = dict(list(rows.items())[:ROWS])
-    fig, axes = figure(4.4 * len(rows), 6, 2, len(rows), sharex=True, sharey="row")
-    for column, (row, models) in zip(axes.T, rows.items(), strict=True):
-        for ax, key in zip(column, ("test_hard", "follows_colour"), strict=True):
+    rows = list(rows_of(record["args"]["models"]).items())[:ROWS]
+    fig, axes = figure(4.4 * len(rows), 6, 2, len(rows), sharex=True, sharey=True)
+    about = {"test_hard": "right on test_hard", "follows_colour": "answers the colour's digit"}
+    for column, (row, names) in zip(axes.T, rows, strict=True):
+        models = [record["models"][name] for name in names]
+        column[1].set_xlabel("colour or digit latents that are changed")
+        for ax, key in zip(column, about, strict=True):
             for kind, (label, colour) in CURVES.items():
                 points = {k: [m["silenced"][kind][str(k)][key] for m in models] for k in TAKEN}
                 lines(ax, points, colour, marker="o", ms=4, label=label)
-            erased = [m["erased"]["colour"][key] for m in models]
-            level = {0: erased, max(TAKEN): erased}
-            lines(ax, level, "black", ls="--", label="colour erased from the features")
-            ax.set(ylim=(0, 1))
+            erased = dict.fromkeys(TAKEN, [m["erased"]["colour"][key] for m in models])
+            lines(ax, erased, "black", ls="--", label="colour erased from the features")
+            ax.set(ylim=(0, 1), title=f"{row}: {about[key]}")
             ax.grid(alpha=0.3)
-        column[0].set_title(row, weight="bold")
-        column[1].set_xlabel("colour or digit latents that are changed")
-    axes[0, 0].set_ylabel("right on test_hard")
-    axes[1, 0].set_ylabel("answers the colour's digit")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig
 
 
 def draw_channels(record):
-    """A network a row, a channel a column: mean activity of each digit on each colour."""
-    names = firsts_of(record["args"]["models"])[: ROWS + 1]
-    tables = [record["models"][name]["channels"] for name in names]
-    columns = min(8, max(len(table["activity"]) for table in tables))
-    fig, axes = figure(1.35 * columns + 0.6, 1.75 * len(names) + 0.5, len(names), columns)
-    for line, name, table in zip(axes, names, tables, strict=True):
-        for k, ax in enumerate(line):
-            ax.set(xticks=[], yticks=[])
-            if k < len(table["activity"]):
-                ax.imshow(table["activity"][k], cmap="viridis")
-                shares = (f"{table[f'each_{kind}'][k]:.0%} {kind}" for kind in ("colour", "digit"))
-                ax.set_title("\n".join(shares), fontsize=8)
-        line[0].set_ylabel(f"{name}\n\ndigit 9 to 0", fontsize=8)
-        line[0].set_xlabel("colour 0 to 9", fontsize=8)
-    about = "Mean activity of conv3. Upright stripes: about the colour; level: about the digit."
-    fig.suptitle(about, fontsize=11)
-    return fig
+    """A network a row, up to eight channels: mean activity of each digit on each colour."""
+    rows = []
+    for name in firsts_of(record["args"]["models"])[: ROWS + 1]:
+        about = record["models"][name]["channels"]
+        parts = zip(about["activity"], about["each_colour"], about["each_digit"], strict=True)
+        cells = [
+            (torch.tensor(table) - min(map(min, table)), f"colour {c:.0%}, digit {d:.0%}", {})
+            for table, c, d in parts
+        ]
+        rows.append(
+            (f"{name}: activity of conv3's channels, digits (down) on colours (across)", cells[:8])
+        )
+    return pictures(rows)
 
 
 def take_apart(args, device):
-    """Decompose all models, write it down and draw it."""
+    """Decompose all models, on the CPU, write it down and draw it."""
     began, path = time.time(), args.dir / f"{result_name(args)}.json"
     settings = {"models": args.models, "seed": args.seed, "latents": LATENTS, "active": ACTIVE}
-    splits = {split: load_split(args.dir, split, device) for split in SPLITS}
-    painting, classes = painting_of(args.dir), class_names(args.dir)
-    colours = painting.names if painting else classes
+    splits = {name: load_split(args.dir, name) for name in SPLITS}
     if any(split.colors is None for split in splits.values()):
         die(f"{args.dir} has pictures without colors", "see 'The data' in README.md")
-    found = {model: load_model(args.dir, model, device) for model in args.models}
-    for model, (net, checkpoint) in found.items():
-        check_fit(model, checkpoint, splits["train"], "train")
-        if not isinstance(net, SimpleCNN):
-            die(f"{model} has no conv3 whose channels are shown", "choose a SimpleCNN")
-    guard(path, {**settings, "script": "gradcam.py"}, args.overwrite)
-    print(f"taking the features of {len(found)} models apart, about a minute each", flush=True)
-    models, shown, odd = {}, {}, splits["test_unbiased"].take(slice(1, None, 2))
-    for model, (net, checkpoint) in found.items():
-        progress(f"features of {model}, model {len(models) + 1} of {len(found)}")
-        record, strongest = decomposed(net, splits, args.seed)
-        models[model] = {**record, "trained": checkpoint.get("trained", True)}
-        if model in firsts_of(args.models)[:ROWS]:
-            rows = [latent_row(model, odd, *latent, classes, colours) for latent in strongest]
-            shown[model] = rows
-    record = {
-        "schema": 1,
-        "script": "gradcam.py",
-        "args": settings,
-        "models": models,
-        "run": facts(args, device),
-    }
-    written = write_down(record, shown, path, classes, began)
-    print("right on odd digits of test_hard: as it is, colour erased, 40 colour latents silenced")
-    for model, about in list(models.items())[:8]:
-        scores = about["plain"], about["erased"]["colour"], about["silenced"]["colour"]["40"]
-        print(model, *(f"{score['test_hard']:.3f}" for score in scores))
-    print(written)
-
-
-def latent_row(model, split, kind, share, index, classes, colours):
-    """The pictures that excite a latent most, as a row of `pictures`."""
-    few = split.take(index.to(split.labels.device))
-    cells = [
-        (image.contiguous(), f"{classes[label]} on {colours[c]}", {})
-        for image, label, c in zip(few.images.cpu(), few.labels, few.colors, strict=True)
-    ]
-    return f"{model}: a latent that says most of the {kind} (η² {share:.2f})", cells
+    every, odd = splits["test_unbiased"], slice(1, None, 2)
+    splits |= {"test_hard": splits["test_hard"].take(odd), "odd": every.take(odd)}
+    splits["fit"] = every.take(slice(0, None, 2))
+    found = {name: load_model(args.dir, name) for name in args.models}
+    for name, (model, checkpoint) in found.items():
+        check_fit(name, checkpoint, splits["train"], "train")
+        if not isinstance(model, SimpleCNN):
+            die(f"{name} has no conv3 whose channels are shown", "choose a SimpleCNN")
+    guard(path, settings, args.overwrite)
+    print("right on odd digits of test_hard: as it is, and with colour erased", flush=True)
+    models, shown = {}, {}
+    for name, (model, checkpoint) in found.items():
+        about, strongest = decomposed(model, splits, args.seed)
+        models[name] = {**about, "trained": checkpoint.get("trained", True)}
+        both = about["plain"], about["erased"]["colour"]
+        print(name, *(f"{one['test_hard']:.3f}" for one in both), flush=True)
+        for kind, index in zip(("colour", "digit"), strongest, strict=True):
+            if name in firsts_of(args.models)[:ROWS]:
+                title = f"{name}: what excites the latent that says most of the {kind}"
+                images = splits["odd"].images[index].contiguous()
+                shown[title] = [(image, "", {}) for image in images]
+    record = {"schema": 1, "args": settings, "models": models}
+    print(write_down(args, "cpu", began, record, shown))
 
 
 # ---- pictures of one's own

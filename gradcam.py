@@ -2,11 +2,11 @@
 
 Reads   DIR/test_hard.pt, meta.json (from make_data.py), DIR/NAME.pt (from train.py)
 Writes  DIR/gradcam.json, DIR/gradcam.pt (maps that the figures show), DIR/figures/gradcam_*.png;
-        names say which settings differ from the defaults: gradcam_val_hirescam.json
+        names say which settings differ from the defaults: gradcam_hirescam.json
 
     python gradcam.py                                       # the lazy model and the cured one
     python gradcam.py --cam hirescam
-    python gradcam.py --models jitter_s42 jitter_s43 --split val --name two
+    python gradcam.py --models jitter_s42 jitter_s43 --name two
     python gradcam.py --maximise                            # what each answer wants to see
     python gradcam.py --decompose                           # what the features know beside that
     python gradcam.py --page                                # demo.js, which demo.html reads
@@ -112,8 +112,6 @@ def get_args(argv=None):
     usual = ["baseline_s42", "jitter_s42"]
     helps = f"or a .pt ({' '.join(usual)})"
     g.add_argument("--models", nargs="+", default=usual, metavar="NAME", help=helps)
-    helps = "that is shown (test_hard)"
-    add(g, "--split", MAPS, choices=SPLITS[1:], default="test_hard", help=helps)
     helps = "of the result: gradcam_NAME (default: what differs from the defaults)"
     add(g, "--name", MAPS, MAXIMISE, DECOMPOSE, help=helps)
     add(g, "--cam", MAPS, choices=TITLES, default="gradcam", help="kind of map (gradcam)")
@@ -157,7 +155,7 @@ def mode_of(args):
 
 
 def result_name(args):
-    """gradcam, gradcam_val_hirescam, gradcam_NAME_hirescam, gradcam_maximise, ..."""
+    """gradcam, gradcam_hirescam_s3, gradcam_NAME_hirescam, gradcam_maximise, ..."""
     mode = mode_of(args)
     head = f"gradcam_{mode[2:]}" if mode in (MAXIMISE, DECOMPOSE) else "gradcam"
     skip = {"models", "name", "maximise", "decompose", "image", "raw", "page", "reader"}
@@ -456,7 +454,7 @@ def lift_flip_correlation(lift, changed):
     return rho if math.isfinite(rho) else None
 
 
-def measure(subjects, split, where, painting, seed):
+def measure(subjects, split, painting, seed):
     """{name: JSON record}: heat maps, and flip rates where `painting` says how to repaint."""
     models, labels = {}, split.labels.cpu()
     if painting:
@@ -475,7 +473,7 @@ def measure(subjects, split, where, painting, seed):
             "trained": subject.checkpoint.get("trained", True),
             "layer": subject.layer,
             "acc": rate(heat.predicted == labels),
-            "maps": {where: summary(scores)},
+            "maps": {"test_hard": summary(scores)},
             "flips": flips,
             "lift_flip_correlation": correlation,
         }
@@ -485,7 +483,7 @@ def measure(subjects, split, where, painting, seed):
 # ---- null rows: what a map scores that knows nothing
 
 
-def null_rows(name, subject, split, where, seed):
+def null_rows(name, subject, split, seed):
     """Scores of noise, of a constant, and of the maps of nets with random weights."""
     gray = split.gray.cpu()
     noise = torch.rand(len(gray), *subject.size, generator=stream(seed, "random maps"))
@@ -493,8 +491,8 @@ def null_rows(name, subject, split, where, seed):
     progress(f"null rows: {name} with random weights")
     return {
         "model": name,
-        "random_map": {"maps": {where: summary(heat_scores(noise, gray))}},  # as of a model
-        "uniform_map": {"maps": {where: summary(heat_scores(torch.ones_like(noise), gray))}},
+        "random_map": {"maps": {"test_hard": summary(heat_scores(noise, gray))}},  # as of a model
+        "uniform_map": {"maps": {"test_hard": summary(heat_scores(torch.ones_like(noise), gray))}},
         "cascade": cascade(subject, part, seed),
     }
 
@@ -641,7 +639,7 @@ def draw_lift_flip(record):
     for (row, names), marker in zip(rows.items(), itertools.cycle("osD^vPX*<>hp")):
         models = [record["models"][name] for name in names]
         flips = [m["flips"]["background"]["changed"]["rate"] for m in models]
-        lifts = [m["maps"][record["split"]]["lift"] for m in models]
+        lifts = [m["maps"]["test_hard"]["lift"] for m in models]
         lifts = [math.nan if lift is None else lift for lift in lifts]
         look = {"s": 50, "marker": marker, "edgecolor": "white", "zorder": 3}
         ax.scatter(flips, lifts, color=ink(row), label=textwrap.fill(row, 24), **look)
@@ -649,7 +647,7 @@ def draw_lift_flip(record):
     ax.annotate("uniform map", (1, 1), (-4, 4), textcoords="offset points", fontsize=9, ha="right")
     ax.set_xlabel("background flip rate:\nnew backgrounds that change the prediction")
     ax.set_ylabel(f"lift ({TITLES[record['args']['cam']]}): heat on the digit / its area")
-    ax.set_title(f"What the maps show,\nwhat the model does ({record['split']})")
+    ax.set_title("What the maps show,\nwhat the model does (test_hard)")
     ax.set(xlim=(-0.03, 1.03), ylim=(-0.05, 1.1 * max(1.5, ax.get_ylim()[1])))
     ax.grid(alpha=0.3)
     fig.legend(fontsize=9, loc="outside right upper")
@@ -662,7 +660,7 @@ def draw(path):
     shown = load_pt(beside, "delete it") if beside.exists() else {}
     figures = {}
     decomposed = "latents" in record.get("args", {})
-    if "split" in record:
+    if "repainting" in record:
         if record["repainting"] is None:
             figures["_lift_flip"] = draw_lift_flip(record)
         classes = class_names(path.parent)
@@ -708,11 +706,11 @@ def report(folder):
 def look(args, device):
     """Measure all models, write it down and draw it."""
     began, path = time.time(), args.dir / f"{result_name(args)}.json"
-    settings = {flag: getattr(args, flag) for flag in ("models", "split", "cam", "seed")}
-    split = load_split(args.dir, args.split, device)
+    settings = {flag: getattr(args, flag) for flag in ("models", "cam", "seed")}
+    split = load_split(args.dir, "test_hard", device)
     if split.gray is None:
         hint = "add gray, uint8 (N,H,W), or use make_data.py"
-        die(f"{args.split}.pt has no gray, which says what pixels are digit", hint)
+        die("test_hard.pt has no gray, which says what pixels are digit", hint)
     painting, classes = painting_of(args.dir), class_names(args.dir)
     obstacle = obstacle_to(painting, split, args.dir)
     if obstacle:
@@ -720,20 +718,19 @@ def look(args, device):
     subjects = {}
     for model_name in args.models:
         model, checkpoint = load_model(args.dir, model_name, device)
-        check_fit(model_name, checkpoint, split, args.split)
+        check_fit(model_name, checkpoint, split, "test_hard")
         layer = find_layer(model, split, model_name)
         subjects[model_name] = Subject(model, checkpoint, *layer, args.cam)
     guard(path, {**settings, "script": "gradcam.py"}, args.overwrite)
     kind, n = TITLES[args.cam], len(split.labels)
-    print(f"{kind} of {len(subjects)} models on {n:,} pictures of {args.split}", flush=True)
+    print(f"{kind} of {len(subjects)} models on {n:,} pictures of test_hard", flush=True)
     first = args.models[0]
     record = {
         "schema": 3,
         "args": settings,
-        "split": args.split,
         "repainting": obstacle,
-        "models": measure(subjects, split, args.split, painting, args.seed),
-        "null": null_rows(first, subjects[first], split, args.split, args.seed),
+        "models": measure(subjects, split, painting, args.seed),
+        "null": null_rows(first, subjects[first], split, args.seed),
     }
     scenes = scenes_of(subjects, split, painting, classes, args.seed)
     written = write_down(args, device, began, record, scenes)
@@ -755,7 +752,7 @@ def say(record):
         if model["flips"]:
             kinds = model["flips"]["background"], model["flips"]["digit"]
             shown = [f"{kind['changed']['rate']:.3f}" for kind in kinds]
-        lift = model["maps"][record["split"]]["lift"]
+        lift = model["maps"]["test_hard"]["lift"]
         shown.append("-" if lift is None else f"{lift:.3f}")
         print(f"{name:{wide}s}  {shown[0]:>15s}  {shown[1]:>10s}  {shown[2]:>5s}")
 

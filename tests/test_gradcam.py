@@ -257,8 +257,8 @@ def test_the_cascade_randomises_from_the_output_down_and_keeps_the_explained_cla
 
 
 def test_the_null_rows_score_noise_and_a_constant():
-    null = g.null_rows("x", a_subject(), a_split(200), "val", seed=1)
-    uniform, random = (null[f"{kind}_map"]["maps"]["val"] for kind in ("uniform", "random"))
+    null = g.null_rows("x", a_subject(), a_split(200), seed=1)
+    uniform, random = (null[f"{kind}_map"]["maps"]["test_hard"] for kind in ("uniform", "random"))
     assert uniform["lift"] == pytest.approx(1)
     assert random["lift"] == pytest.approx(1, abs=0.02) and random["lift"] != 1
 
@@ -468,8 +468,8 @@ def test_files_are_named_by_what_differs():
 
     assert named("--models a_s1 --threads 2") == "gradcam"
     assert named("--cam hirescam") == "gradcam_hirescam"
-    assert named("--cam hirescam --split val --seed 3") == "gradcam_val_hirescam_s3"
-    assert named("--name mine --split val") == "gradcam_mine"
+    assert named("--cam hirescam --seed 3") == "gradcam_hirescam_s3"
+    assert named("--name mine") == "gradcam_mine"
     assert named("--name mine --cam hirescam") == "gradcam_mine_hirescam"
     assert named("--maximise --seed 3 --reader x") == "gradcam_maximise_s3"
     assert named("--decompose") == "gradcam_decompose"
@@ -523,7 +523,7 @@ def test_the_answer_and_the_keys_of_the_record(world, undrawn, call):
     said = call("gradcam.py").splitlines()
     assert said[0] == "Grad-CAM of 2 models on 100 pictures of test_hard"
     record = measured(world)
-    keys = "args models null repainting run schema script split"
+    keys = "args models null repainting run schema script"
     assert sorted(record) == keys.split() and record["schema"] == 3
     assert sorted(record["run"]) == ["device", "threads", "torch"]
     model = record["models"]["jitter_s42"]
@@ -805,9 +805,6 @@ def test_mistakes_get_one_line_and_exit_code_2(world, mistake):
     checkpoint(world / "larger.pt", size=32)
     checkpoint(world / "fewer.pt", classes=5)
     checkpoint(world / "mlp.pt", "mlp")
-    split = torch.load(world / "val.pt", weights_only=True)
-    del split["gray"]
-    common.save_pt(split, world / "val.pt")
     record = {"script": "gradcam.py", "args": {"models": ["baseline_s42"]}}
     common.save_json(record, world / "gradcam.json")
     for arguments, says in (
@@ -816,9 +813,8 @@ def test_mistakes_get_one_line_and_exit_code_2(world, mistake):
         ("--models fewer", "5 classes"),
         ("--models mlp", "mlp has no map 4 pixels wide"),
         ("--models baseline_s42 ./baseline_s42", "would share one row"),
-        ("--split train", "invalid choice"),
+        ("--cam plaid", "invalid choice"),
         ("--dir nowhere", "nowhere/test_hard.pt is missing"),
-        ("--split val", "val.pt has no gray"),
         ("--name hirescam", "no kind of map"),
         ("--models jitter_s42", "models ['baseline_s42']"),
         ("--reader jitter_s42", "--reader means nothing for heat maps"),
@@ -826,7 +822,7 @@ def test_mistakes_get_one_line_and_exit_code_2(world, mistake):
         ("--maximise --reader nobody_s1", "nobody_s1.pt is missing"),
         ("--maximise --reader jitter_s42", "would read its own pictures"),
         ("--maximise --image own.png", "not allowed with"),
-        ("--decompose --split val", "--split means nothing for --decompose"),
+        ("--decompose --cam hirescam", "--cam means nothing for --decompose"),
         ("--decompose --models mlp", "no conv3"),
         ("--decompose --models nobody_s1", "nobody_s1.pt is missing"),
         ("--name decompose", "no kind of map"),
@@ -835,3 +831,7 @@ def test_mistakes_get_one_line_and_exit_code_2(world, mistake):
         ("--raw", "--raw means nothing for heat maps"),
     ):
         mistake(f"gradcam.py {arguments}", says)
+    split = torch.load(world / "test_hard.pt", weights_only=True)
+    del split["gray"]
+    common.save_pt(split, world / "test_hard.pt")
+    mistake("gradcam.py --models baseline_s42", "test_hard.pt has no gray")

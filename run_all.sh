@@ -170,10 +170,7 @@ evidence() {  # 9 min: what a sceptic asks for
 cures() {  # 12 min: the other rows of the headline table
   run train.py --dir $R --method lntl  # slow: its heads look at every pixel
   for m in lff groupdro jtt biasbal; do each 3 train.py --dir $R --method $m; done
-  for w in "" " --width 16"; do  # the last layer anew, told and told nothing
-    each 3 train.py --dir $R --method dfr$w
-    each 3 train.py --dir $R --method dfr --infer-groups$w
-  done
+  for told in "" --infer-groups; do each 3 train.py --dir $R --method dfr $told; done  # the last layer anew
 }
 
 groups() {  # told nothing: a first net names the colours

@@ -240,8 +240,8 @@ def test_it_stops_at_a_failure_names_it_and_continues_there(sandbox):
 
 def test_it_says_how_far_it_is_and_changed_code_alone_makes_steps_run_again(sandbox):
     said = sandbox("cures").stdout.splitlines()
-    assert said[0] == "cures: 5 steps to do, 0 done before"
-    assert re.fullmatch(r"  5 of 5, 1 min left at this pace +\d+s  python train.py .*", said[-2])
+    assert said[0] == "cures: 7 steps to do, 0 done before"
+    assert re.fullmatch(r"  7 of 7, 1 min left at this pace +\d+s  python train.py .*", said[-2])
     assert said[-1].endswith("open results/quick/tables.md")
     (sandbox.folder / "mine.py").write_text("class Mine(Baseline): pass\n")
     (sandbox.folder / "attack.py").write_text("x = 2\n")
@@ -249,7 +249,7 @@ def test_it_says_how_far_it_is_and_changed_code_alone_makes_steps_run_again(sand
     assert sandbox.runs("cures") == []
     for script in ("train.py", "common.py"):
         (sandbox.folder / script).write_text("x = 2\n")
-        assert len(sandbox.runs("cures")) == 5
+        assert len(sandbox.runs("cures")) == 7
 
 
 MINE = """class Mine(Baseline):

@@ -206,7 +206,7 @@ def test_ctrl_c_gets_one_line_that_says_how_to_go_on(world, tmp_path):
 
 # ---- run_all.sh
 
-STEPS = 5  # of QUICK=1 bash run_all.sh cures
+STEPS = 7  # of QUICK=1 bash run_all.sh cures
 
 
 @pytest.fixture

@@ -725,6 +725,7 @@ def test_worlds_that_do_not_fit_get_one_line(world, call, mistake):
     small = {key: value[..., :20] for key, value in record.items() if key in ("images", "gray")}
     common.save_pt({**record, **small}, world / "val.pt")
     mistake("train.py", "val.pt has 10 of (28, 20)")
+    common.save_pt(record, world / "val.pt")
     (world / "meta.json").write_text('{"corr": ')
     mistake("train.py", "meta.json")
 

@@ -176,7 +176,6 @@ cures() {  # 12 min: the other rows of the headline table
 groups() {  # told nothing: a first net names the colours
   for c in $(some 8 6 3); do run make_data.py --dir $R/corr_$c --corr 0.$c; done  # where the shortcut is weaker
   level
-  each 3 train.py --dir $R --method balance --infer-groups  # r = 1
   each 3 train.py --dir $R --method balance  # told the colours
   each 3 train.py --dir $R --method baseline --crop 1  # what shifts alone do
   each 3 train.py --dir $R/unbiased --name oracle_crop1 --crop 1

@@ -125,7 +125,7 @@ small() {  # COMMAND for QUICK: fewer images and queries
   case $1 in
     *--limit\ 30000) echo "python $1 --limit 1500" ;;
     make_data*--limit* | gradcam* | *--src*) echo "python $1" ;;
-    make_data*stripes* | make_data*both*) echo "python $1 --limit 20000" ;;  # fewer do not teach the shortcut
+    make_data*stripes* | make_data*both* | make_data*twenty*) echo "python $1 --limit 20000" ;;  # fewer do not teach the shortcut
     make_data*) echo "python $1 --limit 6000" ;;
     train*resnet50*) echo "python $1 --model resnet18 --epochs 2" ;;
     attack*--untargeted*) echo "python $1 --n 20 --queries 50" ;;
@@ -174,18 +174,12 @@ cures() {  # 12 min: the other rows of the headline table
 }
 
 groups() {  # told nothing: a first net names the colours
-  for c in $(some 8 6 3); do run make_data.py --dir $R/corr_$c --corr 0.$c; done  # where the shortcut is weaker
-  level
   each 3 train.py --dir $R --method balance  # told the colours
   each 3 train.py --dir $R --method baseline --crop 1  # what shifts alone do
   each 3 train.py --dir $R/unbiased --name oracle_crop1 --crop 1
   each 5 train.py --dir $R --name told_nothing_width4 $NOTHING --crop 1
   each 3 train.py --dir $R --name told_nothing_width4_onecycle $NOTHING --crop 1 --lr 0.01 --schedule onecycle
   alike .
-  for c in $(some 8 6 3); do beside corr_$c; done
-  for rate in 0.0001 0.0003 0.001 0.003 0.01; do  # when does a first net name the colours?
-    for m in gce baseline; do each 5 train.py --dir $R --method $m --epochs 3 --lr $rate; done
-  done
 }
 
 beside() {  # WORLD: told nothing, beside our own baseline at the same budget

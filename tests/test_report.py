@@ -262,7 +262,7 @@ REPORT = (ROOT / "results" / "report.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README, "results/report.md": REPORT}
 PAGES["results/appendix.md"] = (ROOT / "results" / "appendix.md").read_text(encoding="utf-8")
 COMMANDS = sorted(set(re.findall(r"^    python (\w+\.py.*)$", README, re.M)))
-NOBODY_MEASURED = "3.11 0.001 0.05 0.9 0.99 0.1 0.3 .15 0.2 .2 .25 .3 .5"
+NOBODY_MEASURED = "3.11 0.001 0.005 0.05 0.9 0.99 0.1 0.3 .15 0.2 .2 .25 .3 .5"
 QUERY = re.compile(r"<!-- .*?-->", re.S)
 
 

@@ -125,7 +125,7 @@ small() {  # COMMAND for QUICK: fewer images and queries
   case $1 in
     *--limit\ 30000) echo "python $1 --limit 1500" ;;
     make_data*--limit* | gradcam* | *--src*) echo "python $1" ;;
-    make_data*stripes* | make_data*both* | make_data*twenty*) echo "python $1 --limit 20000" ;;  # fewer do not teach the shortcut
+    make_data*stripes* | make_data*both*) echo "python $1 --limit 20000" ;;  # fewer do not teach the shortcut
     make_data*) echo "python $1 --limit 6000" ;;
     train*resnet50*) echo "python $1 --model resnet18 --epochs 2" ;;
     attack*--untargeted*) echo "python $1 --n 20 --queries 50" ;;
@@ -219,17 +219,16 @@ coloured() {  # Coloured MNIST, beside its published table
   done
 }
 
-shortcuts() {  # a shortcut that is not colour, two at once, and two colours a class
+shortcuts() {  # a shortcut that is not colour, and two at once
   for w in stripes both; do
     run make_data.py --dir $R/$w --recipe $w
     run make_data.py --dir $R/${w}_unbiased --recipe $w --corr 0.1
   done
   run make_data.py --dir $R/stripes_995 --recipe stripes --corr 0.995
-  run make_data.py --dir $R/twenty --recipe twenty
   level
   for w in stripes both; do alike $w; done
   for w in both .; do each 3 train.py --dir $R/$w --name told_nothing_twice $NOTHING --rounds 2 $SAME; done  # the next shortcut
-  for w in stripes_995 twenty; do beside $w; done
+  beside stripes_995
 }
 
 ablations() {  # 25 min: which part of the cure does the work, and how much is budget or size

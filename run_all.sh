@@ -331,6 +331,7 @@ page() {  # 2 min: what demo.html shows beside networks of lazy and robust
   run train.py --dir $R/unbiased --name fair
   level
   [ $QUICK = 1 ] || run gradcam.py --dir $R --page
+  [ $QUICK = 1 ] || run gradcam.py --dir $R --maximise --name two --reader unbiased/fair_s42 --models {baseline,at_balanced}_s42
   run gradcam.py --dir $R --image results/drawn_4.png --models {baseline_epochs1,baseline,told_nothing_width4_onecycle}_s42  # README's first picture
 }
 

@@ -401,7 +401,7 @@ def test_the_first_network_names_backgrounds_nearly_always_strokes_and_gratings_
 
 
 def test_told_nothing_holds_where_the_plain_network_falls():
-    worlds = (".", "flat_999", "flat_99")
+    worlds = (".", *CURVE)
     assert all(in_world(world, "told_nothing") > in_world(world, "plain") for world in worlds)
     assert in_world("flat_999", "plain") < 0.2 and in_world("flat_997", "told_nothing") > 0.9
 

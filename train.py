@@ -137,7 +137,8 @@ def get_args(argv=None):
     add("--generator", of="at", metavar="NAME", help="learn pictures of this robgan run, too")
     add("--generated", of="at", type=share, default=0.5, help="their share of a batch")
     add("--judge", of="robgan", default="baseline_s42", help="independent classifier")
-    of, pixels = "baseline biasbal balance dfr at robgan", {"type": count, "metavar": "PIXELS"}
+    pixels = {"type": count, "metavar": "PIXELS"}
+    of = "baseline lff jtt biasbal balance dfr at robgan"
     add("--crop", of=of, **pixels, default=0, help="shift images by up to this; student: 2")
     add("--augment", of="at robgan", choices=("student",), help="a recipe: see `augment`")
 
@@ -1041,8 +1042,9 @@ class LfF(Method):
         self.register_buffer("running", torch.zeros(2, len(data.labels)))  # of both nets' losses
 
     def loss(self, model, batch, gen):
-        biased = self.biased(batch.x)
-        losses = [F.cross_entropy(z, batch.y, reduction="none") for z in (biased, model(batch.x))]
+        x = moved(batch.x, self.args.crop, gen)
+        biased = self.biased(x)
+        losses = [F.cross_entropy(z, batch.y, reduction="none") for z in (biased, model(x))]
         weight = self.difficulty(torch.stack(losses), batch)
         return (weight * losses[1]).mean() + generalised_cross_entropy(biased, batch.y)
 
@@ -1076,8 +1078,8 @@ class JTT(Method):
         self.register_buffer("weight", torch.where(wrong, self.upweight, 1.0))
 
     def loss(self, model, batch, gen):
-        weight = self.weight[batch.index]
-        losses = F.cross_entropy(model(batch.x), batch.y, reduction="none")
+        weight, x = self.weight[batch.index], moved(batch.x, self.args.crop, gen)
+        losses = F.cross_entropy(model(x), batch.y, reduction="none")
         return (weight * losses).sum() / weight.sum()
 
 

@@ -36,9 +36,9 @@ def named(names, colours):
 
 
 INK = named(  # by how a row's name begins; distinct for colour-blind readers too
-    "baseline jitter grl combined biasbal groupdro lff jtt lntl"
+    "baseline jitter grl combined biasbal groupdro lff jtt lntl gce"
     " at at_balanced trades fgsm robgan oracle balance plain told_nothing told_kind",
-    "#D55E00 #0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #7A4F00 #8C8C00 #6A3D9A"
+    "#D55E00 #0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #7A4F00 #8C8C00 #6A3D9A #546E7A"
     " #A6192E #332288 #999999 #882255 #1B7F79 #000000 #117733 #D55E00 #C2185B #0072B2",
 )
 PALETTE = named(  # The Lazy Artist's, of the main world; digit d owns entry d

@@ -2174,21 +2174,21 @@ def draw_epochs(query, rows, folder):
         return None
     fig, axes = figure(4.1 * len(query.columns) + 0.5, 3.9, 1, len(query.columns), sharey=True)
     for ax, column in zip(axes[0], query.columns, strict=True):
-        seen = set()
+        seen = []
         for row, runs in rows:
             epochs = zip(*(record["epochs"] for record in runs), strict=False)  # to the shortest
             values = [[record.get(column.path) for record in epoch] for epoch in epochs]
             points = {i: v for i, v in enumerate(values, start=1) if None not in v}
             if points:
                 colour, label = ink(row.name), row.label.strip("`")
-                style = "--" if colour in seen else "-"  # the second row of a colour
+                style = ("-", "--", ":")[seen.count(colour) % 3]  # of the rows of a colour
                 lines(ax, points, colour, marker="o", ms=3, ls=style, label=label)
-                seen.add(colour)
+                seen.append(colour)
         ax.set(xlabel="epoch", ylim=(0, 1))
         ax.set_title(column.header, fontsize=10)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("accuracy, mean and range of seeds")
+    axes[0, 0].set_ylabel(query.words.get("ylabel", "accuracy, mean and range of seeds"))
     axes[0, 0].legend(fontsize=8, loc="lower right")
     return fig
 

@@ -77,6 +77,7 @@ from common import (
 
 DIGIT_PIXEL = 0.1  # brighter than this before painting, a pixel is digit
 BATCH = 500  # images; small enough for a ResNet-50, large enough for the tiny net
+FEW = 10  # pictures: fewer that follow the digit, or the colour, are not told apart
 SANITY_IMAGES, SANITY_DRAWS = 1000, 5  # the cascade: images of the split, sets of random weights
 ROWS = 2  # models in the figures of heat maps
 STARTS = 3  # pictures that --maximise finds for each class
@@ -210,7 +211,8 @@ def explain(model, layer, x, target=None):
 def gradcam(activation, gradient):
     """Channels weighted by their mean gradient (Selvaraju et al., 2017).
 
-    (B,C,h,w) twice to (B,h,w), before the ReLU; so does the other.
+    (B,C,h,w) twice to (B,h,w), before the ReLU; so does the other. They differ where the head
+    is flattened, as SimpleCNN's: before a pooled one the gradient is the same at every place.
     """
     return (gradient.mean((2, 3), keepdim=True) * activation).sum(1)
 
@@ -311,12 +313,16 @@ def heat_scores(maps, gray):
 
 
 def summary(scores):
-    """Means over the images; those without a score are counted, not averaged."""
+    """Means over the images; those without a score are counted, not averaged.
+
+    `lift_with_empty` averages them, too, as lift 0: no heat lies on the digit.
+    """
     scored = ~scores.share.isnan()
     return {
         "n": len(scored),
         "zero_maps": int((~scored).sum()),
         "lift": mean(scores.lift[scored]),
+        "lift_with_empty": mean(scores.lift.nan_to_num()),
         "pointing": rate(scores.pointing[scored]),
     }
 
@@ -337,6 +343,34 @@ def spearman(a, b):
     """Rank correlation along the last dimension (Spearman, 1904); NaN where a side is constant."""
     a, b = (r - r.mean(-1, keepdim=True) for r in (ranks(a), ranks(b)))
     return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+
+
+def auc(high, low):
+    """How often one of `high` (N,) exceeds one of `low` (M,), ties half (Mann & Whitney, 1947).
+
+    None where a side has fewer than FEW.
+    """
+    n, m = len(high), len(low)
+    if min(n, m) < FEW:
+        return None
+    return (mean(ranks(torch.cat([high, low]))[:n]) - n / 2) / m
+
+
+def told_apart(lift, random, predicted, labels, colours):
+    """Does a picture's map tell whether its answer follows the digit, or the background's colour?
+
+    Judged by lift, all (N,), of the map and of a random one. Not by share: thick digits withstand
+    a colour more often, and every map has more heat on them. An empty map has lift 0.
+    """
+    foreign = labels != colours
+    digit, colour = (foreign & (predicted == follows) for follows in (labels, colours))
+    lift, random = lift.nan_to_num(), random.nan_to_num()
+    return {
+        "followed_digit": int(digit.sum()),
+        "followed_colour": int(colour.sum()),
+        "auc": auc(lift[digit], lift[colour]),
+        "auc_random": auc(random[digit], random[colour]),
+    }
 
 
 # ---- what the model really uses: repaint and ask again
@@ -442,7 +476,8 @@ def flip_rates(on_colour, swapped, partner, labels, colours):
     changed = ((on_colour != now) & other).sum(1) / other.sum(1)
     follows = ((on_colour == palette) & foreign).sum(1) / foreign.sum(1)
     differs = labels[partner] != labels
-    background = {"changed": rate(changed), "follows": rate(follows)}
+    by_digit = {str(d): mean(changed[labels == d]) for d in labels.unique().tolist()}
+    background = {"changed": rate(changed), "follows": rate(follows), "by_digit": by_digit}
     digit = {"changed": rate((swapped != now[:, 0])[differs])}
     return {"background": background, "digit": digit}, changed
 
@@ -456,24 +491,28 @@ def lift_flip_correlation(lift, changed):
 
 def measure(subjects, split, painting, seed):
     """{name: JSON record}: heat maps, and flip rates where `painting` says how to repaint."""
-    models, labels = {}, split.labels.cpu()
+    models, labels, gray = {}, split.labels.cpu(), split.gray.cpu()
     if painting:
+        colours = split.colors.cpu()
         nets = {name: subject.model for name, subject in subjects.items()}
         answers, partner = counterfactuals(nets, split, painting, seed)
     for k, (name, subject) in enumerate(subjects.items(), 1):
         progress(f"heat maps of {name}, model {k} of {len(subjects)}")
         heat = heat_of(subject, split)
-        scores, flips, correlation = heat_scores(heat.maps, split.gray.cpu()), None, None
+        scores, flips, correlation = heat_scores(heat.maps, gray), None, None
+        maps = summary(scores)
         if painting:
-            flips, changed = flip_rates(*answers[name], partner, labels, split.colors.cpu())
+            flips, changed = flip_rates(*answers[name], partner, labels, colours)
             correlation = lift_flip_correlation(scores.lift, changed)
+            random = heat_scores(random_maps(subject, len(gray), seed), gray)
+            maps |= told_apart(scores.lift, random.lift, heat.predicted, labels, colours)
         models[name] = {
             "method": subject.checkpoint["args"].get("method"),
             "seed": subject.checkpoint["args"].get("seed"),
             "trained": subject.checkpoint.get("trained", True),
             "layer": subject.layer,
             "acc": rate(heat.predicted == labels),
-            "maps": {"test_hard": summary(scores)},
+            "maps": {"test_hard": maps},
             "flips": flips,
             "lift_flip_correlation": correlation,
         }
@@ -483,18 +522,31 @@ def measure(subjects, split, painting, seed):
 # ---- null rows: what a map scores that knows nothing
 
 
+def random_maps(subject, n, seed):
+    """Noise (n,h,w) in place of a subject's maps."""
+    return torch.rand(n, *subject.size, generator=stream(seed, "random maps"))
+
+
 def null_rows(name, subject, split, seed):
-    """Scores of noise, of a constant, and of the maps of nets with random weights."""
+    """Scores of noise, of a constant, of the digit itself, and of nets with random weights.
+
+    The ceiling is the digit's mask as coarse as the subject's maps. A smaller spot within the digit
+    scores more, but no longer shows the digit.
+    """
     gray = split.gray.cpu()
-    noise = torch.rand(len(gray), *subject.size, generator=stream(seed, "random maps"))
-    part = split.take(slice(SANITY_IMAGES))
-    progress(f"null rows: {name} with random weights")
-    return {
-        "model": name,
-        "random_map": {"maps": {"test_hard": summary(heat_scores(noise, gray))}},  # as of a model
-        "uniform_map": {"maps": {"test_hard": summary(heat_scores(torch.ones_like(noise), gray))}},
-        "cascade": cascade(subject, part, seed),
+    noise = random_maps(subject, len(gray), seed)
+    mask = (gray > 255 * DIGIT_PIXEL).float()
+    maps = {
+        "random_map": noise,
+        "uniform_map": torch.ones_like(noise),
+        "ceiling": F.adaptive_avg_pool2d(mask, subject.size),
     }
+    null = {}
+    for row, heat in maps.items():
+        null[row] = {"maps": {"test_hard": summary(heat_scores(heat, gray))}}  # as of a model
+    progress(f"null rows: {name} with random weights")
+    part = split.take(slice(SANITY_IMAGES))
+    return {**null, "model": name, "cascade": cascade(subject, part, seed)}
 
 
 def cascade(subject, split, seed):
@@ -579,10 +631,16 @@ def firsts_of(names):
     return [row[0] for row in rows_of(names).values()]
 
 
-def scenes_of(subjects, split, painting, classes, seed):
+def typical(by_digit):
+    """The digit with the median of the background flip rates, of two the lower: none is picked."""
+    return int(sorted(by_digit, key=by_digit.get)[(len(by_digit) - 1) // 2])
+
+
+def scenes_of(subjects, split, painting, classes, seed, flips):
     """{figure: scene} of the first model of each of the first two rows.
 
-    Five digits, each on its own and on its foreign colour, and the first 1 on every colour.
+    Five digits, each on its own and on its foreign colour, and the first one of the digit that is
+    typical by `flips` on every colour.
     """
     few = {name: subjects[name] for name in firsts_of(list(subjects))[:ROWS]}
     kind = TITLES[next(iter(few.values())).cam]
@@ -594,11 +652,12 @@ def scenes_of(subjects, split, painting, classes, seed):
     foreign = foreign or [0]  # every digit has its own colour
     five = sorted({labels[i]: i for i in reversed(foreign)}.values())[:5]
     pairs = [(i, c) for i in five for c in (labels[i], colours[i])]
-    one = labels.index(1) if 1 in labels else 0
-    ten = [(one, c) for c in range(len(painting.names))]
+    digit = typical(flips["background"]["by_digit"])
+    ten = [(labels.index(digit), c) for c in range(len(painting.names))]
+    first = f"{kind}: the first {classes[digit]} of test_hard (of median flip rate) on ten colours"
     titles = {
         "examples": (f"{kind}: digits on their own and on a foreign colour", pairs),
-        "ten_colours": (f"{kind}: one {classes[labels[one]]} on ten colours", ten),
+        "ten_colours": (first, ten),
     }
     return {
         name: scene(title, painted(split, choice, painting, seed), few, classes, painting.names)
@@ -732,7 +791,8 @@ def look(args, device):
         "models": measure(subjects, split, painting, args.seed),
         "null": null_rows(first, subjects[first], split, args.seed),
     }
-    scenes = scenes_of(subjects, split, painting, classes, args.seed)
+    flips = record["models"][first]["flips"]
+    scenes = scenes_of(subjects, split, painting, classes, args.seed, flips)
     written = write_down(args, device, began, record, scenes)
     if obstacle:
         print(f"no flip rates: {obstacle}")

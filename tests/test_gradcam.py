@@ -45,6 +45,8 @@ G = torch.tensor([[[[1.0, -1.0], [2.0, 2.0]], [[0.0, -4.0], [0.0, 0.0]]]])
 def test_both_kinds_of_map_by_hand():
     assert torch.equal(g.gradcam(A, G), A[:, 0] * 1 + A[:, 1] * -1)  # mean gradients 1 and -1
     assert torch.equal(g.hirescam(A, G), torch.tensor([[[1.0, -6.0], [6.0, 8.0]]]))
+    pooled = G[:, :, :1, :1].expand_as(G)  # before a pooled head: alike at every place
+    assert torch.equal(g.gradcam(A, pooled), g.hirescam(A, pooled))
 
 
 class Linear(nn.Module):
@@ -124,6 +126,7 @@ def test_summary_leaves_out_maps_without_a_score():
     pointing = torch.tensor([1, 0, 0.5, torch.nan, 0, 1]).double()
     s = g.summary(g.Scores(share, area, pointing))
     assert (s["n"], s["zero_maps"], s["lift"]) == (6, 1, pytest.approx(2.1))
+    assert s["lift_with_empty"] == pytest.approx(10.5 / 6)
     assert s["pointing"]["rate"] == 0.5 and s["pointing"]["n"] == 5 and "k" not in s["pointing"]
     assert g.summary(g.Scores(share[3:4], area[3:4], pointing[3:4]))["lift"] is None
 
@@ -143,6 +146,25 @@ def test_the_correlation_of_lift_and_flip_leaves_out_empty_maps():
     assert g.lift_flip_correlation(lift, torch.ones(4)) is None
 
 
+def test_the_auc_is_the_share_of_pairs_in_order_and_a_tie_is_half():
+    low, high = torch.arange(10.0), torch.arange(10.0, 22)
+    assert (g.auc(high, low), g.auc(low, high)) == (1, 0)
+    assert g.auc(torch.zeros(12), torch.zeros(10)) == 0.5
+    mixed = torch.tensor([0.0] * 5 + [9.0] * 15)  # below all but a tie of ten, above all but one
+    assert g.auc(mixed, low) == pytest.approx((5 * 0.5 + 15 * 9.5) / 200)
+    assert g.auc(high[:9], low) is None and g.auc(high, low[:9]) is None
+
+
+def test_what_an_answer_follows_is_asked_where_digit_and_colour_disagree():
+    labels, colours = torch.zeros(50, dtype=torch.int64), torch.ones(50, dtype=torch.int64)
+    predicted = torch.tensor([0] * 20 + [1] * 20 + [2] * 10)
+    colours[:5] = 0  # a 0 on its own colour says nothing; a 2 follows neither
+    lift = torch.where(predicted == 0, 1.0, torch.nan)  # an empty map is a low one
+    found = g.told_apart(lift, torch.ones(50), predicted, labels, colours)
+    counts = {"followed_digit": 15, "followed_colour": 20}
+    assert found == {**counts, "auc": 1, "auc_random": 0.5}
+
+
 # ---- flip rates
 
 
@@ -154,6 +176,7 @@ def test_flip_rates_by_hand():
     rates, changed = g.flip_rates(on_colour, swapped, partner, labels, colours)
     assert changed.tolist() == pytest.approx([1 / 3, 0, 1 / 3])
     background, digit = rates["background"], rates["digit"]
+    assert background["by_digit"] == pytest.approx({"0": 1 / 3, "1": 0})
     assert background["changed"]["rate"] == pytest.approx(2 / 9)
     # foreign colours that are neither the old one nor the label's: {2,3}, {0,2,3}, {1,2}
     assert background["follows"]["rate"] == pytest.approx((1 / 2 + 0 / 3 + 2 / 2) / 3)
@@ -263,18 +286,35 @@ def test_the_null_rows_score_noise_and_a_constant():
     assert random["lift"] == pytest.approx(1, abs=0.02) and random["lift"] != 1
 
 
-def test_the_figures_show_five_digits_twice_and_one_on_ten_colours():
+def test_the_ceiling_is_the_digit_as_coarse_as_a_map():
+    gray = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    gray[0, 12:16, 8:12] = 255  # one cell of a 7x7 map, which blurs over its neighbours
+    ceiling = g.null_rows("x", a_subject(), a_split(1)._replace(gray=gray), seed=1)["ceiling"]
+    scores = ceiling["maps"]["test_hard"]
+    inside = 0.625 + 0.875 + 0.875 + 0.625  # of 4, along either axis
+    assert scores["lift"] == pytest.approx((inside / 4) ** 2 * 49)
+    assert scores["pointing"]["rate"] == 1
+
+
+def test_the_typical_digit_is_the_median_by_flip_rate():
+    assert g.typical({"0": 0.3, "1": 0.1, "5": 0.2}) == 5
+    assert g.typical({"0": 0.3, "1": 0.1, "5": 0.2, "7": 0.9}) == 5
+
+
+def test_the_figures_show_five_digits_twice_and_a_typical_one_on_ten_colours():
     split, subject = a_split(), a_subject()
     subjects = dict.fromkeys(("a_s1", "a_s2", "b_s1", "c_s1"), subject)
     classes = [str(k) for k in range(10)]
-    scenes = g.scenes_of(subjects, split, PAINTING, classes, seed=42)
+    flips = {"background": {"by_digit": {"1": 0.9, "3": 0.5, "8": 0.1}}}
+    scenes = g.scenes_of(subjects, split, PAINTING, classes, 42, flips)
     one, ten = scenes["examples"], scenes["ten_colours"]
     assert list(one["models"]) == ["a_s1", "b_s1"]
     assert one["foreign"].tolist() == [False, True] * 5 and len(one["labels"].unique()) == 5
     assert torch.equal(one["labels"][::2], one["labels"][1::2])
     assert one["below"][::2] == [f"{d} on {NAMES[d]}" for d in one["labels"][::2].tolist()]
-    assert ten["below"] == [f"1 on {name}" for name in NAMES]
-    assert torch.equal(ten["gray"], split.gray[1].expand(10, 28, 28))
+    assert ten["title"].startswith("Grad-CAM: the first 3 of test_hard")
+    assert ten["below"] == [f"3 on {name}" for name in NAMES]
+    assert torch.equal(ten["gray"], split.gray[3].expand(10, 28, 28))
 
 
 # ---- what each answer wants to see
@@ -529,6 +569,9 @@ def test_the_answer_and_the_keys_of_the_record(world, undrawn, call):
     model = record["models"]["jitter_s42"]
     keys = "method seed trained layer acc maps flips lift_flip_correlation"
     assert set(model) == set(keys.split()) and set(model["maps"]) == {"test_hard"}
+    assert set(record["null"]) == {"model", "random_map", "uniform_map", "ceiling", "cascade"}
+    keys = "n zero_maps lift lift_with_empty pointing followed_digit followed_colour auc auc_random"
+    assert set(model["maps"]["test_hard"]) == set(keys.split())
     background, digit = (model["flips"][k]["changed"]["rate"] for k in ("background", "digit"))
     lift = model["maps"]["test_hard"]["lift"]
     (line,) = (line for line in said if line.startswith("jitter_s42"))
@@ -636,8 +679,12 @@ def test_classes_have_the_names_that_meta_json_gives(world, call, monkeypatch):
     shown = []
     monkeypatch.setattr(g, "pictures", lambda rows: shown.extend(rows) or common.blank(1, 1))
     call("gradcam.py --models baseline_s42")
-    titles = dict(shown)
-    assert titles["Grad-CAM: one trouser on ten colours"][0][1] == "trouser on red"
+    ((name, cells),) = (
+        (title.split(" of test_hard")[0].removeprefix("Grad-CAM: the first "), cells)
+        for title, cells in shown
+        if "ten colours" in title
+    )
+    assert name in names and cells[0][1] == f"{name} on red"
     answers = {caption[2:-7] for _, cells in shown[1::2] for _, caption, _ in cells}
     assert answers <= set(names)  # as in "✗ ankle boot (0.90)"
 

@@ -1967,10 +1967,12 @@ def read(path):
 
 
 def dig(record, path):
-    """record[key][key]... of 'key.key...', MISSING where there is no such key."""
+    """record[key][key]... of 'key.key...', of a list by position; MISSING where it is not."""
     for key in path.split("."):
         if record is None:  # what needs colours, without them
             return None
+        if isinstance(record, list):
+            record = {str(i): value for i, value in enumerate(record)}
         if not isinstance(record, dict) or key not in record:
             return MISSING
         record = record[key]

@@ -64,10 +64,12 @@ from common import (
     save_pt,
     setup,
     stream,
+    t_interval,
 )
 
 CHUNK = 256  # images attacked at once: what fits in the cache of one core
-CONFIDENT = 0.9  # target probability of the stricter criterion
+CONFIDENT = 0.9  # target probability of the criterion "confidence"
+LEAD = math.log(9)  # between logits, of the criterion "margin": 0.9 against a single rival
 RESOLUTION = 1e-3  # of a min-eps
 SEARCH_STEPS = 50  # at each radius of the min-eps search; half as many in a bisection round
 SAMPLE = 1000  # images of the robust curve, which is too slow for the whole split
@@ -107,6 +109,8 @@ def get_args(argv=None):
     add("--src", {"targeted": 7}, "digit to start from", type=digit)
     add("--tgt", {"targeted": 3}, "digit to reach", type=digit)
     g.add_argument("--eps", type=eps, default=0.05, help="L-inf radius, pixels in [0, 1] (0.05)")
+    kinds = "flat: one shift of colour for all pixels; fine: no mean shift in any channel"
+    add("--change", {"targeted": "any"}, kinds, choices=MOVES)
     usual = {"targeted": 1000, "pairs": 100, "untargeted": 100, "check": 100}
     add("--steps", usual, "gradient steps", type=many)
     add("--restarts", {"untargeted": 1}, "random starts of APGD", type=number(int, 1, 1000))
@@ -201,6 +205,57 @@ def only_inputs_learn(model):
             module.training = training
 
 
+def move_any(z, grad, rate, x, low, high):
+    """Each pixel a step of its own, along the sign of the gradient."""
+    return inside(z + grad.sign_().mul_(rate), low, high)
+
+
+def shift_of(change):
+    """The shift (B,3,1,1) of which a flat change (B,3,H,W) is what [0, 1] has left: the largest."""
+    least, most = change.amin((2, 3), True), change.amax((2, 3), True)
+    return torch.where(most > -least, most, least)
+
+
+def move_flat(z, grad, rate, x, low, high):
+    """All pixels the same step; those at an end of [0, 1] have no say in it."""
+    slope = (grad * ((z > 0) & (z < 1))).mean((2, 3), True)
+    return inside(x + shift_of(z - x) + rate * slope.sign(), low, high)
+
+
+def best_shift(model, x, y, eps, start, targeted):
+    """The best flat start for pgd: `start`, or -eps, 0 or eps in each channel.
+
+    Three numbers are soon looked through, and a flat change seldom finds its way from a bad one.
+    """
+    sign, best = 1 if targeted else -1, start
+    with only_inputs_learn(model), torch.no_grad():
+        least = sign * lead(model((x + shift_of(start - x)).clamp(0, 1)), y)
+        for shift in itertools.product((-1.0, 0.0, 1.0), repeat=3):
+            z = x + eps * x.new_tensor(shift).view(3, 1, 1)
+            behind = sign * lead(model(z.clamp(0, 1)), y)
+            best, least = where(behind < least, z, best), torch.minimum(behind, least)
+    return best
+
+
+def move_fine(z, grad, rate, x, low, high):
+    """The mean of each channel stays that of x: pixels rise where the gradient is above a level.
+
+    The others fall. The level (B,3,1,1) that keeps the mean is found by bisection.
+    """
+    low, high = torch.maximum(low, z - rate.abs()), torch.minimum(high, z + rate.abs())
+    steep = 10 / grad.abs().mean((2, 3), True).clamp(min=1e-30)  # so that most go the whole step
+    z, mean = z + rate * steep * grad, x.mean((2, 3), True)
+    least, most = (z - high).amin((2, 3), True), (z - low).amax((2, 3), True)
+    for _ in range(24):
+        level = (least + most) / 2
+        above = (z - level).clamp(low, high).mean((2, 3), True) > mean
+        least, most = torch.where(above, level, least), torch.where(above, most, level)
+    return inside(z - level, low, high)
+
+
+MOVES = {"any": move_any, "flat": move_flat, "fine": move_fine}  # a step of pgd, by --change
+
+
 def pgd(
     model,
     x,
@@ -214,6 +269,7 @@ def pgd(
     stop=None,
     decay=False,
     start=None,
+    change="any",
 ):
     """Projected gradient descent in the L-inf ball (Madry et al., 2018) from a random start.
 
@@ -221,8 +277,8 @@ def pgd(
     step_size are floats or (B,), in pixel units; a step is eps / 10 by default, and with `decay` it
     falls linearly towards a tenth of itself. loss(logits, y) is a scalar in which images have the
     same weight. stop(logits, y) -> bool (B,) takes finished images out of the batch, so they cost
-    nothing more. `start` (B,3,H,W) replaces the random start. Nothing gathers in .grad; train/eval
-    modes stay as they were found; works inside torch.no_grad().
+    nothing more. `start` (B,3,H,W) replaces the random start; `change` is one of MOVES. Nothing
+    gathers in .grad; train/eval modes stay as they were found; works inside torch.no_grad().
     """
     refuse_strange_pixels(x)
     eps = per_image(eps, x)
@@ -230,11 +286,14 @@ def pgd(
     rate = -rate if targeted else rate
     if start is None:
         start = random_start(x, eps, gen)
+    if change == "flat":
+        start = best_shift(model, x, y, eps, start, targeted)
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-    z = inside(start, low, high)
+    move = MOVES[change]
+    z = move(start, torch.zeros_like(start), 2 * eps, x, low, high)  # only brought into the set
     x_adv, taken = torch.empty_like(z), torch.zeros(len(x), dtype=torch.long, device=x.device)
     done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    alive = torch.arange(len(x), device=x.device)  # the images that z, y, low, high, rate hold
+    alive = torch.arange(len(x), device=x.device)  # the images that x, y, z, low, high, rate hold
     with only_inputs_learn(model):
         for step in range(steps + (stop is not None)):  # after the last step only `stop` looks
             logits = model(z.requires_grad_())
@@ -247,12 +306,12 @@ def pgd(
             taken[alive] = step + 1 if stop is None else torch.where(hit, step, step + 1)
             if stop is not None and len(keep) < len(alive):
                 (grad,) = torch.autograd.grad(loss(logits[keep], y[keep]), z)
-                batch = (alive, y, z.detach(), grad, low, high, rate)
-                alive, y, z, grad, low, high, rate = (t[keep] for t in batch)
+                batch = (alive, x, y, z.detach(), grad, low, high, rate)
+                alive, x, y, z, grad, low, high, rate = (t[keep] for t in batch)
             else:
                 (grad,) = torch.autograd.grad(loss(logits, y), z)
-            change = grad.sign_().mul_(rate * (1 - 0.9 * step / steps) if decay else rate)
-            z = inside(z.detach() + change, low, high)
+            rate_now = rate * (1 - 0.9 * step / steps) if decay else rate
+            z = move(z.detach(), grad, rate_now, x, low, high)
     x_adv[alive] = z.detach()
     return Attacked(x_adv, taken, done)
 
@@ -277,6 +336,11 @@ def is_sure(logits, y):
     return logits.softmax(1).gather(1, y[:, None])[:, 0] >= CONFIDENT
 
 
+def is_ahead(logits, y):
+    """margin: y leads every other logit by LEAD, however many rivals there are (targeted)."""
+    return lead(logits, y) <= -LEAD
+
+
 def is_wrong(logits, y):
     """The answer is not y (untargeted)."""
     return logits.argmax(1) != y
@@ -296,10 +360,12 @@ def margin(logits, y):
     return lead(logits, y).mean()
 
 
-CRITERIA = {  # (is it reached, what `strongest` minimises in turn); the second implies the first
+CRITERIA = {  # (is it reached, what `strongest` minimises in turn); all imply the first
     "argmax": (says, (margin, F.cross_entropy)),
     "confidence": (is_sure, (F.cross_entropy,)),
+    "margin": (is_ahead, (margin, F.cross_entropy)),
 }
+USUAL = ("argmax", "confidence")  # the criteria of --pairs, of the figures and of the terminal
 
 
 def distance(a, b):
@@ -308,17 +374,21 @@ def distance(a, b):
 
 
 @torch.no_grad()
-def judge(model, x, y, eps, x_adv, reached):
+def judge(model, x, y, eps, x_adv, reached, change="any"):
     """bool (B,): is x_adv in the ball around x and in [0, 1], and does the model fall for it?
 
-    It knows nothing of how x_adv was made.
+    And is the change flat or fine, where it should be? It knows nothing of how x_adv was made.
     """
-    in_ball = distance(x_adv, x) <= eps + 1e-6
-    in_ball &= (x_adv.amin((1, 2, 3)) >= 0) & (x_adv.amax((1, 2, 3)) <= 1)
-    return in_ball & reached(model(x_adv), y)
+    allowed = distance(x_adv, x) <= eps + 1e-6
+    allowed &= (x_adv.amin((1, 2, 3)) >= 0) & (x_adv.amax((1, 2, 3)) <= 1)
+    if change == "flat":
+        allowed &= distance(x_adv, (x + shift_of(x_adv - x)).clamp(0, 1)) <= 1e-6
+    elif change == "fine":
+        allowed &= (x_adv - x).mean((2, 3)).abs().amax(1) <= 1e-5
+    return allowed & reached(model(x_adv), y)
 
 
-def carry_out(attack, model, reached, x, y, eps, **more):
+def carry_out(attack, model, reached, x, y, eps, change="any", **more):
     """Run attack(x, y, eps, **more) -> Attacked chunk by chunk; `judge` says what is done.
 
     x (N,3,H,W) in [0, 1]; y (N,); eps a float or (N,); `more` are tensors with a row per image.
@@ -327,26 +397,27 @@ def carry_out(attack, model, reached, x, y, eps, **more):
     parts = []
     for i in chunks(max(len(x), 1), CHUNK):  # no images: one empty part
         a = attack(x[i], y[i], eps[i], **{key: value[i] for key, value in more.items()})
-        parts.append(a._replace(done=judge(model, x[i], y[i], eps[i], a.x, reached)))
+        parts.append(a._replace(done=judge(model, x[i], y[i], eps[i], a.x, reached, change)))
     return Attacked(*map(torch.cat, zip(*parts, strict=True)))
 
 
 # ---- targeted attacks: from src to tgt
 
 
-def headline(model, x, y, eps, limit, gen):
+def headline(model, x, y, eps, limit, gen, change="any"):
     """{criterion: steps float (N,), inf where it failed} and the last adversarial images.
 
     PGD (Madry et al., 2018) on the targeted cross-entropy: random start, step eps / 10, at most
-    `limit` steps. The criteria are two marks on one path: where argmax was reached, the attack
-    continues to confidence. x (N,3,H,W) in [0, 1]; y (N,).
+    `limit` steps. The criteria are three marks on one path: where one was reached, the attack
+    continues to the next. x (N,3,H,W) in [0, 1]; y (N,).
     """
     steps, x_adv = {}, x.clone()
     todo, start = torch.arange(len(x), device=x.device), random_start(x, eps, gen)
     taken = torch.zeros(len(x), device=x.device)
-    for name, (reached, _) in CRITERIA.items():
-        attack = partial(pgd, model, steps=limit, gen=gen, targeted=True, stop=reached)
-        a = carry_out(attack, model, reached, x[todo], y[todo], eps, start=start)
+    for name in ("argmax", "margin", "confidence"):  # each implies those before it
+        reached, how = CRITERIA[name][0], {"targeted": True, "change": change}
+        attack = partial(pgd, model, steps=limit, gen=gen, stop=reached, **how)
+        a = carry_out(attack, model, reached, x[todo], y[todo], eps, change, start=start)
         x_adv[todo], taken = a.x, taken + a.steps
         done = a.done & (taken <= limit)
         todo, start, taken = todo[done], a.x[done], taken[done]
@@ -355,7 +426,7 @@ def headline(model, x, y, eps, limit, gen):
     return steps, x_adv
 
 
-def strongest(model, criterion, x, y, eps, start, steps):
+def strongest(model, criterion, x, y, eps, start, steps, change="any"):
     """Attacked: targeted PGD, steps falling from eps / 4 towards eps / 40, with each loss in turn.
 
     The second loss sees the images that resisted the first. The argmax needs both: the margin
@@ -364,57 +435,58 @@ def strongest(model, criterion, x, y, eps, start, steps):
     """
     x_adv, taken, done = start.clone(), torch.zeros_like(y), torch.zeros_like(y, dtype=torch.bool)
     reached, losses = criterion
+    how = {"targeted": True, "stop": reached, "decay": True, "change": change}
     for loss in losses:
         i = (~done).nonzero()[:, 0]
-        attack = partial(
-            pgd, model, steps=steps, gen=None, targeted=True, loss=loss, stop=reached, decay=True
-        )
+        attack = partial(pgd, model, steps=steps, gen=None, loss=loss, **how)
         more = {"step_size": eps[i] / 4, "start": start[i]}
-        a = carry_out(attack, model, reached, x[i], y[i], eps[i], **more)
+        a = carry_out(attack, model, reached, x[i], y[i], eps[i], change, **more)
         x_adv[i], taken[i], done[i] = a.x, taken[i] + a.steps, a.done
     return Attacked(x_adv, taken, done)
 
 
-def try_out(model, criterion, x, y, known, i, eps, start, steps):
+def try_out(attack, x, y, known, i, eps, start, steps):
     """Attack images i (K,) with radii eps (K,) from start (K,3,H,W); changes what is known.
 
     A success brings the upper end down to the radius it really used.
     """
-    a = strongest(model, criterion, x[i], y[i], eps, start, steps)
+    a = attack(x[i], y[i], eps, start, steps)
     known.low[i[~a.done]] = eps[~a.done]
     known.high[i[a.done]] = distance(a.x, x[i])[a.done]
     known.best[i[a.done]] = a.x[a.done]
 
 
-def search_min_eps(model, x, y, radii, gen, steps):
+def search_min_eps(model, x, y, radii, gen, steps, change="any"):
     """{criterion: smallest radius that works, float (N,)}; inf where none of `radii` does.
 
     It is 0 where nothing is needed. First each radius in ascending order, for the images that
     still resist; then bisection between the last failure and the first success until they are
     RESOLUTION apart, all images in one batch, each with a radius of its own. Each round starts
     from the last success, scaled down. An image that cannot be brought to the argmax is not tried
-    for confidence, which implies it.
+    for the other criteria, which imply it.
     """
     found, floor = {}, torch.zeros(len(x), device=x.device)
+    known = SimpleNamespace()
     for name, criterion in CRITERIA.items():
-        there = judge(model, x, y, 0.0, x, criterion[0])
-        known = SimpleNamespace(
-            low=floor.clone(),  # the largest radius that failed
-            high=torch.full_like(floor, math.inf).masked_fill(there, 0),  # the smallest that worked
-            best=x.clone(),  # the adversarial image at `high`
-        )
+        attack = partial(strongest, model, criterion, change=change)
+        known.low = floor.clone()  # the largest radius that failed
+        if name != "margin":  # confidence implies it, so it begins with what that has found
+            known.high = torch.full_like(floor, math.inf)  # the smallest radius that worked
+            known.best = x.clone()  # the adversarial image at `high`
+        known.high[judge(model, x, y, 0.0, x, criterion[0])] = 0
         for radius in radii:
             i = (known.high.isinf() & (known.low < radius)).nonzero()[:, 0]
             eps, start = floor.new_full((len(i),), radius), random_start(x[i], radius, gen)
-            try_out(model, criterion, x, y, known, i, eps, start, steps)
+            try_out(attack, x, y, known, i, eps, start, steps)
         while True:
             i = (known.high.isfinite() & (known.high - known.low > RESOLUTION)).nonzero()[:, 0]
             if len(i) == 0:
                 break
             middle = (known.low[i] + known.high[i]) / 2
             shrunk = x[i] + (known.best[i] - x[i]) * (middle / known.high[i]).view(-1, 1, 1, 1)
-            try_out(model, criterion, x, y, known, i, middle, shrunk, max(steps // 2, 1))
-        found[name] = floor = known.high
+            try_out(attack, x, y, known, i, middle, shrunk, max(steps // 2, 1))
+        found[name] = known.high.clone()
+        floor = found["argmax"]
     return found
 
 
@@ -669,59 +741,85 @@ def median(values):
 def compare(models, src, seed):
     """{other row: its difference from the reference, of the same seeds and images}.
 
-    On all images, and on those that both models read correctly: one that misreads a 7 anyway is not
-    fooled by being attacked. A min-eps that was not found counts as the largest radius tried. Rows
-    that share no seed with the reference are left out, and so are models that did not train: the
-    reference is the first row that did.
+    On all images; on those that both models read correctly (one that misreads a 7 anyway is not
+    fooled by being attacked); and on the easiest, as many of each model as the poorer one reads:
+    of those it reads itself the ones that need least, for a poor model reads its firmest images.
+    A min-eps that was not found counts as the largest radius tried. Rows that share no seed with
+    the reference are left out, and so are models that did not train: the reference is the first
+    row that did.
     """
     right = read_correctly(models, src)
     models = {name: m for name, m in models.items() if m.get("trained", True)} or models
     (reference, first), *others = by_row(models).items()
-    compared = {}
+    compared, paired = {}, {"min_eps": median_change, "needs_less": share_needing_less}
     for other, second in others:
-        shared = [s for s in first if s in second]
-        if not shared:
+        names = [(first[s], second[s]) for s in first if s in second]
+        if not names:
             continue
-        compared[other] = {"reference": reference, "seeds": len(shared)}
-        both = torch.stack([right[first[s]] & right[second[s]] for s in shared])  # (seeds, images)
-        for subset, counted in {"all": torch.ones_like(both), "both_right": both}.items():
+        compared[other] = {"reference": reference, "seeds": len(names)}
+        reads = stacked(names, right.get)  # (seeds, images, 2)
+        subsets = {
+            "all": (torch.ones_like(reads), paired),
+            "both_right": (reads.all(2, True).expand_as(reads), paired),
+            "easiest": (reads, {"min_eps": change_of_median}),
+        }
+        for subset, (counted, measures) in subsets.items():
             compared[other][subset] = {}
-            for criterion in CRITERIA:
-                theirs, ours = (
-                    [column(models[row[s]], criterion, "min_eps", RADII[-1]) for s in shared]
-                    for row in (second, first)
-                )
-                change = torch.stack(theirs) - torch.stack(ours)
-                change = change.masked_fill(~counted, math.nan)
-                gen = stream(seed, f"bootstrap {reference} {other} {subset} {criterion}")
-                compared[other][subset][criterion] = {
-                    "n": int(counted.sum()),
-                    "min_eps": bootstrap(change, torch.nanmedian, gen),
-                    "needs_less": bootstrap(change, share_below_zero, gen),
+            for c in CRITERIA:
+                radii = stacked(names, lambda n, c=c: column(models[n], c, "min_eps", RADII[-1]))
+                radii = radii.masked_fill(~counted, math.nan)
+                gen = stream(seed, f"bootstrap {reference} {other} {subset} {c}")
+                compared[other][subset][c] = {
+                    "n": int(counted.sum(1).amin(1).sum()),
+                    **{key: interval(radii, measure, gen) for key, measure in measures.items()},
                 }
     return compared
 
 
-def bootstrap(values, statistic, gen):
-    """{value, low, high}: a statistic and its 95 % percentile interval (Efron, 1979).
+def stacked(names, values):
+    """values(name) (images,) of each two models of one seed, as (seeds, images, 2)."""
+    return torch.stack([torch.stack([values(name) for name in two], 1) for two in names])
 
-    values float (seeds, images), nan where a pair does not count. Both seeds and images are drawn
-    anew, so few seeds make it wide.
+
+def median_change(radii):
+    """Of radii (images, 2), nan where an image does not count."""
+    return (radii[:, 1] - radii[:, 0]).nanmedian()
+
+
+def share_needing_less(radii):
+    return (radii[:, 1] < radii[:, 0]).sum() / (~radii.isnan().any(1)).sum()
+
+
+def change_of_median(radii):
+    """Between the medians of each column's k smallest, k being how many the shorter one has."""
+    k = int((~radii.isnan()).sum(0).min())
+    middle = radii.sort(0).values[(k - 1) // 2]  # nan comes last; the last where k is 0
+    return middle[1] - middle[0]
+
+
+def interval(radii, measure, gen):
+    """{value, low, high, of}: a measure of radii (seeds, images, 2) with its 95 % interval.
+
+    Of two seeds or more: their mean, and Student's t over them. Of one: a bootstrap over its
+    images, which cannot say what another seed would bring. Seeds without an image do not count.
     """
-    seeds, images = values.shape
-    draws = []
-    for _ in range(RESAMPLES):
-        some = values[torch.randint(seeds, (seeds,), generator=gen)]
-        some = some[:, torch.randint(images, (images,), generator=gen)]
-        draws.append(statistic(some))
-    draws = torch.stack(draws)
-    low, high = draws.nanquantile(draws.new_tensor([0.025, 0.975]))
-    found = {"value": statistic(values), "low": low, "high": high}
-    return {key: None if v.isnan() else round(float(v), 5) for key, v in found.items()}
+    radii = [of_seed for of_seed in radii if not measure(of_seed).isnan()]
+    values = [measure(of_seed).item() for of_seed in radii]
+    if len(values) > 1:
+        numbers = {**t_interval(values), "of": "seeds"}
+    elif values:
+        numbers = {"value": values[0], **bootstrap(radii[0], measure, gen)}
+    else:
+        numbers = {"value": None, "low": None, "high": None, "of": "pictures"}
+    return {key: round(v, 5) if isinstance(v, float) else v for key, v in numbers.items()}
 
 
-def share_below_zero(values):
-    return (values < 0).sum() / (~values.isnan()).sum()
+def bootstrap(values, measure, gen):
+    """{low, high, of}: 95 % percentile interval of a measure, images drawn anew (Efron, 1979)."""
+    n = len(values)
+    draws = [measure(values[torch.randint(n, (n,), generator=gen)]) for _ in range(RESAMPLES)]
+    low, high = torch.stack(draws).nanquantile(draws[0].new_tensor([0.025, 0.975])).tolist()
+    return {"low": low, "high": high, "of": "pictures"}
 
 
 # ---- the four modes: each attacks all models on a split and returns a record of its own
@@ -755,7 +853,7 @@ def sampled(n, most, seed):
     return torch.randperm(n, generator=stream(seed, "sample"))[:most].sort().values
 
 
-def targeted(models, split, seed, src, tgt, eps, steps, n):
+def targeted(models, split, seed, src, tgt, eps, steps, n, change="any"):
     """The record of one pair of digits, with the pictures of a few examples."""
     last = min(m.classes for m in models.values()) - 1
     if max(src, tgt) > last:
@@ -768,10 +866,10 @@ def targeted(models, split, seed, src, tgt, eps, steps, n):
     for name, m in models.items():
         working_on(name, models, f"attack within eps {eps:g} on {len(x):,} images")
         gen = stream(seed, "targeted")
-        taken, adversarial[name] = headline(m.net, x, y, eps, steps, gen)
+        taken, adversarial[name] = headline(m.net, x, y, eps, steps, gen, change)
         working_on(name, models, "search for the smallest eps of each image")
         gen = stream(seed, "min-eps")
-        min_eps = search_min_eps(m.net, x, y, RADII, gen, SEARCH_STEPS)
+        min_eps = search_min_eps(m.net, x, y, RADII, gen, SEARCH_STEPS, change)
         entries[name] = {**m.about, "clean": predict(m.net, x).argmax(1).tolist()}
         for c in CRITERIA:
             entries[name][c] = {
@@ -813,7 +911,8 @@ def examples(models, entries, adversarial, x, src):
 def pairs(models, split, seed, eps, steps, n):
     """Success rate at `eps` by source (row) and target (column), at most n images a source.
 
-    On images that every model reads correctly.
+    On images that every model reads correctly. The intervals of the means draw images anew, each
+    with all its targets.
     """
     classes = min(m.classes for m in models.values())
     answers = [predict(m.net, split.images).argmax(1) for m in models.values()]
@@ -830,7 +929,7 @@ def pairs(models, split, seed, eps, steps, n):
     for name, m in models.items():
         entries[name], gen = dict(m.about), stream(seed, "pairs")
         fooled = torch.ones(len(index), dtype=torch.bool, device=index.device)
-        for criterion in CRITERIA:
+        for criterion in USUAL:
             i = fooled.nonzero()[:, 0]  # who resists the first criterion is not tried for the next
             working_on(name, models, f"{criterion}: {len(i):,} attacks")
             x = split.x(index[i])
@@ -841,7 +940,10 @@ def pairs(models, split, seed, eps, steps, n):
             entries[name][criterion] = [
                 [None if math.isnan(v) else round(v, 4) for v in row] for row in share.tolist()
             ]
-            entries[name][f"{criterion}_mean"] = rounded(rate(fooled))
+            by_image = fooled.view(-1, classes - 1).double().mean(1).cpu()
+            ends = bootstrap(by_image, torch.mean, stream(seed, f"bootstrap {criterion}"))
+            mean = {"k": int(fooled.sum()), "n": len(fooled), "rate": by_image.mean().item()}
+            entries[name][f"{criterion}_mean"] = rounded({**mean, **ends})
     return {"models": entries, "n_per_digit": [len(i) for i in chosen]}
 
 
@@ -1059,10 +1161,15 @@ def draw_examples(record, shown):
         change = ((m["x_adv"] - x) * 10 + 0.5).clamp(0, 1)
         title = f"{name}: perturbation x10, mid-grey for none"
         rows.append((title, [(image, "", colour) for image in change]))
-        title = f"{name}: attacked towards {a['tgt']}, eps {a['eps']:g}"
+        title = f"{name}: attacked towards {a['tgt']}, eps {a['eps']:g}{of_kind(a)}"
         said = map(in_brackets, m["fooled"])
         rows.append((title, [(*both, colour) for both in zip(m["x_adv"], said, strict=True)]))
     return pictures(rows)
+
+
+def of_kind(args):
+    """Which changes a targeted attack was held to; nothing where to none."""
+    return f" of {args['change']} changes" if "change" in args else ""
 
 
 def in_brackets(probabilities):
@@ -1075,11 +1182,11 @@ def draw_min_eps(record):
 
     Of the first two rows, all seeds, on images that both read correctly.
     """
-    a, models, radii = record["args"], record["models"], {criterion: {} for criterion in CRITERIA}
+    a, models, radii = record["args"], record["models"], {criterion: {} for criterion in USUAL}
     clean, two = read_correctly(models, a["src"]), list(by_row(models).items())[:2]
     for (row, seeds), (_, rivals) in zip(two, two[::-1], strict=True):
         both = {name: clean[name] & clean[rivals.get(s, name)] for s, name in seeds.items()}
-        for c in CRITERIA:
+        for c in USUAL:
             found = [column(models[n], c, "min_eps", RADII[-1])[both[n]] for n in both]
             radii[c][row] = torch.cat(found)
     everything = torch.cat([values for found in radii.values() for values in found.values()])
@@ -1095,7 +1202,8 @@ def draw_min_eps(record):
             name = textwrap.fill(f"{row}: median {middle:.4f}", 60)
             ax.hist(values.clamp(max=far).numpy(), bins, label=name, lw=1.5, **look)
             ax.axvline(middle, color=ink(row), ls="-" if bars == "bar" else "--", lw=1.5)
-        ax.set(title=title, xlabel="min-eps (L-inf; the last bin holds what is beyond)")
+        beyond = "(L-inf; the last bin holds what is beyond)"
+        ax.set(title=title, xlabel=f"min-eps{of_kind(a)} {beyond}")
         legend_below(ax)
     left.set_ylabel(f"{a['src']}s that both nets read correctly")
     return fig
@@ -1105,8 +1213,8 @@ def draw_pairs(record):
     """Success rate by source and target digit: the first seed of each row, both criteria."""
     names = [next(iter(seeds.values())) for seeds in by_row(record["models"]).values()]
     size = 3.9 * len(names) + 0.9, 7.6
-    fig, axes = figure(*size, len(CRITERIA), len(names), sharex=True, sharey=True)
-    for line, criterion in zip(axes, CRITERIA, strict=True):
+    fig, axes = figure(*size, len(USUAL), len(names), sharex=True, sharey=True)
+    for line, criterion in zip(axes, USUAL, strict=True):
         for ax, name in zip(line, names, strict=True):
             m = record["models"][name]
             picture = matrix(ax, m[criterion])
@@ -1184,13 +1292,14 @@ def tell(record):
     """The answer: a line for each model, and for each comparison."""
     for name, m in record["models"].items():
         if record["mode"] == "targeted":
-            argmax, sure = (record["summary"][name]["all"][criterion] for criterion in CRITERIA)
+            argmax, sure = (record["summary"][name]["all"][criterion] for criterion in USUAL)
             n, tgt = argmax["success"]["n"], record["args"]["tgt"]
             text = f"of {n} images {in_words(argmax)} become a {tgt}, "
-            text += f"{in_words(sure)} with probability {CONFIDENT:g} or more; median eps needed: "
+            text += f"{in_words(sure)} with probability {CONFIDENT:g} or more; "
+            text += f"median eps{of_kind(record['args'])} needed: "
             text += f"{needed(argmax)}, with that probability {needed(sure)}"
         elif record["mode"] == "pairs":
-            argmax, sure = (m[f"{criterion}_mean"] for criterion in CRITERIA)
+            argmax, sure = (m[f"{criterion}_mean"] for criterion in USUAL)
             text = f"{argmax['k']:,} of {argmax['n']:,} reach the digit they want, "
             text += f"{sure['k']:,} with probability {CONFIDENT:g}"
         elif record["mode"] == "untargeted":
@@ -1205,11 +1314,13 @@ def tell(record):
                 text += f"\n  {c['claim']}: {numbers}"
         print(f"{name}: {text}")
     for other, entry in record.get("compared", {}).items():
-        argmax, sure = (entry["both_right"][criterion] for criterion in CRITERIA)
+        argmax, sure = (entry["both_right"][criterion] for criterion in USUAL)
         if argmax["n"]:
             text = f"of {argmax['n']} images that both read correctly, {other} needs a smaller eps "
             text += f"than {entry['reference']} on {argmax['needs_less']['value']:.0%}; "
             text += f"for probability {CONFIDENT:g}, on {sure['needs_less']['value']:.0%}"
+            if entry["seeds"] > 1:
+                text += f" (means of {entry['seeds']} seeds)"
             print(text)
 
 
@@ -1236,6 +1347,8 @@ def main(argv=None):
     path = args.dir / f"{result_name(args, usual)}.json"
     settings = {k: v for k, v in vars(args).items() if k not in (*WHERE, "mode", "name")}
     guard(path, {**settings, "mode": args.mode, "script": "attack.py"}, args.overwrite)
+    if settings.get("change") == "any":
+        del settings["change"]  # it restricts nothing, and results that do not know it stay equal
     models, split = load(args.dir, args.models, args.split, device)
     said = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "models")
     print(f"{args.mode} attack on {' '.join(models)} in {args.dir}: {said}")

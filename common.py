@@ -17,7 +17,7 @@ import zlib
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
@@ -487,6 +487,16 @@ def rate(values):
     low, high = max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))
     count = {"k": int(k)} if values.dtype == torch.bool else {}
     return {**count, "n": n, "rate": k / n, "low": low, "high": high}
+
+
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 0.975, df 1 to 9
+
+
+def t_interval(values):
+    """Mean of one number a seed, two at least, with its 95 % t-interval over the seeds."""
+    n, middle = len(values), fmean(values)
+    half = STUDENT_T[min(n - 2, 8)] * stdev(values) / math.sqrt(n)
+    return {"value": middle, "low": middle - half, "high": middle + half}
 
 
 def ink(row):

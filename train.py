@@ -65,6 +65,7 @@ from common import (
     save_pt,
     setup,
     stream,
+    t_interval,
     write,
 )
 
@@ -1824,7 +1825,6 @@ follows colour = final.test_hard.follows_colour
 """
 HOME = ROOT / "results"  # of the write-up
 MISSING = object()
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 0.975, df 1 to 9
 
 
 class Column(NamedTuple):
@@ -2106,12 +2106,9 @@ def shown(values):
 
 def signed(differences):
     """A cell of paired differences: their mean with its 95 % t-interval over the seeds."""
-    n = len(differences)
-    if n < 2:
+    if len(differences) < 2:
         return f"{differences[0]:+.3f}" if differences else "-"
-    half = STUDENT_T[min(n - 2, 8)] * stdev(differences) / math.sqrt(n)
-    middle = fmean(differences)
-    return f"{middle:+.3f} ({middle - half:+.3f} to {middle + half:+.3f})"
+    return "{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**t_interval(differences))
 
 
 def did_not_train(runs):

@@ -78,6 +78,31 @@ def test_pgd_finds_the_worst_case_of_a_linear_model(linear):
     assert torch.allclose(model.margin(x_adv), worst, atol=1e-4)
 
 
+def best_gain(change, pixels, w):
+    """By how much a channel of black and white pixels can raise <w, x> per eps, on paper."""
+    rise, fall = w[pixels == 0].sort(descending=True).values, -w[pixels == 1].sort().values
+    if change == "flat":
+        return max(0, rise.sum(), fall.sum())
+    if change == "fine":  # for each that rises another falls
+        k = min(len(rise), len(fall))
+        return (rise[:k] + fall[:k]).clamp(min=0).sum()
+    return rise.clamp(min=0).sum() + fall.clamp(min=0).sum()
+
+
+@pytest.mark.parametrize("change", attack.MOVES)
+def test_pgd_finds_the_best_change_of_each_kind_and_the_judge_tells_them_apart(change):
+    gen = torch.Generator().manual_seed(1)
+    model, x = Linear(gen), torch.rand(20, 3, 8, 8, generator=gen).round()
+    w = model.w.detach().flatten(1)
+    best = [sum(map(best_gain, [change] * 3, image, w)) for image in x.flatten(2)]
+    x_adv = attack.pgd(model, x, 0 * ones(x), 0.3, 60, gen, decay=True, change=change).x
+    gain = (model.margin(x_adv) - model.margin(x)).detach()
+    assert torch.allclose(gain, 0.3 * torch.stack(best), rtol=0.01)
+    for kind in attack.MOVES:
+        allowed = attack.judge(model, x, ones(x), 0.3, x_adv, lambda z, y: y == y, kind)
+        assert allowed.all() if kind in ("any", change) else not allowed.any(), kind
+
+
 def test_pgd_stays_in_the_ball_and_the_box_and_leaves_the_model_alone():
     gen = torch.Generator().manual_seed(1)
     model, x = Linear(gen).train(), torch.rand(20, 3, 8, 8, generator=gen).round()
@@ -173,7 +198,9 @@ def test_margin_and_criteria():
     assert attack.says(logits, y).tolist() == [True, False]
     assert attack.is_wrong(logits, y).tolist() == [False, True]
     near = torch.tensor([[math.log(9.1), 0.0], [math.log(8.9), 0.0]])  # 0.901 and 0.899
-    assert attack.is_sure(near, y).tolist() == [True, False]
+    assert attack.is_sure(near, y).tolist() == attack.is_ahead(near, y).tolist() == [True, False]
+    rivals = torch.tensor([[math.log(9.1), 0.0, 0.0]])  # ahead of each, less sure for two of them
+    assert attack.is_ahead(rivals, y[:1]).all() and not attack.is_sure(rivals, y[:1]).any()
 
 
 def test_the_judge_sees_the_ball_the_box_and_the_answer():
@@ -217,15 +244,16 @@ def test_chunks_keep_images_radii_and_more_together(monkeypatch):
 
 
 @pytest.mark.parametrize("steps", [30, 5])
-def test_headline_counts_the_steps_to_both_marks(linear, steps):
+def test_headline_counts_the_steps_to_each_mark(linear, steps):
     """Walked again by a plain loop, one image at a time."""
     model, x = linear
     found, _ = attack.headline(model, x, ones(x), 0.03, steps, stream(0, "t"))
     start, sign = attack.random_start(x, 0.03, stream(0, "t")), model.w.detach().sign()
     marks = {"argmax": 0.0, "confidence": math.log(9) / 2}  # sigmoid(2 m) = 0.9
+    marks["margin"] = marks["confidence"]  # one rival
     assert found["argmax"].isfinite().any() and (found["confidence"] > found["argmax"]).any()
     sure = found["confidence"][found["confidence"].isfinite()]
-    assert (sure > 5).any() == (steps == 30), "the limit holds for both marks together"
+    assert (sure > 5).any() == (steps == 30), "the limit holds for all marks together"
     for i in range(len(x)):
         z, wanted = start[i : i + 1], dict.fromkeys(marks, math.inf)
         for step in range(steps + 1):
@@ -237,12 +265,20 @@ def test_headline_counts_the_steps_to_both_marks(linear, steps):
             assert float(found[name][i]) == wanted[name]
 
 
-def test_min_eps_of_a_linear_model(linear):
+@pytest.mark.parametrize("change", attack.MOVES)
+def test_min_eps_of_a_linear_model(linear, change):
     model, x = linear
-    found = attack.search_min_eps(model, x, ones(x), [0.01, 0.03, 0.1], stream(0, "t"), 50)
-    size = model.w.abs().sum()
+    radii = [0.01, 0.03, 0.1, 0.3]
+    found = attack.search_min_eps(model, x, ones(x), radii, stream(0, "t"), 50, change)
+    w = model.w.detach().flatten(1)
+    size = {
+        "any": w.abs().sum(),
+        "flat": w.sum(1).abs().sum(),
+        "fine": (w - w.median(1, keepdim=True).values).abs().sum(),
+    }[change]
     needed = {"argmax": -model.margin(x) / size}
     needed["confidence"] = (math.log(9) / 2 - model.margin(x)) / size  # sigmoid(2 m) = 0.9
+    needed["margin"] = needed["confidence"]
     for criterion, radius in needed.items():
         error = found[criterion] - radius.detach()
         assert error.min() >= -1e-6, "no attack can beat the closed form"
@@ -280,8 +316,7 @@ def test_the_second_loss_gets_who_resisted_the_first(linear):
     assert a.steps.tolist() == [4] * 8 and not a.done.any()
     walked = (a.x - x) * model.w.detach().sign()  # eps / 4, then 0.55 of it, towards the target
     assert torch.allclose(walked, torch.full_like(walked, 0.3 / 4 * 1.55), atol=1e-6)
-    second = {name: losses[-1] for name, (_, losses) in attack.CRITERIA.items()}
-    assert second == dict.fromkeys(("argmax", "confidence"), F.cross_entropy)
+    assert {losses[-1] for _, losses in attack.CRITERIA.values()} == {F.cross_entropy}
 
 
 # ---- pairs
@@ -304,6 +339,7 @@ def test_pairs_are_rows_of_the_digit_shown_and_columns_of_the_one_wanted():
     assert m["argmax"] == [[None, 0.6667, 0], [1, None, 0], [0, 0.5, None]]
     assert m["confidence"] == [[None, 0.3333, 0], [1, None, 0], [0, 0.5, None]]
     assert (m["argmax_mean"]["k"], m["argmax_mean"]["n"], m["confidence_mean"]["k"]) == (4, 12, 3)
+    assert m["argmax_mean"]["of"] == "pictures" and m["argmax_mean"]["rate"] == 0.3333
     fewer = attack.pairs(models, split, seed=1, eps=0.2, steps=10, n=3)["n_per_digit"]
     assert fewer == [2, 0, 2], "only what every model reads correctly"
 
@@ -651,20 +687,25 @@ def test_noise_is_a_corner_and_towards_aims_at_its_class():
 # ---- numbers
 
 
-def test_bootstrap_on_known_cases():
-    constant = attack.bootstrap(torch.full((3, 50), -0.01), torch.nanmedian, stream(0, "b"))
-    assert constant == {"value": -0.01, "low": -0.01, "high": -0.01}
-    nothing = attack.bootstrap(torch.full((1, 5), math.nan), torch.nanmedian, stream(0, "b"))
-    assert nothing == {"value": None, "low": None, "high": None}
-    values = torch.randn(1, 400, generator=stream(0, "v"), dtype=torch.double)
-    b = attack.bootstrap(values, torch.nanmean, stream(0, "b"))
-    assert (b["high"] - b["low"]) / (2 * 1.96 * values.std() / 20) == pytest.approx(1, abs=0.1)
-    seeds = torch.tensor([[0.0] * 50, [1.0] * 50])  # images agree, seeds do not: it must show
-    b = attack.bootstrap(seeds, torch.nanmean, stream(0, "b"))
-    assert (b["low"], b["value"], b["high"]) == (0, 0.5, 1)
-    assert float(attack.share_below_zero(torch.tensor([-1, 1, 0, math.nan]))) == pytest.approx(
-        1 / 3
-    )
+def changes(*seeds):
+    """Radii (seeds, images, 2) whose second column is that much larger than the first."""
+    change = torch.tensor(seeds, dtype=torch.double)
+    return torch.stack([torch.zeros_like(change), change], 2)
+
+
+def test_intervals_are_of_seeds_where_there_are_several_and_else_of_pictures():
+    measure, nan = attack.median_change, [math.nan] * 3
+    found = attack.interval(changes([1, 2, 9], [3, 4, 9], [6, 6, 9]), measure, None)  # 2, 4, 6
+    half = 4.303 * 2 / math.sqrt(3)
+    ends = {"value": 4, "low": 4 - half, "high": 4 + half}
+    assert found == {**{k: round(v, 5) for k, v in ends.items()}, "of": "seeds"}
+    found = attack.interval(changes([-0.5] * 3, nan), measure, stream(0, "b"))
+    assert found == {"value": -0.5, "low": -0.5, "high": -0.5, "of": "pictures"}
+    assert attack.interval(changes(nan), measure, None)["value"] is None
+    values = torch.randn(400, generator=stream(0, "v"), dtype=torch.double)
+    ends = attack.bootstrap(values, torch.mean, stream(0, "b"))
+    width = (ends["high"] - ends["low"]) / (2 * 1.96 * values.std() / 20)
+    assert width == pytest.approx(1, abs=0.1)
 
 
 def entry(method, seed, shift=0.0, clean=(7, 7, 7, 1)):
@@ -673,8 +714,7 @@ def entry(method, seed, shift=0.0, clean=(7, 7, 7, 1)):
         "method": method,
         "seed": seed,
         "clean": list(clean),
-        "argmax": lists,
-        "confidence": lists,
+        **dict.fromkeys(attack.CRITERIA, lists),
     }
 
 
@@ -697,7 +737,20 @@ def test_compare_pairs_by_seed_and_image(monkeypatch):
     assert case["min_eps"]["value"] == pytest.approx(-0.05)
     assert case["needs_less"]["value"] == pytest.approx(2 / 3, abs=1e-4)
     assert everything.keys() == {"n", "min_eps", "needs_less"}
+    assert case["min_eps"].keys() == {"value", "low", "high", "of"}
     assert attack.compare({"a_s1": entry("a", 1), "b_s2": entry("b", 2)}, 7, 0) == {}
+
+
+def test_the_easiest_of_each_are_as_many_and_need_not_be_the_same(monkeypatch):
+    """Of a's 0.1, 0.2, 0.5 and b's 0.25, 0.3, which reads two pictures: 0.25 against 0.1."""
+    monkeypatch.setattr(attack, "RESAMPLES", 20)
+    models = {"a_s1": entry("a", 1), "b_s1": entry("b", 1, 0.05, clean=(1, 7, 1, 7))}
+    found = attack.compare(models, src=7, seed=0)["b"]["easiest"]["margin"]
+    assert found.keys() == {"n", "min_eps"} and found["n"] == 2
+    assert found["min_eps"]["value"] == pytest.approx(0.15)
+    models["b_s1"]["clean"] = [1] * 4
+    none = attack.compare(models, src=7, seed=0)["b"]["easiest"]["margin"]
+    assert none["n"] == 0 and none["min_eps"]["value"] is None
 
 
 def test_what_did_not_train_is_compared_with_nothing(monkeypatch):
@@ -836,6 +889,16 @@ def test_rows_are_compared_on_the_images_that_both_read(world, attacked, undrawn
         assert {len(values) for values in lists} == {len(record["index"])}
 
 
+def test_a_kind_of_change_stands_in_the_name_the_settings_and_the_words(world, attacked, undrawn):
+    said = attacked("--steps 3 --change flat")[1]
+    assert "median eps of flat changes needed" in said
+    assert read(world / "attack_7to3_flat_steps3.json")["args"]["change"] == "flat"
+    said = attacked("--steps 3 --change any")[1]
+    assert (
+        "change any" not in said and "change" not in read(world / "attack_7to3_steps3.json")["args"]
+    )
+
+
 def test_a_failed_check_is_told_by_the_exit_code(attacked, monkeypatch):
     monkeypatch.setattr(attack, "POINT", -2)  # no change is little enough
     code, said, _ = attacked("--check --steps 2 --n 10 --models jitter_s42")
@@ -881,6 +944,7 @@ def test_a_result_of_other_models_is_not_replaced(world, attacked, undrawn):
         ("--models odd_s1", "built for"),
         ("--pairs --check", "not allowed"),
         ("--pairs --src 3", "--src means nothing"),
+        ("--pairs --change flat", "--change means nothing"),
         ("--check --restarts 3", "--restarts means nothing"),
         ("--report --pairs", "--report"),
         (f"--models {TWO} jitter_s42", "share one row"),
@@ -944,7 +1008,10 @@ def test_report_draws_each_results_own_figures_and_nothing_else(world, attacked,
     monkeypatch.setattr(attack, "save_figure", keep)
     figures = conftest.contents(world / "figures")
     monkeypatch.setattr(attack, "MODES", {})  # --report computes nothing
-    shutil.copy(world / "attack_7to3_steps1_n2.json", world / "mnist" / "attack_7to3.json")
+    old = read(world / "attack_7to3_steps1_n2.json")
+    for entry in old["models"].values():
+        del entry["margin"]
+    save_json(old, world / "mnist" / "attack_7to3.json")
     shutil.rmtree(world / "figures")
     code, said, _ = attacked("--report")
     assert code == 0 and conftest.contents(world / "figures") == figures

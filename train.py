@@ -2188,7 +2188,7 @@ def draw_epochs(query, rows, folder):
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel(query.words.get("ylabel", "accuracy, mean and range of seeds"))
-    axes[0, 0].legend(fontsize=8, loc="lower right")
+    axes[0, -1].legend(fontsize=8, loc="best")
     return fig
 
 

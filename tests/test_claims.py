@@ -337,21 +337,22 @@ def test_the_lazy_network_is_right_on_the_diagonal_and_told_nothing_everywhere()
         assert min(own + foreign) > 0.85 and abs(fmean(own) - fmean(foreign)) < 0.02
 
 
-def test_where_the_shortcut_is_strongest_it_stands_above_all_that_know_nothing_then_between_two():
-    for corr in ("999", "997", "995", "99"):
-        best, setting = [], f"0.{corr}"
-        for start in ("Nahon et al. (2023)", "SoftCon"):
-            best += [row[setting] for row in published("biased_mnist", start) if setting in row]
-        assert max(best) == published_best("biased_mnist", setting, knows="nothing")
-        ours = in_world(f"flat_{corr}", "told_nothing")
-        assert ours > (max(best) if corr == "999" else min(best)), corr
+def test_where_the_shortcut_is_strongest_it_stands_above_all_that_know_nothing_then_level():
+    for corr, low, high in (
+        ("999", 0.03, 0.1),
+        ("997", -0.003, 0.003),
+        ("995", -0.003, 0.003),
+        ("99", -0.01, -0.005),
+    ):
+        best = published_best("biased_mnist", f"0.{corr}", knows="nothing")
+        assert low < in_world(f"flat_{corr}", "told_nothing") - best < high, corr
+        assert len(rows(f"flat_{corr}")["told_nothing"]) == 3
 
 
-def test_with_the_published_network_it_stands_above_all_that_we_read_or_level():
+def test_with_the_published_network_it_stands_above_all_that_we_read():
     for corr in CMNIST:
         ours = in_world(f"cmnist_{corr}", "told_nothing_mlp")
-        best = published_best("cmnist", f"0.{corr}", knows="nothing", how="read")
-        assert ours > best if corr != "95" else abs(ours - best) < 0.01
+        assert ours > published_best("cmnist", f"0.{corr}", knows="nothing", how="read") + 0.008
         (second_hand,) = published("cmnist", "FG-CCDB")
         assert second_hand[f"0.{corr}"] > ours
         (vanilla,) = published("cmnist", "vanilla")
@@ -397,7 +398,8 @@ def test_the_first_network_names_backgrounds_nearly_always_strokes_and_gratings_
 
     assert min(sum(map(names, (".", *CURVE)), [])) > 0.95
     fewer = sum(map(names, ("stripes", *(f"cmnist_{corr}" for corr in CMNIST))), [])
-    assert max(fewer) < 0.85
+    assert max(fewer) < 0.92 and max(names("stripes")) < 0.6
+    assert min(names("corr_8") + names("corr_6")) > 0.95 and names("corr_3")[0] < 0.2
 
 
 def test_told_nothing_holds_where_the_plain_network_falls():

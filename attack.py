@@ -1161,15 +1161,15 @@ def draw_examples(record, shown):
         change = ((m["x_adv"] - x) * 10 + 0.5).clamp(0, 1)
         title = f"{name}: perturbation x10, mid-grey for none"
         rows.append((title, [(image, "", colour) for image in change]))
-        title = f"{name}: attacked towards {a['tgt']}, eps {a['eps']:g}{of_kind(a)}"
+        title = f"{name}: attacked towards {a['tgt']}{by_what(a)}, eps {a['eps']:g}"
         said = map(in_brackets, m["fooled"])
         rows.append((title, [(*both, colour) for both in zip(m["x_adv"], said, strict=True)]))
     return pictures(rows)
 
 
-def of_kind(args):
+def by_what(args):
     """Which changes a targeted attack was held to; nothing where to none."""
-    return f" of {args['change']} changes" if "change" in args else ""
+    return f" by {args['change']} changes" if "change" in args else ""
 
 
 def in_brackets(probabilities):
@@ -1193,8 +1193,8 @@ def draw_min_eps(record):
     far = float(everything.quantile(0.99)) if everything.any() else RADII[-1]
     bins = torch.linspace(0, far, 26).numpy()
     fig, ((left, right),) = figure(9, 4.2, columns=2, sharey=True)
-    panels = {left: ("argmax", f"the answer is {a['tgt']}")}
-    panels[right] = "confidence", f"{a['tgt']} with probability {CONFIDENT:g} or more"
+    panels = {left: ("argmax", f"the answer is {a['tgt']}{by_what(a)}")}
+    panels[right] = "confidence", f"{a['tgt']} with probability {CONFIDENT:g} or more{by_what(a)}"
     for ax, (criterion, title) in panels.items():
         for (row, values), bars in zip(radii[criterion].items(), ("bar", "step"), strict=False):
             middle = float(values.nanmedian())
@@ -1202,8 +1202,7 @@ def draw_min_eps(record):
             name = textwrap.fill(f"{row}: median {middle:.4f}", 60)
             ax.hist(values.clamp(max=far).numpy(), bins, label=name, lw=1.5, **look)
             ax.axvline(middle, color=ink(row), ls="-" if bars == "bar" else "--", lw=1.5)
-        beyond = "(L-inf; the last bin holds what is beyond)"
-        ax.set(title=title, xlabel=f"min-eps{of_kind(a)} {beyond}")
+        ax.set(title=title, xlabel="min-eps (L-inf; the last bin holds what is beyond)")
         legend_below(ax)
     left.set_ylabel(f"{a['src']}s that both nets read correctly")
     return fig
@@ -1296,7 +1295,7 @@ def tell(record):
             n, tgt = argmax["success"]["n"], record["args"]["tgt"]
             text = f"of {n} images {in_words(argmax)} become a {tgt}, "
             text += f"{in_words(sure)} with probability {CONFIDENT:g} or more; "
-            text += f"median eps{of_kind(record['args'])} needed: "
+            text += f"median eps needed{by_what(record['args'])}: "
             text += f"{needed(argmax)}, with that probability {needed(sure)}"
         elif record["mode"] == "pairs":
             argmax, sure = (m[f"{criterion}_mean"] for criterion in USUAL)

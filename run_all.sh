@@ -188,9 +188,18 @@ groups() {  # told nothing: a first net names the colours
     each 1 train.py --dir $R/corr_$c --name told_nothing $NOTHING $SAME
     each 1 train.py --dir $R/corr_$c --name plain $SAME
   done
+  for m in jtt lff; do each 1 train.py --dir $R --name ${m}_same --method $m $SAME; done
   for lr in 0.0001 0.001 0.01; do  # when does a first net name the colours?
-    for m in gce baseline; do each 3 train.py --dir $R --method $m --width 16 --epochs 3 --lr $lr; done
+    for m in gce baseline; do each 2 train.py --dir $R --method $m --width 16 --epochs 3 --lr $lr; done
   done
+  level
+  local same="$(models 3 plain told_nothing told_kind unbiased/plain)"
+  run attack.py --dir $R --name 7to3_same --n 250 --models $same
+  for c in any flat fine; do  # by what kind of change?
+    run attack.py --dir $R --name 7to3_$c --n 100 --change $c --models {plain,told_nothing,baseline,jitter}_s42
+  done
+  run gradcam.py --dir $R --name same --models $same
+  run gradcam.py --dir $R --name same --cam hirescam --models $same
 }
 
 beside() {  # WORLD: told nothing, beside our own baseline at the same budget
@@ -202,7 +211,7 @@ alike() {  # WORLD: and what knows more
   local unbiased=${1}_unbiased
   [ $1 != . ] || unbiased=unbiased
   beside $1
-  each 3 train.py --dir $R/$1 --name told_groups --method balance --resample 0.2 $SAME
+  each 1 train.py --dir $R/$1 --name told_groups --method balance --resample 0.2 $SAME
   each 3 train.py --dir $R/$1 --name told_kind --method jitter ${SAME/--crop 2 /}
   each 3 train.py --dir $R/$unbiased --name plain $SAME  # the oracle
 }

@@ -320,6 +320,35 @@ def test_told_nothing_ends_within_two_points_of_the_oracle_in_every_seed():
     assert min(gains("told_nothing", "plain")) > 0.05
 
 
+def test_at_its_budget_only_told_nothing_stands_beside_those_that_know_more():
+    same = [
+        settings(runs(row)[42]) for row in ("plain", "lff_same", "plain_grayscale", "told_groups")
+    ]
+    assert all(set(other) - set(same[0]) <= {"balance", "rounds"} for other in same)
+    told, kind = (fmean(map(hard, runs(row).values())) for row in ("told_nothing", "told_kind"))
+    assert told > kind and abs(told - hard(runs("told_groups")[42])) < 0.005
+    jtt, lff, grey = (hard(runs(row)[42]) for row in ("jtt_same", "lff_same", "plain_grayscale"))
+    assert told > jtt + 0.03 and jtt > fmean(map(hard, runs("plain").values())) > lff > grey
+
+
+def test_a_last_layer_told_nothing_gains_at_width_16_and_where_the_shortcut_is_no_colour():
+    assert len(gains("told_nothing_dfr", "plain")) == 3
+    assert min(gains("told_nothing_dfr", "plain")) > 0.04
+    assert max(gains("told_nothing_dfr", "told_nothing")) < -0.02
+    plain, last, told = (
+        in_world("stripes", row) for row in ("plain", "told_nothing_dfr", "told_nothing")
+    )
+    assert plain < last < told
+
+
+def test_a_weaker_shortcut_is_cured_too_and_where_there_is_hardly_one_the_recipe_loses():
+    gain = {
+        corr: in_world(f"corr_{corr}", "told_nothing") - in_world(f"corr_{corr}", "plain")
+        for corr in "863"
+    }
+    assert min(gain["8"], gain["6"]) > 0 and gain["3"] < -0.03
+
+
 def by_group(record):
     return record["final"]["test_unbiased"]["by_group"]
 

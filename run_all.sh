@@ -193,7 +193,7 @@ groups() {  # told nothing: a first net names the colours
     for m in gce baseline; do each 2 train.py --dir $R --method $m --width 16 --epochs 3 --lr $lr; done
   done
   level
-  local same="$(models 3 plain told_nothing told_kind unbiased/plain)"
+  local same="$(models 3 plain told_nothing told_kind unbiased/oracle_same)"
   run attack.py --dir $R --name 7to3_same --n 250 --models $same
   for c in any flat fine; do  # by what kind of change?
     run attack.py --dir $R --name 7to3_$c --n 100 --change $c --models {plain,told_nothing,baseline,jitter}_s42
@@ -213,7 +213,7 @@ alike() {  # WORLD: and what knows more
   beside $1
   each 1 train.py --dir $R/$1 --name told_groups --method balance --resample 0.2 $SAME
   each 3 train.py --dir $R/$1 --name told_kind --method jitter ${SAME/--crop 2 /}
-  each 3 train.py --dir $R/$unbiased --name plain $SAME  # the oracle
+  each 3 train.py --dir $R/$unbiased --name oracle_same $SAME
 }
 
 biased() {  # Biased-MNIST, beside its published table

@@ -173,6 +173,25 @@ def test_the_lifts_of_lazy_and_cured_networks_overlap(cam):
     assert max(looks(cam, "baseline", lift)) > min(looks(cam, "jitter", lift))
 
 
+@pytest.mark.parametrize("cam", ["gradcam_same", "gradcam_same_hirescam"])
+def test_at_width_16_flips_tell_lazy_from_cured_and_lifts_do_not_yet_a_map_tells_its_answer(cam):
+    def of_row(row, number):
+        return [number(model) for model in entries(cam, row).values()]
+
+    def auc(model):
+        return model["maps"]["test_hard"]["auc"]
+
+    for cured in ("told_nothing", "told_kind", "unbiased/oracle_same"):
+        lazy_flips, flips = (of_row(row, flip("background")) for row in ("plain", cured))
+        assert len(flips) == 3 and min(lazy_flips) > 3 * max(flips)
+        assert max(of_row("plain", lift)) > min(of_row(cured, lift))
+    assert max(of_row("plain", lift)) < load(cam)["null"]["ceiling"]["maps"]["test_hard"]["lift"]
+    low, high = (0.77, 0.82) if "hirescam" in cam else (0.6, 0.75)
+    assert all(low < found < high for found in of_row("plain", auc))
+    random = of_row("plain", lambda model: model["maps"]["test_hard"]["auc_random"])
+    assert all(abs(found - 0.5) < 0.01 for found in random)
+
+
 def by_seed(cam, row, number):
     """{seed: one number} of every model of a row that has maps."""
     return {seed: number(m) for seed, m in entries(CAMS[cam], row).items()}

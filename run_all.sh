@@ -196,7 +196,7 @@ groups() {  # told nothing: a first net names the colours
   local same="$(models 3 plain told_nothing told_kind unbiased/oracle_same)"
   run attack.py --dir $R --name 7to3_same --n 250 --models $same
   for c in any flat fine; do  # by what kind of change?
-    run attack.py --dir $R --name 7to3_$c --n 100 --change $c --models {plain,told_nothing,baseline,jitter}_s42
+    run attack.py --dir $R --name 7to3_$c --n 50 --change $c --models {plain,told_nothing,baseline,jitter}_s42
   done
   run gradcam.py --dir $R --name same --models $same
   run gradcam.py --dir $R --name same --cam hirescam --models $same

@@ -643,6 +643,22 @@ def test_it_is_easier_to_fool_than_the_lazy_network(row, images, criterion):
     assert found["min_eps"]["high"] < 0 and found["needs_less"]["low"] > 0.5
 
 
+def test_at_width_16_jitter_needs_less_by_every_measure_told_nothing_and_the_oracle_by_hardly_any():
+    found = load("attack_7to3_same")["compared"]
+    below, hold = {}, {}
+    for row, entry in found.items():
+        assert entry["reference"] == "plain" and entry["seeds"] == 3
+        ends = {
+            (images, criterion): entry[images][criterion]["min_eps"]
+            for images in ("all", "both_right", "easiest")
+            for criterion in ("argmax", "confidence", "margin")
+        }
+        below[row] = {key for key, interval in ends.items() if interval["high"] < 0}
+        hold[row] = {key for key, interval in ends.items() if interval["low"] > 0}
+    assert len(below["told_kind"]) == 9 and below["oracle_same"] == set() == hold["oracle_same"]
+    assert below["told_nothing"] == {("easiest", "confidence")} and not hold["told_nothing"]
+
+
 def test_the_oracle_needs_less_too_by_argmax_only_just():
     for images, criterion in PAIRS:
         assert compared("oracle")[images][criterion]["min_eps"]["high"] < 0

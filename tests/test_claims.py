@@ -659,6 +659,17 @@ def test_at_width_16_jitter_needs_less_by_every_measure_told_nothing_and_the_ora
     assert below["told_nothing"] == {("easiest", "confidence")} and not hold["told_nothing"]
 
 
+def test_a_change_without_a_shift_of_colour_is_as_cheap_as_any_and_one_shift_seldom_works():
+    for row in ("baseline", "jitter", "plain", "told_nothing"):
+        half = {
+            change: load(f"attack_7to3_{change}")["summary"][f"{row}_s42"]["all"]["argmax"]
+            for change in ("any", "fine", "flat")
+        }
+        cost = {change: found["min_eps"]["median"] for change, found in half.items()}
+        assert cost["any"] <= cost["fine"] < 1.05 * cost["any"] and cost["flat"] > 0.2
+        assert half["flat"]["success"]["rate"] <= 0.1 and half["any"]["success"]["n"] == 50
+
+
 def test_the_oracle_needs_less_too_by_argmax_only_just():
     for images, criterion in PAIRS:
         assert compared("oracle")[images][criterion]["min_eps"]["high"] < 0

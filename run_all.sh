@@ -174,7 +174,7 @@ cures() {  # 12 min: the other rows of the headline table
 }
 
 groups() {  # told nothing: a first net names the colours
-  for c in 8 6 3; do run make_data.py --dir $R/corr_$c --corr 0.$c; done  # weaker shortcuts
+  for c in $(some 3 6 8); do run make_data.py --dir $R/corr_$c --corr 0.$c; done  # weaker shortcuts
   level
   each 3 train.py --dir $R --method balance  # told the colours
   each 3 train.py --dir $R --method baseline --crop 1  # what shifts alone do
@@ -184,7 +184,7 @@ groups() {  # told nothing: a first net names the colours
   alike .
   each 3 train.py --dir $R --name told_nothing_dfr --method dfr --infer-groups $SAME  # only the last layer is told
   each 1 train.py --dir $R --name plain_grayscale --grayscale $SAME
-  for c in 8 6 3; do
+  for c in $(some 3 6 8); do
     each 1 train.py --dir $R/corr_$c --name told_nothing $NOTHING $SAME
     each 1 train.py --dir $R/corr_$c --name plain $SAME
   done

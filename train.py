@@ -1532,7 +1532,7 @@ def knows(args):
     meta = load_json(path, "run make_data.py") if path.exists() else {}
     shares = meta.get("own_colour_share", {}).get("train", [])
     if shares and meta.get("script") == "make_data.py":
-        chance, n = 1 / len(shares), meta["counts"]["train"]
+        chance, n = 1 / len(meta.get("palette") or shares), meta["counts"]["train"]
         share = fmean(s for s in shares if s is not None)
         if abs(share - chance) < 4 * math.sqrt(chance * (1 - chance) / n):
             return "no bias in training"

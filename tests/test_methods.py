@@ -114,6 +114,10 @@ def test_what_a_run_is_told(in_world):
     assert train.knows(in_world("--method grl", own=0.1)) == "no bias in training"
     args = in_world("--method grl", own=0.11)  # seven standard errors from chance
     assert train.knows(args) == "colour labels"
+    meta = common.load_json(args.dir / "meta.json", "")
+    meta |= {"palette": ["red", "green"], "own_colour_share": {"train": [0.5, 0.5, None]}}
+    common.save_json(meta, args.dir / "meta.json")
+    assert train.knows(args) == "no bias in training"  # two colours, two classes
     (args.dir / "meta.json").unlink()
     assert train.knows(args) == "colour labels"
 

@@ -439,6 +439,20 @@ def test_one_round_leaves_the_stripes_and_a_second_cures_both():
     assert max(gains("told_nothing_twice", "told_nothing")) < -0.05  # where there is one only
 
 
+def test_irm_and_vrex_reach_their_published_figures_and_inferred_environments_serve_as_well():
+    found = {row: [hard(r) for r in seeds.values()] for row, seeds in rows("irm").items()}
+    for row, test in (("irm", "IRM ("), ("vrex", "V-REx")):
+        (theirs,) = published("irm", test)
+        assert abs(fmean(found[row]) - theirs["test"]) < 0.02 and len(found[row]) >= 3
+    assert abs(fmean(found["irm_infergroups"]) - fmean(found["irm"])) < 0.03
+    assert max(found["baseline"] + found["grayscale"]) < 0.3
+    assert 0.4 < fmean(found["told_nothing"]) < 0.6 < min(found["irm"])
+    for record in rows("irm")["irm_infergroups"].values():
+        assert record["knows"] == "nothing" and record["groups"]["equal_colour"] == 1
+    (oracle,) = rows("irm_unbiased")["baseline"].values()
+    assert oracle["knows"] == "no bias in training"
+
+
 def test_the_first_network_names_backgrounds_nearly_always_strokes_and_gratings_less_often():
     def names(world):
         found = rows(world)["told_nothing"].values()

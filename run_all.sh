@@ -184,10 +184,7 @@ groups() {  # told nothing: a first net names the colours
   alike .
   each 3 train.py --dir $R --name told_nothing_dfr --method dfr --infer-groups $SAME  # only the last layer is told
   each 1 train.py --dir $R --name plain_grayscale --grayscale $SAME
-  for c in $(some 3 6 8); do
-    each 1 train.py --dir $R/corr_$c --name told_nothing $NOTHING $SAME
-    each 1 train.py --dir $R/corr_$c --name plain $SAME
-  done
+  for c in $(some 3 6 8); do beside 1 corr_$c; done
   for m in jtt lff; do each 1 train.py --dir $R --name ${m}_same --method $m $SAME; done
   for lr in 0.0001 0.001 0.01; do  # when does a first net name the colours?
     for m in gce baseline; do each 2 train.py --dir $R --method $m --width 16 --epochs 3 --lr $lr; done
@@ -202,15 +199,15 @@ groups() {  # told nothing: a first net names the colours
   run gradcam.py --dir $R --name same --cam hirescam --models $same
 }
 
-beside() {  # WORLD: told nothing, beside our own baseline at the same budget
-  each 3 train.py --dir $R/$1 --name told_nothing $NOTHING $SAME
-  each 3 train.py --dir $R/$1 --name plain $SAME
+beside() {  # N WORLD: told nothing, beside our own baseline at the same budget
+  each $1 train.py --dir $R/$2 --name told_nothing $NOTHING $SAME
+  each $1 train.py --dir $R/$2 --name plain $SAME
 }
 
 alike() {  # WORLD: and what knows more
   local unbiased=${1}_unbiased
   [ $1 != . ] || unbiased=unbiased
-  beside $1
+  beside 3 $1
   each 1 train.py --dir $R/$1 --name told_groups --method balance --resample 0.2 $SAME
   each 3 train.py --dir $R/$1 --name told_kind --method jitter ${SAME/--crop 2 /}
   each 3 train.py --dir $R/$unbiased --name oracle_same $SAME
@@ -220,7 +217,7 @@ biased() {  # Biased-MNIST, beside its published table
   for c in $(some 999 997 995 99); do run make_data.py --dir $R/flat_$c --recipe flat --corr 0.$c; done
   level
   for c in $(some 999 997 995 99); do
-    beside flat_$c
+    beside 3 flat_$c
     each 1 train.py --dir $R/flat_$c --name jitter --method jitter --alpha 1 --grain 0 --lr 0.01 --width 16 --schedule onecycle --epochs 4
   done
 }
@@ -229,7 +226,7 @@ coloured() {  # Coloured MNIST, beside its published table
   for c in $(some 995 99 98 95); do run make_data.py --dir $R/cmnist_$c --recipe cmnist --corr 0.$c; done
   level
   for c in $(some 995 99 98 95); do
-    beside cmnist_$c
+    beside 3 cmnist_$c
     net="--dir $R/cmnist_$c --model mlp --batch 256 --schedule onecycle --epochs 20"
     each 3 train.py $net --name told_nothing_mlp $NOTHING --crop 2
     each 3 train.py $net --name baseline
@@ -250,7 +247,7 @@ shortcuts() {  # a shortcut that is not colour, and two at once
   each 3 train.py --dir $R/stripes --name told_nothing_dfr --method dfr --infer-groups $SAME
   each 2 train.py --dir $R/both --name told_nothing_twice $NOTHING --rounds 2 $SAME  # the next shortcut; seed 44 fails its check
   each 1 train.py --dir $R --name told_nothing_twice $NOTHING --rounds 2 $SAME  # where there is none
-  beside stripes_995
+  beside 3 stripes_995
 }
 
 environments() {  # Coloured MNIST of invariant risk minimisation, beside its published table

@@ -834,6 +834,16 @@ class GRL(Resample):
         self.head = nn.Sequential(
             nn.Linear(model.fc.in_features, 64), nn.ReLU(), nn.Linear(64, model.fc.out_features)
         )
+        self.val = splits["val"]
+
+    def facts(self, model):
+        """How often the head, blind or not, names the colour of an image of val that conflicts."""
+        y, colour = self.val.labels, self.val.colors
+        if colour is None:
+            return {}
+        features = answers_and_features(model, self.val)[1].to(y.device)
+        named = self.head(features).argmax(1)
+        return {"head_colour": mean_of((named == colour)[colour != y])}
 
     def loss(self, model, batch, gen):
         return self.digit_loss(model(batch.x), batch)

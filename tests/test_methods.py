@@ -295,7 +295,7 @@ def test_grl_names_the_colour_and_turns_its_gradient_round(data, net, gen, progr
     count = torch.ones_like(count) if flags else count
     given_colour = (count / count.sum(0)).log().T
     given_digit = (count / count.sum(1, keepdim=True)).log()
-    grl = method_of("grl", net, {"train": data}, f"--gamma 0.7 {flags}").double()
+    grl = method_of("grl", net, {"train": data, "val": data}, f"--gamma 0.7 {flags}").double()
     x = data.x(slice(None)).double()
     batch = batch_of(x, data.labels, data.colors, progress=progress)
     weights = [net.conv1.weight, grl.head[0].weight]
@@ -309,8 +309,20 @@ def test_grl_names_the_colour_and_turns_its_gradient_round(data, net, gen, progr
     assert naming[0].abs().max() > 1e-4
 
 
+def test_a_blind_head_names_one_colour_of_the_pictures_that_conflict(data, net):
+    grl = method_of("grl", net, {"train": data, "val": data})
+    torch.nn.init.zeros_(grl.head[2].weight)
+    colours = data.colors[data.colors != data.labels]
+    grl.head[2].bias.data = F.one_hot(colours[0], 10).float()
+    share = (colours == colours[0]).double().mean().item()
+    assert grl.facts(net) == {"head_colour": share} and 0 < share < 1
+    assert (
+        method_of("grl", net, {"train": data, "val": data._replace(colors=None)}).facts(net) == {}
+    )
+
+
 def test_the_colour_head_takes_three_updates_for_one_of_the_net(data, net, gen):
-    grl = method_of("grl", net, {"train": data})
+    grl = method_of("grl", net, {"train": data, "val": data})
     assert (grl.lr_scale, grl.betas) == (3, (0.9, 0.999))
     optimiser = torch.optim.AdamW([*net.parameters(), *grl.parameters()], lr=0.01)
     grl.step(net, batch_of(data.x(slice(None)), data.labels, data.colors), optimiser, gen)
@@ -319,7 +331,7 @@ def test_the_colour_head_takes_three_updates_for_one_of_the_net(data, net, gen):
 
 
 def test_combined_hides_the_colour_of_the_images_and_adds_both_losses(data, net, monkeypatch):
-    combined = method_of("combined", net, {"train": data}, "--alpha 2 --gamma 0.5")
+    combined = method_of("combined", net, {"train": data, "val": data}, "--alpha 2 --gamma 0.5")
     batch, seen = batch_of(data.x(slice(None)), data.labels, data.colors, progress=0.6), []
     monkeypatch.setattr(
         combined, "colour_loss", lambda z, b: seen.append(z) or combined.head(z).square().mean()

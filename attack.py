@@ -360,10 +360,10 @@ def margin(logits, y):
     return lead(logits, y).mean()
 
 
-CRITERIA = {  # (is it reached, what `strongest` minimises in turn); all imply the first
+CRITERIA = {  # (is it reached, what `strongest` minimises in turn); each implies those before it
     "argmax": (says, (margin, F.cross_entropy)),
-    "confidence": (is_sure, (F.cross_entropy,)),
     "margin": (is_ahead, (margin, F.cross_entropy)),
+    "confidence": (is_sure, (F.cross_entropy,)),
 }
 USUAL = ("argmax", "confidence")  # the criteria of --pairs, of the figures and of the terminal
 
@@ -414,8 +414,8 @@ def headline(model, x, y, eps, limit, gen, change="any"):
     steps, x_adv = {}, x.clone()
     todo, start = torch.arange(len(x), device=x.device), random_start(x, eps, gen)
     taken = torch.zeros(len(x), device=x.device)
-    for name in ("argmax", "margin", "confidence"):  # each implies those before it
-        reached, how = CRITERIA[name][0], {"targeted": True, "change": change}
+    how = {"targeted": True, "change": change}
+    for name, (reached, _) in CRITERIA.items():
         attack = partial(pgd, model, steps=limit, gen=gen, stop=reached, **how)
         a = carry_out(attack, model, reached, x[todo], y[todo], eps, change, start=start)
         x_adv[todo], taken = a.x, taken + a.steps
@@ -462,21 +462,18 @@ def search_min_eps(model, x, y, radii, gen, steps, change="any"):
     It is 0 where nothing is needed. First each radius in ascending order, for the images that
     still resist; then bisection between the last failure and the first success until they are
     RESOLUTION apart, all images in one batch, each with a radius of its own. Each round starts
-    from the last success, scaled down. An image that cannot be brought to the argmax is not tried
-    for the other criteria, which imply it.
+    from the last success, scaled down. A criterion is not tried where the one before it failed.
     """
-    found, floor = {}, torch.zeros(len(x), device=x.device)
-    known = SimpleNamespace()
+    found, known = {}, SimpleNamespace()
+    known.low = torch.zeros(len(x), device=x.device)  # the largest radius that failed
     for name, criterion in CRITERIA.items():
         attack = partial(strongest, model, criterion, change=change)
-        known.low = floor.clone()  # the largest radius that failed
-        if name != "margin":  # confidence implies it, so it begins with what that has found
-            known.high = torch.full_like(floor, math.inf)  # the smallest radius that worked
-            known.best = x.clone()  # the adversarial image at `high`
+        known.high = torch.full_like(known.low, math.inf)  # the smallest radius that worked
+        known.best = x.clone()  # the adversarial image at `high`
         known.high[judge(model, x, y, 0.0, x, criterion[0])] = 0
         for radius in radii:
             i = (known.high.isinf() & (known.low < radius)).nonzero()[:, 0]
-            eps, start = floor.new_full((len(i),), radius), random_start(x[i], radius, gen)
+            eps, start = known.low.new_full((len(i),), radius), random_start(x[i], radius, gen)
             try_out(attack, x, y, known, i, eps, start, steps)
         while True:
             i = (known.high.isfinite() & (known.high - known.low > RESOLUTION)).nonzero()[:, 0]
@@ -485,8 +482,7 @@ def search_min_eps(model, x, y, radii, gen, steps, change="any"):
             middle = (known.low[i] + known.high[i]) / 2
             shrunk = x[i] + (known.best[i] - x[i]) * (middle / known.high[i]).view(-1, 1, 1, 1)
             try_out(attack, x, y, known, i, middle, shrunk, max(steps // 2, 1))
-        found[name] = known.high.clone()
-        floor = found["argmax"]
+        found[name] = known.high
     return found
 
 

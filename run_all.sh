@@ -156,13 +156,14 @@ lazy() {  # 9 min
 evidence() {  # 9 min: what a sceptic asks for
   local few="$(models 3 baseline jitter) grl_s42 combined_s42 unbiased/oracle_s42"
   run train.py --dir $R --method baseline --shuffle-labels  # a null model for the heat maps
-  run train.py --dir $R --method grl --gamma 1
-  run attack.py --dir $R --name 7to3_n500 --n 500 --models $few  # min-eps, paired
+  each 3 train.py --dir $R --name told_nothing_width4 $NOTHING --crop 1
   run attack.py --dir $R --name untargeted_n2000 --untargeted --n 2000 --models $few
   run attack.py --dir $R --name pairs --pairs
   level
-  run gradcam.py --dir $R --name all --models $(models 5 baseline jitter grl combined unbiased/oracle) baseline_shufflelabels_s42  # lift and flips
-  run gradcam.py --dir $R --name all --cam hirescam --models $(models 3 baseline jitter)
+  run attack.py --dir $R --name 7to3_n500 --n 500 --models $(models 3 baseline jitter grl combined told_nothing_width4 unbiased/oracle)  # min-eps, paired
+  for cam in gradcam hirescam; do  # lift and flips
+    run gradcam.py --dir $R --name all --cam $cam --models $(models 5 baseline jitter grl combined unbiased/oracle) baseline_shufflelabels_s42
+  done
   run gradcam.py --dir $R --decompose --name all --models $(models 3 baseline) {jitter,unbiased/oracle}_s42  # a minute a model
   run attack.py --dir $R --name check_n200 --check --n 200  # fails if an attack cannot be trusted
 }
@@ -184,7 +185,7 @@ groups() {  # told nothing: a first net names the colours
   alike .
   each 3 train.py --dir $R --name told_nothing_dfr --method dfr --infer-groups $SAME  # only the last layer is told
   each 1 train.py --dir $R --name plain_grayscale --grayscale $SAME
-  for c in $(some 3 6 8); do beside 1 corr_$c; done
+  for c in $(some 3 6 8); do beside 1 1 corr_$c; done
   for m in jtt lff; do each 1 train.py --dir $R --name ${m}_same --method $m $SAME; done
   for lr in 0.0001 0.001 0.01; do  # when does a first net name the colours?
     for m in gce baseline; do each 2 train.py --dir $R --method $m --width 16 --epochs 3 --lr $lr; done
@@ -199,15 +200,15 @@ groups() {  # told nothing: a first net names the colours
   run gradcam.py --dir $R --name same --cam hirescam --models $same
 }
 
-beside() {  # N WORLD: told nothing, beside our own baseline at the same budget
-  each $1 train.py --dir $R/$2 --name told_nothing $NOTHING $SAME
-  each $1 train.py --dir $R/$2 --name plain $SAME
+beside() {  # N M WORLD: N seeds of told nothing, beside M of our own baseline at the same budget
+  each $1 train.py --dir $R/$3 --name told_nothing $NOTHING $SAME
+  each $2 train.py --dir $R/$3 --name plain $SAME
 }
 
 alike() {  # WORLD: and what knows more
   local unbiased=${1}_unbiased
   [ $1 != . ] || unbiased=unbiased
-  beside 3 $1
+  beside 3 3 $1
   each 1 train.py --dir $R/$1 --name told_groups --method balance --resample 0.2 $SAME
   each 3 train.py --dir $R/$1 --name told_kind --method jitter ${SAME/--crop 2 /}
   each 3 train.py --dir $R/$unbiased --name oracle_same $SAME
@@ -217,7 +218,7 @@ biased() {  # Biased-MNIST, beside its published table
   for c in $(some 999 997 995 99); do run make_data.py --dir $R/flat_$c --recipe flat --corr 0.$c; done
   level
   for c in $(some 999 997 995 99); do
-    beside 3 flat_$c
+    beside 3 1 flat_$c
     each 1 train.py --dir $R/flat_$c --name jitter --method jitter --alpha 1 --grain 0 --lr 0.01 --width 16 --schedule onecycle --epochs 4
   done
 }
@@ -226,11 +227,11 @@ coloured() {  # Coloured MNIST, beside its published table
   for c in $(some 995 99 98 95); do run make_data.py --dir $R/cmnist_$c --recipe cmnist --corr 0.$c; done
   level
   for c in $(some 995 99 98 95); do
-    beside 3 cmnist_$c
+    beside 3 1 cmnist_$c
     net="--dir $R/cmnist_$c --model mlp --batch 256 --schedule onecycle --epochs 20"
     each 3 train.py $net --name told_nothing_mlp $NOTHING --crop 2
     each 3 train.py $net --name baseline
-    each 3 train.py $net --name plain_mlp --crop 2
+    each 1 train.py $net --name plain_mlp --crop 2
     each 1 train.py $net --name balance --method balance  # told more
     each 1 train.py $net --name jitter --method jitter --alpha 1 --grain 0
   done
@@ -244,10 +245,10 @@ shortcuts() {  # a shortcut that is not colour, and two at once
   run make_data.py --dir $R/stripes_995 --recipe stripes --corr 0.995
   level
   for w in stripes both; do alike $w; done
-  each 3 train.py --dir $R/stripes --name told_nothing_dfr --method dfr --infer-groups $SAME
+  each 1 train.py --dir $R/stripes --name told_nothing_dfr --method dfr --infer-groups $SAME
   each 2 train.py --dir $R/both --name told_nothing_twice $NOTHING --rounds 2 $SAME  # the next shortcut; seed 44 fails its check
   each 1 train.py --dir $R --name told_nothing_twice $NOTHING --rounds 2 $SAME  # where there is none
-  beside 3 stripes_995
+  beside 1 1 stripes_995
 }
 
 environments() {  # Coloured MNIST of invariant risk minimisation, beside its published table
@@ -255,12 +256,13 @@ environments() {  # Coloured MNIST of invariant risk minimisation, beside its pu
   run make_data.py --dir $R/irm_unbiased --recipe irm --corr 0.5
   level
   net="--model mlp390 --batch 5000 --epochs 50 --lr 0.00049"  # theirs: batches of all 50,000, as many steps
-  for m in irm vrex; do each 10 train.py --dir $R/irm --name $m --method $m $net; done
+  each 6 train.py --dir $R/irm --name irm --method irm $net
+  each 3 train.py --dir $R/irm --name vrex --method vrex $net
   each 3 train.py --dir $R/irm --name irm_infergroups --method irm --infer-groups $net
-  each 3 train.py --dir $R/irm --name baseline $net
-  each 3 train.py --dir $R/irm --name grayscale --grayscale $net
-  each 3 train.py --dir $R/irm --name told_nothing $NOTHING $net
-  each 3 train.py --dir $R/irm_unbiased --name baseline $net
+  each 1 train.py --dir $R/irm --name baseline $net
+  each 1 train.py --dir $R/irm --name grayscale --grayscale $net
+  each 1 train.py --dir $R/irm --name told_nothing $NOTHING $net
+  each 1 train.py --dir $R/irm_unbiased --name baseline $net
 }
 
 ablations() {  # 25 min: which part of the cure does the work, and how much is budget or size
@@ -275,7 +277,9 @@ ablations() {  # 25 min: which part of the cure does the work, and how much is b
   each 3 train.py --dir $R --method jitter --jitter hsv
   each 3 train.py --dir $R --method jitter --jitter hsv --classify image --no-fade  # as published
   each 3 train.py --dir $R --method combined --gamma 0  # jitter with colour labels, nothing reversed
-  each 3 train.py --dir $R --method grl --no-conditional
+  for gamma in 0.03 0.1 0.3 0.6 1; do  # when does the colour head go blind, and what does that do?
+    for told in "" --no-conditional; do each 3 train.py --dir $R --method grl --gamma $gamma $told; done
+  done
   for m in combined jitter biasbal baseline; do each 3 train.py --dir $R --method $m --lr 0.01 --schedule onecycle; done
   each 3 train.py --dir $R/unbiased --name oracle_lr0.01_onecycle --lr 0.01 --schedule onecycle
 }
@@ -307,7 +311,12 @@ robust() {  # 60 min: adversarial training: the published problem, a ResNet, and
   each 1 train.py --dir $R/mnist --name at $at $net --epochs 8
   each 1 train.py --dir $R/mnist --name trades $at $net --beta 6 --epochs 6
   each 1 train.py --dir $R/mnist --name fgsm $at $net --attack fgsm --epochs 4
-  each 1 train.py --dir $R --name at_balanced $at --eps-ramp 0.5 --width 16 --steps 3 --lr 0.01 --balance --crop 2  # unbiased and robust
+  safe="--method at --schedule onecycle --eps-ramp 0.5 --width 16 --steps 3 --lr 0.01"  # unbiased and robust
+  each 3 train.py --dir $R --name at_balanced $safe --clean-epochs 1 --crop 2 --balance
+  each 3 train.py --dir $R --name at_balanced_infergroups $safe --clean-epochs 1 --crop 2 --balance --infer-groups  # told nothing
+  each 1 train.py --dir $R --name at_balanced_nocrop $safe --clean-epochs 1 --balance
+  each 1 train.py --dir $R --name at_balanced_noclean $safe --crop 2 --balance
+  each 1 train.py --dir $R --name at_balanced_nobalance $safe --clean-epochs 1 --crop 2
   each 1 train.py --dir $R/unbiased --name oracle_at --method at
   each 1 train.py --dir $R --method at  # headline table
   wide="--width 16 --lr 0.01 --schedule onecycle --epochs 5" at_wide="--method at --steps 3 --eps-ramp 0.5"
@@ -320,7 +329,7 @@ robust() {  # 60 min: adversarial training: the published problem, a ResNet, and
   run attack.py --dir $R/mnist --untargeted --name resnet --eps 0.1 --n 200 --steps 20 --queries 200 --sweep 0.1 --models ../mnist_27000/resnet50{,_clean,_student}_s42
   how="--untargeted --restarts 2 --n 500 --sweep 0.05"
   run attack.py --dir $R $how --name wide --models $(models 3 baseline_wide at_wide unbiased/oracle_wide unbiased/oracle_at_wide)
-  run attack.py --dir $R $how --name at --models {baseline,jitter,balance,at_balanced,unbiased/oracle}_s42
+  run attack.py --dir $R $how --name at --models {baseline,jitter,balance,unbiased/oracle}_s42 $(models 3 at_balanced at_balanced_infergroups) at_balanced_{nocrop,noclean,nobalance}_s42
   reader="--reader unbiased/oracle_s45"
   [ $QUICK = 0 ] || reader=  # it would read its own pictures
   run gradcam.py --dir $R --maximise --name all $reader --models \

@@ -329,7 +329,8 @@ robust() {  # 60 min: adversarial training: the published problem, a ResNet, and
   run attack.py --dir $R/mnist --untargeted --name resnet --eps 0.1 --n 200 --steps 20 --queries 200 --sweep 0.1 --models ../mnist_27000/resnet50{,_clean,_student}_s42
   how="--untargeted --restarts 2 --n 500 --sweep 0.05"
   run attack.py --dir $R $how --name wide --models $(models 3 baseline_wide at_wide unbiased/oracle_wide unbiased/oracle_at_wide)
-  run attack.py --dir $R $how --name at --models {baseline,jitter,balance,unbiased/oracle}_s42 $(models 3 at_balanced at_balanced_infergroups) at_balanced_{nocrop,noclean,nobalance}_s42
+  run attack.py --dir $R $how --name at --models {baseline,jitter,balance,at_balanced,unbiased/oracle}_s42
+  run attack.py --dir $R ${how/500/200} --name safe --models $(models 3 at_balanced at_balanced_infergroups) at_balanced_{nocrop,noclean,nobalance}_s42
   reader="--reader unbiased/oracle_s45"
   [ $QUICK = 0 ] || reader=  # it would read its own pictures
   run gradcam.py --dir $R --maximise --name all $reader --models \

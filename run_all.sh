@@ -155,7 +155,7 @@ lazy() {  # 9 min
 
 evidence() {  # 9 min: what a sceptic asks for
   local few="$(models 3 baseline jitter) grl_s42 combined_s42 unbiased/oracle_s42"
-  run train.py --dir $R --method baseline --shuffle-labels  # a null model for the heat maps
+  each 1 train.py --dir $R --method baseline --shuffle-labels  # a null model for the heat maps
   each 3 train.py --dir $R --name told_nothing_width4 $NOTHING --crop 1
   run attack.py --dir $R --name untargeted_n2000 --untargeted --n 2000 --models $few
   run attack.py --dir $R --name pairs --pairs
@@ -169,7 +169,7 @@ evidence() {  # 9 min: what a sceptic asks for
 }
 
 cures() {  # 12 min: the other rows of the headline table
-  run train.py --dir $R --method lntl  # slow: its heads look at every pixel
+  each 1 train.py --dir $R --method lntl  # slow: its heads look at every pixel
   for m in lff groupdro jtt biasbal; do each 3 train.py --dir $R --method $m; done
   for told in "" --infer-groups; do each 3 train.py --dir $R --method dfr $told; done  # the last layer anew
 }
@@ -269,12 +269,9 @@ ablations() {  # 25 min: which part of the cure does the work, and how much is b
   for m in jitter baseline; do each 3 train.py --dir $R --method $m --width 16; done
   each 3 train.py --dir $R/unbiased --name oracle_width16 --width 16
   each 3 train.py --dir $R --method baseline --epochs 30
-  each 3 train.py --dir $R --method jitter --alpha 0  # plain augmentation
-  each 3 train.py --dir $R --method jitter --alpha 1
-  each 3 train.py --dir $R --method jitter --grain 0
-  each 3 train.py --dir $R --method jitter --no-fade
-  each 3 train.py --dir $R --method jitter --classify image
-  each 3 train.py --dir $R --method jitter --jitter hsv
+  for part in "--alpha 0" "--alpha 1" "--grain 0" --no-fade "--classify image" "--jitter hsv"; do  # alpha 0: plain augmentation
+    each 3 train.py --dir $R --method jitter $part
+  done
   each 3 train.py --dir $R --method jitter --jitter hsv --classify image --no-fade  # as published
   each 3 train.py --dir $R --method combined --gamma 0  # jitter with colour labels, nothing reversed
   for gamma in 0.03 0.1 0.3 0.6 1; do  # when does the colour head go blind, and what does that do?
@@ -307,7 +304,7 @@ robust() {  # 60 min: adversarial training: the published problem, a ResNet, and
   at="--method at --clean-epochs 1 --schedule onecycle" net="--eps-ramp 0.3 --width 24 --eps 0.3 --lr 0.005"
   resnet="--model resnet50 --steps 2 --step-size 0.06 --eps 0.1 --lr 0.0015 --batch 64 --epochs 4"
   each 1 train.py --dir $R/mnist_27000 --name resnet50 $at --eps-ramp 0.3 $resnet
-  each 1 train.py --dir $R/mnist_27000 --name resnet50_student --method at --clean-epochs 1 --schedule cosine $resnet --augment student
+  each 1 train.py --dir $R/mnist_27000 --name resnet50_student --method at --clean-epochs 1 --schedule cosine $resnet --augment student --crop 2
   each 1 train.py --dir $R/mnist --name at $at $net --epochs 8
   each 1 train.py --dir $R/mnist --name trades $at $net --beta 6 --epochs 6
   each 1 train.py --dir $R/mnist --name fgsm $at $net --attack fgsm --epochs 4
@@ -368,9 +365,9 @@ page() {  # 2 min: what demo.html shows beside networks of lazy and robust
   run make_data.py --dir $R
   run make_data.py --dir $R/unbiased --corr 0.1
   level
-  run train.py --dir $R --name baseline_epochs1 --method baseline --epochs 1
-  run train.py --dir $R --name told_nothing_width4_onecycle $NOTHING --crop 1 --lr 0.01 --schedule onecycle
-  run train.py --dir $R/unbiased --name fair
+  each 1 train.py --dir $R --name baseline_epochs1 --method baseline --epochs 1
+  each 1 train.py --dir $R --name told_nothing_width4_onecycle $NOTHING --crop 1 --lr 0.01 --schedule onecycle
+  each 1 train.py --dir $R/unbiased --name fair
   level
   [ $QUICK = 1 ] || run gradcam.py --dir $R --page
   [ $QUICK = 1 ] || run gradcam.py --dir $R --maximise --name two --reader unbiased/fair_s42 --models {baseline,at_balanced}_s42
@@ -382,13 +379,13 @@ compare() {  # 8 min: your own beside what knows nothing, the kind of bias, and 
   level
   for own in "${OWN[@]}" "--method baseline" "--method jitter" "--name told_nothing_width4 $NOTHING --crop 1"; do
     each 5 train.py --dir $R $own
-  done | awk '!seen[$0]++'  # yours may be one of ours
+  done
 }
 
-differences() {  # ROW...: the question that train.py --report answers
+differences() {  # the question that train.py --report answers
   cat << END
 <!-- table
-rows $*
+rows $ROWS
 knows = knows
 val = final.val.acc
 test_hard = final.test_hard.acc
@@ -408,31 +405,31 @@ esac
 [ $# -gt 0 ] || set -- $STAGES
 case $JOBS in *[!0-9]* | 0* | ????*) fail "JOBS is '$JOBS'; give a number from 1 to 999" ;; esac
 case $QUICK$FRESH in [01][01]) ;; *) fail "QUICK is '$QUICK' and FRESH is '$FRESH'; both are 0 or 1" ;; esac
-OWN=() rows="baseline jitter told_nothing_width4"
-if [ "$1" = compare ]; then
-  [ $# -gt 1 ] || fail "compare what? give a --method of train.py, or its flags in quotes"
-  for own in "${@:2}"; do
-    name=$(sed -E 's/--method //; s/[^ ]*\///g; s/\.py\b//; s/[^A-Za-z0-9.]+/_/g; s/^_//' <<< "$own")
-    case $own in -*) OWN+=("--name $name $own") ;; *) OWN+=("--method $own") ;; esac
-    case " $rows " in *" $name "*) ;; *) rows+=" $name" ;; esac
-  done
-  set -- compare
-fi
-for word in "$@"; do
-  case " $STAGES compare report test " in *" ${word// /_} "*) ;; *) fail "there is no stage '$word'; choose from: $STAGES compare report test" ;; esac
-  case ${LIST:-}$word$# in 1report* | 1test* | *[!1]) ;; *) continue ;; esac
-  case $word in compare | report | test) fail "'$word' goes alone" ;; esac
-done
+OWN=() ROWS="baseline jitter told_nothing_width4"
+case $1 in
+  compare)
+    [ $# -gt 1 ] || fail "compare what? give a --method of train.py, or its flags in quotes"
+    for own in "${@:2}"; do
+      name=$(sed -E 's/--method //; s/[^ ]*\///g; s/\.py\b//; s/[^A-Za-z0-9.]+/_/g; s/^_//' <<< "$own")
+      case " $ROWS " in *" $name "*) continue ;; esac  # yours may be one of ours
+      case $own in -*) OWN+=("--name $name $own") ;; *) OWN+=("--method $own") ;; esac
+      ROWS+=" $name"
+    done
+    set -- compare
+    ;;
+  report | test) [ "${LIST:-}$#" = 1 ] || fail "'$1' goes alone" ;;
+  *)
+    for word in "$@"; do
+      case " $STAGES " in *" ${word// /_} "*) ;; *) fail "there is no stage '$word'; choose from: $STAGES" ;; esac
+    done
+    ;;
+esac
 [ -z "${LIST:-}" ] || { list "$@" | sed '$d'; exit; }
 trap 'kill $(jobs -p) 2> /dev/null || :; wait; echo "run_all.sh: interrupted; run the same command again to continue" >&2; exit 130' INT TERM
 setup
 [ $1 != test ] || { tests; exit; }
 alone
 [ $1 = report ] || work "$@"
-if [ $1 = compare ]; then
-  differences $rows > $R/compare.md
-  "$PYTHON" train.py --dir $R --report > /dev/null || fail "train.py --report failed; the reason is above"
-  grep '^|' $R/compare.md
-else
-  report
-fi
+[ $1 != compare ] || differences > $R/compare.md
+report
+[ $1 != compare ] || grep '^|' $R/compare.md

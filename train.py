@@ -12,7 +12,6 @@ Writes  DIR/NAME.pt, DIR/NAME.json       NAME: the method, what differs from the
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import math
@@ -34,6 +33,7 @@ from common import (
     MODELS,
     ROOT,
     SPLITS,
+    WHERE,
     InputOf,
     Split,
     answers_and_features,
@@ -70,7 +70,7 @@ from common import (
 )
 
 EVAL_SPLITS = SPLITS[1:]
-NOT_SETTINGS = ("dir", "device", "threads", "overwrite", "report", "name", "resume")
+NOT_SETTINGS = (*WHERE, "name", "resume")
 
 
 # ---- the command line
@@ -138,9 +138,8 @@ def get_args(argv=None):
     add("--generator", of="at", metavar="NAME", help="learn pictures of this robgan run, too")
     add("--generated", of="at", type=share, default=0.5, help="their share of a batch")
     add("--judge", of="robgan", default="baseline_s42", help="independent classifier")
-    pixels = {"type": count, "metavar": "PIXELS"}
     of = "baseline lff jtt biasbal balance dfr at robgan"
-    add("--crop", of=of, **pixels, default=0, help="shift images by up to this; student: 2")
+    add("--crop", of=of, type=count, default=0, metavar="PIXELS", help="largest shift of images")
     add("--augment", of="at robgan", choices=("student",), help="a recipe: see `augment`")
 
     add("--epochs", type=some, default=10, help="passes over the training split")
@@ -170,8 +169,6 @@ def get_args(argv=None):
         elif key not in given:
             setattr(args, key, usual[key])
     check_args(p, args, given)
-    if "crop" not in given and vars(args).get("augment"):
-        args.crop = 2
     skip = ("method", *NOT_SETTINGS)
     if args.name is None:
         args.name = name_of(args.method, args, argparse.Namespace(**usual, seed=None), skip)
@@ -216,14 +213,11 @@ def check_args(p, args, given):
             p.error(f"{what} means nothing for --method {args.method}; leave it out")
     if own.get("clean_epochs", 0) >= args.epochs:
         p.error(f"--epochs {args.epochs} counts all phases and leaves none for the attack")
-    for name in (args.name, own.get("generator"), own.get("judge")):
-        if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
-            p.error(f"the name {name!r} may hold letters, digits and _ . + - only")
-    name = args.name or ""
-    if re.match(rf"(meta|published|gradcam|attack|{'|'.join(SPLITS)})(_|$)", name):
-        p.error(f"--name {name} belongs to other files of --dir")
-    if re.search(r"\.(pt|json|part)$", name):
-        p.error(f"--name {name}: leave the ending out, it is added")
+    name = "" if args.name is None else args.name
+    if args.name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
+        p.error(f"--name {name!r} may hold letters, digits and _ . + - only")
+    if re.match("(gradcam|attack)(_|$)", name):
+        p.error(f"--name {name} belongs to another script")
     seed = re.search(r"_s(\d+)$", name)
     if seed and int(seed[1]) != args.seed:
         p.error(f"--name {name} is not of --seed {args.seed}; leave {seed[0]} out, it is added")
@@ -384,7 +378,8 @@ def train_epoch(epoch, sizes, data, state, args):
         mine, weight = shard(index)
         colour = None if data.colors is None else data.colors[mine]
         past = ((epoch - 1) * len(sizes) + i) / (args.epochs * len(sizes))
-        batch = Batch(data.x(mine), data.labels[mine], colour, mine, past, epoch, weight)
+        x = moved(data.x(mine), method.crop, gen)
+        batch = Batch(x, data.labels[mine], colour, mine, past, epoch, weight)
         loss = method.step(model, batch, state["optimiser"], gen)
         total += loss * (len(index) * weight)
         state["schedule"].step()
@@ -398,10 +393,13 @@ def train_epoch(epoch, sizes, data, state, args):
     return loss
 
 
-def update(optimiser, loss, weight=1.0, clip=0.0):
-    """One step down; `weight`: this process's share of the loss; `clip`: largest norm, or 0."""
+def update(optimiser, loss, weight=1.0, clip=0.0, only=None):
+    """One step down; `weight`: this process's share of the loss; `clip`: largest norm, or 0.
+
+    `only`: the weights that learn; None for all.
+    """
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+    loss.backward(inputs=only)
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     if PROCESSES > 1:
         all_reduce([p.grad.mul_(weight) for p in parameters if p.grad is not None])
@@ -496,14 +494,14 @@ def make_schedule(optimiser, kind, steps):
 
 def copy_of(weights):
     """A state_dict on the CPU that no later step changes."""
-    plain = torch.contiguous_format
-    return {k: v.detach().cpu().clone(memory_format=plain) for k, v in weights.items()}
+    layout = torch.contiguous_format
+    return {k: v.detach().cpu().clone(memory_format=layout) for k, v in weights.items()}
 
 
 def print_start(args, model, device):
     """What runs, with the settings that differ from the defaults or are the method's own."""
     usual, everyone = settings(get_args(["--method", args.method])), settings(get_args([]))
-    shown = [
+    differs = [
         f"{flag} {value}"
         for flag, value in settings(args).items()
         if value != usual.get(flag) or (value and flag not in everyone)
@@ -511,7 +509,7 @@ def print_start(args, model, device):
     params = sum(p.numel() for p in model.parameters())
     net = f"{args.model} with {params:,} parameters, {device}"
     print(f"{args.name}: {args.epochs} epochs on {args.dir}, {net};", end=" ")
-    print(", ".join(shown) or "all settings as usual", flush=True)
+    print(", ".join(differs) or "all settings as usual", flush=True)
 
 
 def print_epoch(record, epochs, seconds):
@@ -569,6 +567,7 @@ class Method(nn.Module):
     knows = "nothing"  # what the training is told about the bias, beside labels and colours
     wants_colours = False  # of the training images, true or inferred
     resample = 0.0  # r of `draw_order`
+    crop = 0  # by how many pixels the loop shifts images
     can_shard = False  # may torchrun share a batch: a mean over images, and nothing kept of them
     lr_scale, betas = 1, (0.9, 0.999)  # for the method's own weights, if it has any
     clip = 0.0  # largest norm of a gradient; 0: any
@@ -576,6 +575,7 @@ class Method(nn.Module):
     def __init__(self, model, splits, args):
         super().__init__()
         self.args = args
+        self.crop = getattr(args, "crop", 0)
         if getattr(args, "balance", False):
             self.resample = 1.0
 
@@ -609,7 +609,7 @@ class Baseline(Method):
     can_shard = True
 
     def loss(self, model, batch, gen):
-        return F.cross_entropy(model(moved(batch.x, self.args.crop, gen)), batch.y)
+        return F.cross_entropy(model(batch.x), batch.y)
 
 
 def moved(x, crop, gen, degrees=0, flip=False):
@@ -693,9 +693,9 @@ def mix(x, grain, gen):
     """
     b, _, h, w = x.shape
     where = {"generator": gen, "device": x.device}
-    matrix = F.normalize(torch.randn(b, 3, 3, **where), dim=2)
+    mixing = F.normalize(torch.randn(b, 3, 3, **where), dim=2)
     noise = grain * torch.rand(b, 1, 1, **where) * torch.randn(b, 1, h * w, **where)
-    mixed = torch.bmm(matrix, x.reshape(b, 3, h * w)) + noise  # (B,3,HW)
+    mixed = torch.bmm(mixing, x.reshape(b, 3, h * w)) + noise  # (B,3,HW)
     darkest, lightest = mixed.amin(2, keepdim=True), mixed.amax(2, keepdim=True)
     span = 0.1 + 0.9 * torch.rand(b, 3, 1, **where)
     low = (1 - span) * torch.rand(b, 3, 1, **where)
@@ -765,7 +765,7 @@ class Resample(Method):
         self.register_buffer("digit_given_colour", log_given(left, 0).T.contiguous())
 
     def loss(self, model, batch, gen):
-        return self.digit_loss(model(moved(batch.x, self.args.crop, gen)), batch)
+        return self.digit_loss(model(batch.x), batch)
 
     def digit_loss(self, logits, batch):
         if self.resample < 1:
@@ -845,9 +845,6 @@ class GRL(Resample):
         named = self.head(features).argmax(1)
         return {"head_colour": mean_of((named == colour)[colour != y])}
 
-    def loss(self, model, batch, gen):
-        return self.digit_loss(model(batch.x), batch)
-
     def step(self, model, batch, optimiser, gen):
         with InputOf(model.fc) as features:
             loss = self.loss(model, batch, gen)
@@ -899,10 +896,9 @@ class LNTL(Method):
 
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
-        with InputOf(early_layer(model)) as early, torch.no_grad():
-            model.eval()(splits["train"].x(slice(1)))
-        self.size = early.seen[0].shape[2:]
-        channels = early.seen[0].shape[1]
+        if not hasattr(model, "conv2"):
+            die("--method lntl needs a net with feature maps", "choose --model simplecnn")
+        channels = model.conv2.in_channels
         self.register_buffer("tally", torch.zeros(2), persistent=False)  # right, seen
         self.head = nn.Sequential(
             nn.BatchNorm1d(channels, affine=False, track_running_stats=False),
@@ -912,7 +908,7 @@ class LNTL(Method):
         )
 
     def step(self, model, batch, optimiser, gen):
-        with InputOf(early_layer(model)) as early:
+        with InputOf(model.conv2) as early:
             loss = F.cross_entropy(model(batch.x), batch.y)
         colour, seen = self.colour(batch.x, gen)
         if len(seen) < 2:
@@ -942,26 +938,16 @@ class LNTL(Method):
     def colour(self, x, gen):
         """Bins int64 (3P,), red, green, blue, of what each seen feature sees; which these are (P,).
 
-        The lightest value of the window, where that is not black. A feature of SimpleCNN sees
-        windows twice as wide as their distance; with less, the rim of a stroke would go unguarded.
+        The lightest value of the window, where that is not black. A feature sees 4x4 pixels, the
+        next one two further on; with less, the rim of a stroke would go unguarded.
         """
-        stride = [large // small for large, small in zip(x.shape[2:], self.size, strict=True)]
-        window, padding = [2 * s for s in stride], [s // 2 for s in stride]
-        small = F.adaptive_max_pool2d(F.max_pool2d(x, window, stride, padding), self.size)
+        small = F.max_pool2d(x, 4, stride=2, padding=1)
         seen = (small.amax(1) > 0).flatten().nonzero()[:, 0]
         if len(seen) > self.most:
             some = torch.randperm(len(seen), generator=gen, device=seen.device)[: self.most]
             seen = seen[some]
         bins = (self.pixels(small, seen) * self.bins).long().clamp(max=self.bins - 1)
         return bins.flatten(), seen
-
-
-def early_layer(model):
-    """What this layer is fed are the early features: conv2 of SimpleCNN, layer1 of a ResNet."""
-    for name, layer in model.named_children():
-        if name in ("conv2", "layer1"):
-            return layer
-    die("--method lntl needs a net with feature maps", "choose --model simplecnn")
 
 
 class GroupDRO(Method):
@@ -1053,9 +1039,8 @@ class LfF(Method):
         self.register_buffer("running", torch.zeros(2, len(data.labels)))  # of both nets' losses
 
     def loss(self, model, batch, gen):
-        x = moved(batch.x, self.args.crop, gen)
-        biased = self.biased(x)
-        losses = [F.cross_entropy(z, batch.y, reduction="none") for z in (biased, model(x))]
+        biased = self.biased(batch.x)
+        losses = [F.cross_entropy(z, batch.y, reduction="none") for z in (biased, model(batch.x))]
         weight = self.difficulty(torch.stack(losses), batch)
         return (weight * losses[1]).mean() + generalised_cross_entropy(biased, batch.y)
 
@@ -1089,16 +1074,16 @@ class JTT(Method):
         self.register_buffer("weight", torch.where(wrong, self.upweight, 1.0))
 
     def loss(self, model, batch, gen):
-        weight, x = self.weight[batch.index], moved(batch.x, self.args.crop, gen)
-        losses = F.cross_entropy(model(x), batch.y, reduction="none")
+        weight = self.weight[batch.index]
+        losses = F.cross_entropy(model(batch.x), batch.y, reduction="none")
         return (weight * losses).sum() / weight.sum()
 
 
 def train_plain(splits, args, **changes):
     """Another net, trained by plain ERM with the settings of this run but for `changes`."""
-    plain = argparse.Namespace(**{**vars(args), "crop": 0, "balance": False, **changes})
-    net = fresh_net(plain, splits["train"]).to(splits["train"].labels.device)
-    train(net, Baseline(net, splits, plain), splits, plain)
+    own = argparse.Namespace(**{**vars(args), "crop": 0, "balance": False, **changes})
+    net = fresh_net(own, splits["train"]).to(splits["train"].labels.device)
+    train(net, Baseline(net, splits, own), splits, own)
     return net
 
 
@@ -1231,12 +1216,14 @@ class AT(Method):
 
     can_shard = True
     watched = 500  # images of val that are attacked after every epoch
+    smoothing = 0.0  # of the labels
 
     def __init__(self, model, splits, args):
         super().__init__(model, splits, args)
         self.classes, self.val = model.fc.out_features, splits["val"]
         self.student = args.augment == "student"
-        self.smoothing, self.clip = (0.1, 1.0) if self.student else (0.0, 0.0)
+        if self.student:  # its recipe shifts and turns at once
+            self.smoothing, self.clip, self.crop = 0.1, 1.0, 0
         self.source = None
         if getattr(args, "generator", None):  # robgan has one of its own
             self.source = load_generator(args.dir, args.generator, splits["train"])
@@ -1250,8 +1237,6 @@ class AT(Method):
         x, soft = batch.x, F.one_hot(batch.y, self.classes).to(batch.x.dtype)
         if self.student:
             x, soft = augment(x, soft, args.crop, gen)
-        else:
-            x = moved(x, args.crop, gen)
         if eps == 0:
             return self.cross_entropy(model(x), soft)
         steps, size = (1, 1.25) if args.attack == "fgsm" else (args.steps, 0.35)
@@ -1334,15 +1319,14 @@ class Generator(nn.Module):
 
 def load_generator(folder, name, data):
     """The averaged generator that a robgan run of this world has saved; it learns nothing more."""
-    kept = load_model(folder, name)[1].get("generator")
+    about = load_model(folder, name)[1]
+    kept = about.get("generator")
     if kept is None:
         hint = f"train one: python train.py --dir {folder} --method robgan"
         die(f"{name} holds no generator", hint)
-    generator = Generator(**shape_of(data), channels=len(kept["grow.6.weight"]))
-    try:
-        generator.load_state_dict({key: value.float() for key, value in kept.items()})
-    except RuntimeError:
-        die(f"the generator of {name} is built for another world", f"train one in {folder}")
+    check_fit(f"--generator {name}", about, data, folder)
+    generator = Generator(about["classes"], about["size"], len(kept["grow.6.weight"]))
+    generator.load_state_dict({key: value.float() for key, value in kept.items()})
     return generator.to(data.images.device).eval().requires_grad_(False)
 
 
@@ -1362,7 +1346,7 @@ class RobGAN(AT):
     """
 
     can_shard = False
-    lr_scale, betas = 1, (0.0, 0.99)  # of the generator and the discriminator's own head
+    betas = (0.0, 0.99)  # of the generator and the discriminator's own head
     decay = 0.998  # of the averaged weights
     penalty = 0.1  # weight of R1 + R2; with 1 the discriminator lost track of the classes
 
@@ -1389,10 +1373,9 @@ class RobGAN(AT):
             fake = self.generator.draw(batch.y, gen)
         against = self.discriminator_loss(model, batch.x, fake, batch.y)
         update(optimiser, learned + against, clip=self.clip)
-        with frozen(model, self.head, self.real, self.belongs):
-            fake = self.generator.draw(batch.y, gen)
-            towards = self.generator_loss(model, batch.x, fake, batch.y)
-            update(optimiser, towards)
+        fake = self.generator.draw(batch.y, gen)
+        towards = self.generator_loss(model, batch.x, fake, batch.y)
+        update(optimiser, towards, only=list(self.generator.parameters()))
         self.follow()
         losses = [against.detach(), towards.detach(), torch.ones_like(against)]
         self.tally += torch.stack(losses)
@@ -1401,9 +1384,9 @@ class RobGAN(AT):
     def discriminator_loss(self, model, real, fake, y):
         """Real should look more real than generated; R1 + R2, half of each, are one mean of 2B."""
         x = torch.cat([real, fake]).requires_grad_()
-        score = self.score(model, x, y.repeat(2))
-        (slope,) = torch.autograd.grad(score.sum(), x, create_graph=True)
-        real, fake = score.chunk(2)
+        scores = self.score(model, x, y.repeat(2))
+        (slope,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
+        real, fake = scores.chunk(2)
         smooth = slope.square().sum((1, 2, 3)).mean()
         return F.softplus(fake - real).mean() + self.penalty * smooth
 
@@ -1441,16 +1424,6 @@ class RobGAN(AT):
 
     def draws(self):
         return self.average
-
-
-@contextlib.contextmanager
-def frozen(*parts):
-    """Inside `with`, these modules learn nothing."""
-    for part in parts:
-        part.requires_grad_(False)
-    yield
-    for part in parts:
-        part.requires_grad_(True)
 
 
 # ---- the table of methods, those that are told least first
@@ -1529,11 +1502,11 @@ def print_scores(record):
     print(f"{record['name']}, share of images that it reads correctly:")
     for split, s in record["final"].items():
         print(f"  {split:13s} {s['acc']:.3f} of {s['n']:,}, worst digit {s['worst_digit']:.3f}")
-    follows, probe = record["final"]["test_hard"]["follows_colour"], record["probe"]
-    if None not in (follows, probe["colour"]):
+    follows, probes = record["final"]["test_hard"]["follows_colour"], record["probe"]
+    if None not in (follows, probes["colour"]):
         print(f"  on test_hard it names the colour's digit {follows:.1%} of the time; from its")
-        print(f"  features a linear probe reads the colour with {probe['colour']:.3f}", end="")
-        print(f", the digit with {probe['digit']:.3f}")
+        print(f"  features a linear probe reads the colour with {probes['colour']:.3f}", end="")
+        print(f", the digit with {probes['digit']:.3f}")
 
 
 def knows(args):
@@ -1670,14 +1643,9 @@ def probe(z, split):
     for name, target in (("colour", split.colors), ("digit", split.labels)):
         if target is not None:
             y = target.cpu()
-            result[name] = fit_linear(fit, y[::2], test, y[1::2])
+            weight, bias = fit_layer(fit, y[::2], int(y.max()) + 1)
+            result[name] = mean_of(F.linear(test, weight, bias).argmax(1) == y[1::2])
     return result
-
-
-def fit_linear(z, y, z_test, y_test, l2=1e-3):
-    """Test accuracy of a softmax regression with a small L2 penalty. z (N,F), y (N,)."""
-    weight, bias = fit_layer(z, y, int(max(y.max(), y_test.max())) + 1, l2)
-    return (F.linear(z_test, weight, bias).argmax(1) == y_test).double().mean().item()
 
 
 def fit_layer(z, y, classes, l2=1e-3):
@@ -1731,17 +1699,17 @@ def score_generator(generator, model, splits, args):
     spread = within_class(answers_and_features(judge, few)[1], few.labels, classes)
     measured = {
         name: {
-            **compare(pictures, spread, judge),
+            **compare(some, spread, judge),
             "trained_on": accuracy_when_trained_on(many, name, splits, args),
-            "nearest": nearest(pictures, data),
+            "nearest": nearest(some, data),
         }
-        for name, (pictures, many) in sources.items()
+        for name, (some, many) in sources.items()
     }
     params = sum(p.numel() for p in generator.parameters())
-    shown = examples(model, few, sources["generated"][0], classes, args.eps, gen)
+    seen = examples(model, few, sources["generated"][0], classes, args.eps, gen)
     half = copy_of(copy.deepcopy(generator).half().state_dict())
     facts = {"params": params, "n": n, "judge": args.judge, "measured": measured}
-    return facts, {"generator": half, **shown}
+    return facts, {"generator": half, **seen}
 
 
 @torch.no_grad()
@@ -1759,10 +1727,10 @@ def examples(model, real, generated, classes, eps, gen):
     attacked = pgd(model, x, y, eps, 50, eps / 10, gen)
     said = [predict(model, z).argmax(1).tolist() for z in (real.x(few), x, attacked)]
     attacked = attacked.mul(255).round_().byte()
-    shown = {"real": real.images[few], "generated": generated.images[few], "attacked": attacked}
+    kinds = {"real": real.images[few], "generated": generated.images[few], "attacked": attacked}
     channels = 1 if (real.images == real.images[:, :1]).all() else 3
-    shown = {name: images[:, :channels].cpu().contiguous() for name, images in shown.items()}
-    return {"shown": shown, "said": said}
+    kinds = {name: images[:, :channels].cpu().contiguous() for name, images in kinds.items()}
+    return {"shown": kinds, "said": said}
 
 
 def collapsed(split, classes, labels):
@@ -1825,14 +1793,6 @@ def nearest(made, train_split, n=2000):
 # Kinds of figure: epochs (paths in the record of an epoch), matrices (the first column's, of the
 # first seed), sweep (a place a column), samples (of a generator).
 
-EVERYTHING = """rows *
-knows = knows
-val = final.val.acc
-test_hard = final.test_hard.acc
-test_unbiased = final.test_unbiased.acc
-worst digit = final.test_hard.worst_digit
-follows colour = final.test_hard.follows_colour
-"""
 HOME = ROOT / "results"  # of the write-up
 MISSING = object()
 
@@ -1860,10 +1820,11 @@ class Query(NamedTuple):
 def report(args):
     """Answer every query of README.md and DIR/*.md, draw their figures; computes nothing else."""
     folder = args.dir
-    if not any(runs_of(path.parent) for path in [folder / "x", *folder.glob("*/meta.json")]):
+    worlds = [folder, *(path.parent for path in folder.glob("*/meta.json"))]
+    if not any(runs_of(world) for world in worlds):
         die(f"{folder} holds no results of train.py", f"run: python train.py --dir {folder}")
-    here = [path for path in sorted(folder.glob("*.md")) if path.name != "tables.md"]
-    files, drawn = list(here), []
+    files = [path for path in sorted(folder.glob("*.md")) if path.name != "tables.md"]
+    drawn = []
     if folder.resolve() == HOME:
         files.append(ROOT / "README.md")
     for path in files:
@@ -1873,8 +1834,9 @@ def report(args):
         drawn += draw_figures(path, folder)
     if folder.resolve() != HOME:
         files.append(folder / "tables.md")
-        tables, drawn = tables_of(folder, [ROOT / "README.md", *sorted(HOME.glob("*.md"))])
+        tables, more = tables_of(folder, [ROOT / "README.md", *sorted(HOME.glob("*.md"))])
         write(files[-1], lambda file: file.write(tables.encode()))
+        drawn += more
     for path in [*files, *drawn]:
         print(f"wrote {path}")
 
@@ -1894,8 +1856,8 @@ def position(found, path):
 
 
 def tables_of(folder, write_up):
-    """(all runs and the write-up's tables as far as `folder` has their rows, figures drawn)."""
-    parts, drawn = ["## All runs\n", answer(parse(EVERYTHING, "all runs"), folder) or ""], []
+    """(the write-up's tables as far as `folder` has their rows, figures drawn)."""
+    parts, drawn = [], []
     for path in write_up:
         for found in TABLE.finditer(path.read_text(encoding="utf-8")):
             table = answer(parse(found[1], position(found, path)), folder)
@@ -1954,8 +1916,8 @@ def runs_of(folder):
 def processor_seconds(folder):
     """{NAME: {"cpu": seconds}} of what ran on this machine, each the last time."""
     path = folder / "times.csv"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {name: {"cpu": float(cpu)} for name, _, cpu in (line.split(",") for line in lines)}
+    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {name: {"cpu": float(cpu)} for name, _, cpu in (row.split(",") for row in rows)}
 
 
 def records(folder, row, source=""):
@@ -1996,10 +1958,9 @@ def found_rows(query, folder):
         if row.name == "*":
             found += [(Row("", name, f"`{name}`"), records(folder, name)) for name in every(folder)]
             continue
-        mine, name = records(folder, row.name, row.source), Path(row.name).name
-        worlds = [f"{column.world}/{name}" for column in query.columns if column.world]
-        elsewhere = [records(at, other) for at in (folder, HOME) for other in worlds]
-        if not mine and not any([*elsewhere, records(HOME, row.name, row.source)]):
+        mine = records(folder, row.name, row.source)
+        cells = [runs_at(at, row, column) for at in (folder, HOME) for column in query.columns]
+        if not any([mine, records(HOME, row.name, row.source), *cells]):
             of = f" of {row.source}" if row.source else ""
             hint = "correct its name (without _sSEED), or run it"
             die(f"{query.where}: no result is a row {row.name}{of}", hint)
@@ -2016,15 +1977,20 @@ def every(folder):
     return sorted(methods, key=lambda row: (place.get(methods[row], len(place)), row))
 
 
-def values_of(column, row, mine, folder):
-    """{seed: value} of one cell, MISSING where the record has no such key."""
+def runs_at(folder, row, column):
+    """{seed: record} that a cell reads: of its row, or of that NAME in the column's world."""
     if column.world:
-        mine = records(folder, f"{column.world}/{Path(row.name).name}")
+        return records(folder, f"{column.world}/{Path(row.name).name}")
+    return records(folder, row.name, row.source)
+
+
+def values_of(column, row, folder):
+    """(the runs, {seed: value}) of one cell, MISSING where a record has no such key."""
+    mine = runs_at(folder, row, column)
     values = {seed: dig(record, column.path) for seed, record in mine.items()}
     if not column.minus:
         return mine, values
-    other = f"{column.world}/{column.minus}" if column.world else column.minus
-    others = records(folder, other, row.source)
+    others = runs_at(folder, row._replace(name=column.minus), column)
     gains = {
         seed: MISSING if value is MISSING else plain(value) - plain(dig(others[seed], column.path))
         for seed, value in values.items()
@@ -2043,7 +2009,7 @@ def answer(query, folder):
     for row, mine in rows:
         cells = []
         for column in query.columns:
-            runs, values = values_of(column, row, mine, folder)
+            runs, values = values_of(column, row, folder)
             values = [value for value in values.values() if value is not MISSING]
             if any(not is_cell(value) for value in values):
                 die(f"{query.where}: {column.path} is no number", "add the key that holds one")
@@ -2058,20 +2024,19 @@ def answer(query, folder):
     if not body:
         return None
     header = ["", *(column.header for column in query.columns)]
-    table = [header, ["---"] * len(header), *body, *published_rows(query)]
+    table = [header, ["---"] * len(header), *body]
+    for theirs in published(query):
+        cells = theirs | theirs["cells"]  # each stands under the header that it has there
+        table.append([cite(theirs), *(shown([cells.get(c.header)]) for c in query.columns)])
     return "".join("| " + " | ".join(line) + " |\n" for line in table)
 
 
 def refuse_misspelt(column, query):
     """A column without a value here must have one in the write-up's own folder."""
     for row in query.rows:
-        name, source = row.name, row.source
-        if column.world:
-            name, source = f"{column.world}/{Path(row.name).name}", ""
-        minus = f"{column.world}/{column.minus}" if column.world else column.minus
-        found = records(HOME, name, source)
-        if column.minus and not records(HOME, minus, source):
+        if column.minus and not runs_at(HOME, row._replace(name=column.minus), column):
             continue
+        found = runs_at(HOME, row, column)
         if any(dig(record, column.path) is not MISSING for record in found.values()):
             return
     what = f"{column.world}: {column.path}" if column.world else column.path
@@ -2131,21 +2096,16 @@ def did_not_train(runs):
     )
 
 
-def published_rows(query):
-    """Lines of published.json: a cell stands under the header that it has there."""
+def published(query):
+    """The rows of published.json that a query asks for."""
     key = query.words.get("published")
     if key is None:
         return []
     hint = "git checkout results/published.json restores it"
-    every = load_json(HOME / "published.json", hint)
-    if key not in every:
-        die(f"{query.where}: published.json has no {key}", f"it has {', '.join(every)}")
-    found = []
-    for theirs in every[key]:
-        cells = {"knows": theirs.get("knows"), **theirs["cells"]}
-        values = [cells.get(column.header) for column in query.columns]
-        found.append([cite(theirs), *(shown([value]) for value in values)])
-    return found
+    tables = load_json(HOME / "published.json", hint)
+    if key not in tables:
+        die(f"{query.where}: published.json has no {key}", f"it has {', '.join(tables)}")
+    return tables[key]
 
 
 def cite(theirs):
@@ -2167,8 +2127,7 @@ def draw_figures(path, folder):
         if kind not in FIGURES:
             die(f"{where}: no figure is of the kind {kind}", f"there are {', '.join(FIGURES)}")
         query = parse(text, where)
-        rows = [(row, mine) for row, mine in found_rows(query, folder)]
-        fig = FIGURES[kind](query, rows, folder)
+        fig = FIGURES[kind](query, found_rows(query, folder), folder)
         if fig is not None:
             save_figure(fig, folder / file)
             drawn.append(folder / file)
@@ -2203,24 +2162,17 @@ def draw_epochs(query, rows, folder):
 
 
 def draw_matrices(query, rows, folder):
-    """A panel a row: the table at the first column's path, of the first seed.
-
-    Counts become shares of their line; shares stay as they are.
-    """
+    """A panel a row: the table of shares at the first column's path, of the first seed."""
     rows = [(row, next(iter(mine.values()))) for row, mine in rows if mine]
     if not rows:
         return None
     fig, axes = figure(3.1 * len(rows) + 0.5, 3.4, 1, len(rows), sharey=True)
     for ax, (row, record) in zip(axes[0], rows, strict=True):
         table = dig(record, query.columns[0].path)
-        if all(isinstance(v, int) for line in table for v in line):
-            counts = torch.tensor(table, dtype=torch.double)
-            share = (counts / counts.sum(1, keepdim=True).clamp(min=1)).tolist()
-            table = [[v if v >= 0.05 else None for v in line] for line in share]
-        picture = matrix(ax, table, xlabel=query.words.get("axis", "predicted"))
+        picture = matrix(ax, table, xlabel=query.words.get("axis", ""))
         ax.set_title(f"{row.label.strip('`')}, seed {record['args']['seed']}", fontsize=10)
     axes[0, 0].set_ylabel(query.columns[0].header)
-    label = query.words.get("ylabel", "share of the digit's images")
+    label = query.words.get("ylabel", "")
     fig.colorbar(picture, ax=axes[0].tolist(), shrink=0.8, label=label)
     return fig
 
@@ -2228,12 +2180,12 @@ def draw_matrices(query, rows, folder):
 def draw_sweep(query, rows, folder):
     """A line a row, a place a column: ours in colour, published in grey; a cross did not train."""
     fig, ((ax,),) = figure(7, 5.6)
-    headers = [column.header for column in query.columns if column.path != "-"]
+    headers = [column.header for column in query.columns]
     empty, seen = True, set()
-    for row, mine in rows:
+    for row, _ in rows:
         points, failed = {}, {}
-        for x, column in enumerate(column for column in query.columns if column.path != "-"):
-            runs, values = values_of(column, row, mine, folder)
+        for x, column in enumerate(query.columns):
+            runs, values = values_of(column, row, folder)
             for seed, value in values.items():
                 to = points if runs[seed].get("trained", True) else failed
                 if plain(value) is not None and value is not MISSING:
@@ -2241,21 +2193,18 @@ def draw_sweep(query, rows, folder):
         label, colour = row.label.strip("`"), ink(row.name)
         empty &= not (points or failed)
         if points:
-            fill = "white" if colour in seen else colour  # the second row of a colour
-            lines(ax, points, colour, marker="o", mfc=fill, label=label)
+            face = "white" if colour in seen else colour  # the second row of a colour
+            lines(ax, points, colour, marker="o", mfc=face, label=label)
             seen.add(colour)
         for x, values in failed.items():
             ax.plot([x] * len(values), values, color=colour, marker="x", ms=8, mew=2, ls="")
     if empty:
         return None
-    theirs = []  # the two best at the hardest setting get a name
-    for label, *cells in published_rows(query):
-        found = dict(zip((column.header for column in query.columns), cells, strict=True))
-        theirs.append(([float(found[h]) if found[h] != "-" else math.nan for h in headers], label))
-    theirs.sort(key=lambda line: -line[0][0] if line[0][0] == line[0][0] else 0)
-    for (heights, label), look in zip(theirs, ["s", "D", *["."] * len(theirs)], strict=False):
-        name = re.split(", read in|, as reported", label)[0] if look != "." else None
-        ax.plot(heights, color="0.6", ls="--", lw=0.8, marker=look, ms=5, label=name)
+    theirs = sorted(published(query), key=lambda row: -row["cells"].get(headers[0], 0))
+    for i, row in enumerate(theirs):  # the two best at the hardest setting get a name
+        heights = [row["cells"].get(header, math.nan) for header in headers]
+        look = {"marker": "sD"[i], "label": row["row"]} if i < 2 else {"marker": "."}
+        ax.plot(heights, color="0.6", ls="--", lw=0.8, ms=5, **look)
     ax.set(xticks=range(len(headers)), xticklabels=headers, xlabel=query.words.get("axis", ""))
     ylabel = query.words.get("ylabel", "accuracy on test_unbiased")
     ax.set(ylabel=ylabel, ylim=(0, 1.02))
@@ -2281,11 +2230,10 @@ def sample_rows(checkpoint):
     found = []
     kinds = checkpoint["shown"].values()
     for title, said, kind in zip(titles, checkpoint["said"], kinds, strict=True):
-        wanted = torch.arange(len(said) // 4).repeat_interleave(4).tolist()
         for first in (0, 1):
             cells = []
             for i in range(first, len(said), 4):
-                wrong = said[i] != wanted[i]
+                wrong = said[i] != i // 4  # four of a class stand side by side
                 look = {"weight": "bold" if wrong else "normal"}
                 cells.append(
                     (kind[i].expand(3, -1, -1), f"{'✗' if wrong else '✓'} {said[i]}", look)

@@ -231,9 +231,10 @@ def test_a_sweep_has_a_place_a_world_and_a_cross_for_what_did_not_train(tmp_path
     assert [t.get_text() for t in ax.get_xticklabels()] == ["0.999", "0.99"]
 
 
-def test_a_confusion_matrix_shows_shares_of_a_line(tmp_path):
-    put(tmp_path, record("jtt_s1"))
-    query, rows = figure_of(tmp_path, "rows jtt\ndigit = final.test_hard.confusion")
+def test_matrices_show_the_shares_of_the_first_seed(tmp_path):
+    for seed, table in (1, [[0.8, 0.2], [0.1, 0.9]]), (2, [[1.0, 0.0], [0.0, 1.0]]):
+        put(tmp_path, {**record(f"jtt_s{seed}"), "shares": table})
+    query, rows = figure_of(tmp_path, "rows jtt\ndigit = shares")
     ax = train.draw_matrices(query, rows, tmp_path).axes[0]
     assert ax.images[0].get_array().tolist() == [[0.8, 0.2], [0.1, 0.9]]
 

@@ -105,7 +105,7 @@ def get_args(argv=None):
     ):
         g.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=what)
     g = p.add_argument_group("attack")
-    digit, eps, many = number(int, 0, 999), number(float, 0, 1), number(int, 1, 100_000)
+    digit, eps, many = number(int, 0, 999), number(float, 0, 1), number(int, 1, 10**9)
     add("--src", {"targeted": 7}, "digit to start from", type=digit)
     add("--tgt", {"targeted": 3}, "digit to reach", type=digit)
     g.add_argument("--eps", type=eps, default=0.05, help="L-inf radius, pixels in [0, 1] (0.05)")
@@ -113,7 +113,7 @@ def get_args(argv=None):
     add("--change", {"targeted": "any"}, kinds, choices=MOVES)
     usual = {"targeted": 1000, "pairs": 100, "untargeted": 100, "check": 100}
     add("--steps", usual, "gradient steps", type=many)
-    add("--restarts", {"untargeted": 1}, "random starts of APGD", type=number(int, 1, 1000))
+    add("--restarts", {"untargeted": 1}, "random starts of APGD", type=many)
     add("--queries", {"untargeted": 5000}, "of Square, an image", type=many)
     radii = dict(type=number(float, 1e-6, 1), nargs="+", metavar="EPS")
     add("--sweep", {"untargeted": None}, "radii of the curve, else up to 1.5 eps", **radii)
@@ -122,7 +122,6 @@ def get_args(argv=None):
     g.add_argument("--models", nargs="+", default=usual, metavar="NAME", help=shown)
     g.add_argument("--split", choices=SPLITS, default="test_hard", help="(test_hard)")
     usual = {"targeted": 40, "pairs": 50, "untargeted": None, "check": 500}
-    many = number(int, 1, 10**9)
     add("--n", usual, "images at most: of digit src, of each digit, of the split", type=many)
     g.add_argument("--name", help="results go to DIR/attack_NAME.json (what differs from defaults)")
     common_args(p, seed_of="random starts, samples and the bootstrap")
@@ -298,13 +297,12 @@ def pgd(
         for step in range(steps + (stop is not None)):  # after the last step only `stop` looks
             logits = model(z.requires_grad_())
             if stop is not None:
-                hit = stop(logits.detach(), y)
-                done[alive], x_adv[alive] = hit, z.detach()
-                keep = (~hit).nonzero()[:, 0]
-            if step == steps or (stop is not None and len(keep) == 0):
+                done[alive], x_adv[alive] = stop(logits.detach(), y), z.detach()
+            keep = (~done[alive]).nonzero()[:, 0]
+            if step == steps or len(keep) == 0:
                 break
-            taken[alive] = step + 1 if stop is None else torch.where(hit, step, step + 1)
-            if stop is not None and len(keep) < len(alive):
+            taken[alive[keep]] += 1
+            if len(keep) < len(alive):
                 (grad,) = torch.autograd.grad(loss(logits[keep], y[keep]), z)
                 batch = (alive, x, y, z.detach(), grad, low, high, rate)
                 alive, x, y, z, grad, low, high, rate = (t[keep] for t in batch)
@@ -373,30 +371,35 @@ def distance(a, b):
     return (a - b).abs().amax((1, 2, 3))
 
 
+def allowed(x, eps, x_adv, change="any"):
+    """bool (B,): is x_adv in the ball around x and in [0, 1], and flat or fine if it should be?"""
+    held = distance(x_adv, x) <= eps + 1e-6
+    held &= (x_adv.amin((1, 2, 3)) >= 0) & (x_adv.amax((1, 2, 3)) <= 1)
+    if change == "flat":
+        held &= distance(x_adv, (x + shift_of(x_adv - x)).clamp(0, 1)) <= 1e-6
+    elif change == "fine":
+        held &= (x_adv - x).mean((2, 3)).abs().amax(1) <= 1e-5
+    return held
+
+
 @torch.no_grad()
 def judge(model, x, y, eps, x_adv, reached, change="any"):
-    """bool (B,): is x_adv in the ball around x and in [0, 1], and does the model fall for it?
+    """bool (B,): is x_adv allowed, and does the model fall for it?
 
-    And is the change flat or fine, where it should be? It knows nothing of how x_adv was made.
+    It knows nothing of how x_adv was made.
     """
-    allowed = distance(x_adv, x) <= eps + 1e-6
-    allowed &= (x_adv.amin((1, 2, 3)) >= 0) & (x_adv.amax((1, 2, 3)) <= 1)
-    if change == "flat":
-        allowed &= distance(x_adv, (x + shift_of(x_adv - x)).clamp(0, 1)) <= 1e-6
-    elif change == "fine":
-        allowed &= (x_adv - x).mean((2, 3)).abs().amax(1) <= 1e-5
-    return allowed & reached(model(x_adv), y)
+    return allowed(x, eps, x_adv, change) & reached(model(x_adv), y)
 
 
 def carry_out(attack, model, reached, x, y, eps, change="any", **more):
-    """Run attack(x, y, eps, **more) -> Attacked chunk by chunk; `judge` says what is done.
+    """Run attack(model, x, y, eps, **more) chunk by chunk; `judge` says what is done.
 
     x (N,3,H,W) in [0, 1]; y (N,); eps a float or (N,); `more` are tensors with a row per image.
     """
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
     parts = []
     for i in chunks(max(len(x), 1), CHUNK):  # no images: one empty part
-        a = attack(x[i], y[i], eps[i], **{key: value[i] for key, value in more.items()})
+        a = attack(model, x[i], y[i], eps[i], **{key: value[i] for key, value in more.items()})
         parts.append(a._replace(done=judge(model, x[i], y[i], eps[i], a.x, reached, change)))
     return Attacked(*map(torch.cat, zip(*parts, strict=True)))
 
@@ -414,9 +417,8 @@ def headline(model, x, y, eps, limit, gen, change="any"):
     steps, x_adv = {}, x.clone()
     todo, start = torch.arange(len(x), device=x.device), random_start(x, eps, gen)
     taken = torch.zeros(len(x), device=x.device)
-    how = {"targeted": True, "change": change}
     for name, (reached, _) in CRITERIA.items():
-        attack = partial(pgd, model, steps=limit, gen=gen, stop=reached, **how)
+        attack = partial(pgd, steps=limit, gen=gen, stop=reached, targeted=True, change=change)
         a = carry_out(attack, model, reached, x[todo], y[todo], eps, change, start=start)
         x_adv[todo], taken = a.x, taken + a.steps
         done = a.done & (taken <= limit)
@@ -438,7 +440,7 @@ def strongest(model, criterion, x, y, eps, start, steps, change="any"):
     how = {"targeted": True, "stop": reached, "decay": True, "change": change}
     for loss in losses:
         i = (~done).nonzero()[:, 0]
-        attack = partial(pgd, model, steps=steps, gen=None, loss=loss, **how)
+        attack = partial(pgd, steps=steps, gen=None, loss=loss, **how)
         more = {"step_size": eps[i] / 4, "start": start[i]}
         a = carry_out(attack, model, reached, x[i], y[i], eps[i], change, **more)
         x_adv[i], taken[i], done[i] = a.x, taken[i] + a.steps, a.done
@@ -689,9 +691,9 @@ STRONG = ("APGD", "APGD-T")  # restarts change these
 # ---- numbers: of images, of seeds, of rows
 
 
-def rounded(numbers):
-    """A dict with its floats to four digits."""
-    return {key: round(v, 4) if isinstance(v, float) else v for key, v in numbers.items()}
+def rounded(numbers, digits=4):
+    """A dict with its floats rounded."""
+    return {key: round(v, digits) if isinstance(v, float) else v for key, v in numbers.items()}
 
 
 def by_row(models):
@@ -702,9 +704,9 @@ def by_row(models):
     return groups
 
 
-def column(entry, criterion, key, missing):
-    """One list of a targeted record as a tensor (N,), `missing` where the attack failed."""
-    values = [missing if v is None else v for v in entry[criterion][key]]
+def column(entry, criterion, key):
+    """One list of a targeted record as a tensor (N,), inf where the attack failed."""
+    values = [math.inf if v is None else v for v in entry[criterion][key]]
     return torch.tensor(values, dtype=torch.double)
 
 
@@ -719,7 +721,7 @@ def summarise(models, src):
     for name, m in models.items():
         summary[name] = {"clean": rounded(rate(right[name])), "all": {}}
         for criterion in CRITERIA:
-            steps, radii = (column(m, criterion, key, math.inf) for key in ("steps", "min_eps"))
+            steps, radii = (column(m, criterion, key) for key in ("steps", "min_eps"))
             reached, near = steps.isfinite(), radii.clamp(max=RADII[-1])
             summary[name]["all"][criterion] = {
                 "success": rounded(rate(reached)),
@@ -762,8 +764,8 @@ def compare(models, src, seed):
         for subset, (counted, measures) in subsets.items():
             compared[other][subset] = {}
             for c in CRITERIA:
-                radii = stacked(names, lambda n, c=c: column(models[n], c, "min_eps", RADII[-1]))
-                radii = radii.masked_fill(~counted, math.nan)
+                radii = stacked(names, lambda n, c=c: column(models[n], c, "min_eps"))
+                radii = radii.clamp(max=RADII[-1]).masked_fill(~counted, math.nan)
                 gen = stream(seed, f"bootstrap {reference} {other} {subset} {c}")
                 compared[other][subset][c] = {
                     "n": int(counted.sum(1).amin(1).sum()),
@@ -807,7 +809,7 @@ def interval(radii, measure, gen):
         numbers = {"value": values[0], **bootstrap(radii[0], measure, gen)}
     else:
         numbers = {"value": None, "low": None, "high": None, "of": "pictures"}
-    return {key: round(v, 5) if isinstance(v, float) else v for key, v in numbers.items()}
+    return rounded(numbers, 5)
 
 
 def bootstrap(values, measure, gen):
@@ -852,8 +854,8 @@ def sampled(n, most, seed):
 def targeted(models, split, seed, src, tgt, eps, steps, n, change="any"):
     """The record of one pair of digits, with the pictures of a few examples."""
     last = min(m.classes for m in models.values()) - 1
-    if max(src, tgt) > last:
-        die(f"--src is {src} and --tgt {tgt}, but the classes end at {last}", "choose others")
+    if tgt > last:
+        die(f"--tgt is {tgt}, but the classes end at {last}", "choose another")
     index = (split.labels == src).nonzero()[:n, 0]
     if len(index) == 0:
         die(f"the split has no image of digit {src}", "choose another --src or --split")
@@ -891,7 +893,7 @@ def examples(models, entries, adversarial, x, src):
     score = torch.zeros(len(x))
     for name in names:
         score += 2 * (torch.tensor(entries[name]["clean"]) == src)
-        score += column(entries[name], "confidence", "steps", math.inf).isfinite()
+        score += column(entries[name], "confidence", "steps").isfinite()
     chosen = score.argsort(descending=True, stable=True)[:6].to(x.device)
     shown = {}
     for name in names:
@@ -970,7 +972,7 @@ def untargeted(models, split, seed, eps, steps, restarts, queries, sweep, n):
 
 def fools(name, net, x, y, eps, steps, gen):
     """Which images one attack fools, bool (N,)."""
-    attack = partial(ATTACKS[name], net, steps=steps, gen=gen)
+    attack = partial(ATTACKS[name], steps=steps, gen=gen)
     return carry_out(attack, net, is_wrong, x, y, eps).done
 
 
@@ -1046,10 +1048,8 @@ def attempt(attacks, net, x, y, right, seed, names, eps, steps, restart=0):
     standing, outside = right.clone(), 0
     for name in names:
         gen = stream(seed, f"check {name} {restart}")
-        a = carry_out(partial(attacks[name], net, steps=steps, gen=gen), net, is_wrong, x, y, eps)
-        found = a.x.cpu().double()
-        stray = ((found - x.cpu().double()).abs() > eps + 1e-6) | (found < 0) | (found > 1)
-        outside += int(stray.flatten(1).any(1).sum())
+        a = carry_out(partial(attacks[name], steps=steps, gen=gen), net, is_wrong, x, y, eps)
+        outside += int((~allowed(x, eps, a.x)).sum())
         standing &= ~a.done
     return Trial(standing, len(y) * len(names), outside)
 
@@ -1111,10 +1111,6 @@ def claims(v):
         numbers = {name: v[name] for name in names} or v["curve"]
         found[key] = {"claim": text, "pass": held, "numbers": rounded(numbers)}
 
-    def steady(key, text, *names):
-        """More effort than APGD's leaves hardly less."""
-        claim(key, text, v["APGD"] - v[names[1]] < POINT, "eps", *names)
-
     curve, order = list(v["curve"].values()), ("noise", "FGSM", "PGD", "APGD")
     falls = all(v[a] > v[b] - POINT / 2 for a, b in itertools.pairwise(order))
     claim("zero_eps", "eps 0 changes nothing", v["eps 0"] == v["clean"], "clean", "eps 0")
@@ -1122,10 +1118,13 @@ def claims(v):
     claim("larger_eps", "a larger eps never helps the model", curve == sorted(curve)[::-1])
     enough, last = v["eps 0.5"] <= v["chance"], ("eps 0.5", "chance")
     claim("chance", "eps 0.5 leaves no more than chance", enough, *last)
-    steady("twice_the_steps", "twice the steps change little", "APGD", "twice")
-    steady("five_restarts", "five restarts change little", "APGD", "five restarts")
-    text = "nor does aiming at each class (Gowal et al., 2019)"
-    steady("each_class", text, "APGD", "each class", "APGD on cross-entropy")
+    aimed = "nor does aiming at each class (Gowal et al., 2019)"
+    for key, text, effort, *more in (
+        ("twice_the_steps", "twice the steps change little", "twice"),
+        ("five_restarts", "five restarts change little", "five restarts"),
+        ("each_class", aimed, "each class", "APGD on cross-entropy"),
+    ):
+        claim(key, text, v["APGD"] - v[effort] < POINT, "eps", "APGD", effort, *more)
     weaker = v["Square"] > v["APGD"] - POINT / 2
     claim("square", "Square, without gradients, does not win", weaker, "eps", "APGD", "Square")
     none, text = v["outside"] == 0, "all images are in the ball and in [0, 1]"
@@ -1183,8 +1182,8 @@ def draw_min_eps(record):
     for (row, seeds), (_, rivals) in zip(two, two[::-1], strict=True):
         both = {name: clean[name] & clean[rivals.get(s, name)] for s, name in seeds.items()}
         for c in USUAL:
-            found = [column(models[n], c, "min_eps", RADII[-1])[both[n]] for n in both]
-            radii[c][row] = torch.cat(found)
+            found = [column(models[n], c, "min_eps")[both[n]] for n in both]
+            radii[c][row] = torch.cat(found).clamp(max=RADII[-1])
     everything = torch.cat([values for found in radii.values() for values in found.values()])
     far = float(everything.quantile(0.99)) if everything.any() else RADII[-1]
     bins = torch.linspace(0, far, 26).numpy()

@@ -229,7 +229,7 @@ def test_chunks_keep_images_radii_and_more_together(monkeypatch):
     x, eps = torch.linspace(0.1, 0.5, 5).view(5, 1, 1, 1), torch.linspace(0.01, 0.05, 5)
     sizes = []
 
-    def add(x, y, eps, step):
+    def add(model, x, y, eps, step):
         sizes.append(len(x))
         return in_no_steps(x + eps.view(-1, 1, 1, 1) * step.view(-1, 1, 1, 1))
 

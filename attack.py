@@ -26,7 +26,6 @@ import textwrap
 import time
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -150,8 +149,6 @@ def refuse_nonsense(args):
     """What parses but cannot be meant gets one line."""
     if args.mode == "targeted" and args.src == args.tgt:
         die(f"--src and --tgt are both {args.src}", "choose two digits")
-    if len({Path(name).name.removesuffix(".pt") for name in args.models}) < len(args.models):
-        die("--models names two that would share one row", "save one under another --name")
     if args.name and not re.fullmatch(r"\w{1,60}", args.name, re.A):
         die(f"--name {args.name!r} must be letters, digits and _", "choose another name")
 
@@ -837,6 +834,9 @@ def load(folder, names, split_name, device):
         check_fit(name, record, split, f"{split_name}.pt")
         about = {"method": row_of(name), "seed": record["args"].get("seed")}
         about["trained"] = record.get("trained", True)
+        if about in [m.about for m in models.values()]:
+            what = f"--models names two of row {about['method']} and seed {about['seed']}"
+            die(what, "save one under another --name")
         models[name] = Loaded(net, about, record["classes"])
     return models, split
 

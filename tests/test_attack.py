@@ -947,7 +947,7 @@ def test_a_result_of_other_models_is_not_replaced(world, attacked, undrawn):
         ("--pairs --change flat", "--change means nothing"),
         ("--check --restarts 3", "--restarts means nothing"),
         ("--report --pairs", "--report"),
-        (f"--models {TWO} jitter_s42", "share one row"),
+        (f"--models {TWO} jitter_s42", "two of row jitter and seed 42"),
         ("--dir nowhere", "missing"),
         ("--dir nowhere --report", "missing"),
         ("--split few --src 9", "--split"),

@@ -21,7 +21,6 @@ changes, and how often when nothing but the digit does.
 
 import argparse
 import base64
-import contextlib
 import copy
 import hashlib
 import itertools
@@ -92,13 +91,6 @@ CURVES = {
     "turned_up": ("colour latents turned up twofold", "#E69F00"),
 }
 TITLES = {"gradcam": "Grad-CAM", "hirescam": "HiResCAM"}  # kinds of heat map
-MAPS, MAXIMISE, DECOMPOSE, IMAGE, PAGE = (  # what it can do
-    "heat maps",
-    "--maximise",
-    "--decompose",
-    "--image",
-    "--page",
-)
 
 
 def get_args(argv=None):
@@ -114,26 +106,30 @@ def get_args(argv=None):
     helps = f"or a .pt ({' '.join(usual)})"
     g.add_argument("--models", nargs="+", default=usual, metavar="NAME", help=helps)
     helps = "of the result: gradcam_NAME (default: what differs from the defaults)"
-    add(g, "--name", MAPS, MAXIMISE, DECOMPOSE, help=helps)
-    add(g, "--cam", MAPS, choices=TITLES, default="gradcam", help="kind of map (gradcam)")
+    add(g, "--name", "heat maps", "--maximise", "--decompose", help=helps)
+    add(g, "--cam", "heat maps", choices=TITLES, default="gradcam", help="kind of map (gradcam)")
     g = p.add_argument_group("instead of heat maps").add_mutually_exclusive_group()
+    mode = {"dest": "mode", "action": "store_const"}
     helps = "find the pictures that each class wants to see"
-    g.add_argument("--maximise", action="store_true", help=helps)
+    g.add_argument("--maximise", const="--maximise", **mode, help=helps)
     helps = "erase colour from the features, and silence what says it in a sparse autoencoder"
-    g.add_argument("--decompose", action="store_true", help=helps)
+    g.add_argument("--decompose", const="--decompose", **mode, help=helps)
     helps = "find the digit in pictures of your own, show it on ten colours"
     g.add_argument("--image", nargs="+", type=Path, metavar="FILE", help=helps)
     helps = "write DIR/demo.js: the networks that DIR/demo.html names, for the page"
-    g.add_argument("--page", action="store_true", help=helps)
+    g.add_argument("--page", const="--page", **mode, help=helps)
     helps = "show the picture as it is, with heat maps, not on ten colours"
-    add(p, "--raw", IMAGE, action="store_true", help=helps)
+    add(p, "--raw", "--image", action="store_true", help=helps)
     helps = "a model that reads the pictures found, say one trained where there is no bias"
-    add(p, "--reader", MAXIMISE, metavar="NAME", help=helps)
+    add(p, "--reader", "--maximise", metavar="NAME", help=helps)
     common_args(p, seed_of="textures, digit partners and the null rows")
+    p.set_defaults(mode="heat maps")
     args = p.parse_args(argv)
+    if args.image:
+        args.mode = "--image"
     for flag, of in meant.items():
-        if mode_of(args) not in of and getattr(args, flag) != p.get_default(flag):
-            die(f"--{flag} means nothing for {mode_of(args)}", "leave it out")
+        if args.mode not in of and getattr(args, flag) != p.get_default(flag):
+            die(f"--{flag} means nothing for {args.mode}", "leave it out")
     if len({Path(name).name.removesuffix(".pt") for name in args.models}) < len(args.models):
         what = f"--models {' '.join(args.models)}: two would share one row"
         die(what, "save one under another --name")
@@ -145,21 +141,10 @@ def get_args(argv=None):
     return args
 
 
-def mode_of(args):
-    if args.maximise:
-        return MAXIMISE
-    if args.decompose:
-        return DECOMPOSE
-    if args.page:
-        return PAGE
-    return IMAGE if args.image else MAPS
-
-
 def result_name(args):
     """gradcam, gradcam_hirescam_s3, gradcam_NAME_hirescam, gradcam_maximise, ..."""
-    mode = mode_of(args)
-    head = f"gradcam_{mode[2:]}" if mode in (MAXIMISE, DECOMPOSE) else "gradcam"
-    skip = {"models", "name", "maximise", "decompose", "image", "raw", "page", "reader"}
+    head = "gradcam" if args.mode == "heat maps" else f"gradcam_{args.mode[2:]}"
+    skip = {"models", "name", "mode", "image", "raw", "reader"}
     if args.name:
         head = f"{head}_{args.name}"
         skip = vars(args).keys() - {"cam"}
@@ -169,30 +154,10 @@ def result_name(args):
 # ---- heat maps
 
 
-@contextlib.contextmanager
-def captured(module):
-    """Inside `with`, seen["map"] is the module's output, a leaf where gradients end.
-
-    What follows gets a copy, so an in-place ReLU cannot alter it. The hook is gone afterwards.
-    """
-    seen = {}
-
-    def keep(_, inputs, output):
-        seen["map"] = output.detach().requires_grad_()
-        return seen["map"].clone()
-
-    hook = module.register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
 class Explained(NamedTuple):
     activation: torch.Tensor  # float (B,C,h,w)
     gradient: torch.Tensor  # float (B,C,h,w): of each image's explained logit
     logits: torch.Tensor  # float (B,classes)
-    target: torch.Tensor  # int64 (B,): the explained class
 
 
 def explain(model, layer, x, target=None):
@@ -201,11 +166,17 @@ def explain(model, layer, x, target=None):
     x float (B,3,H,W) in [0, 1]; `target` (B,), None explains the predicted class. In eval mode
     images do not mix, so the gradient of the sum holds every image's own.
     """
-    with captured(layer) as seen, torch.enable_grad():
+    seen = {}
+
+    def keep(_, inputs, output):
+        seen["map"] = output.detach().requires_grad_()  # a leaf, where gradients end
+        return seen["map"]
+
+    with layer.register_forward_hook(keep), torch.enable_grad():
         logits = model(x)
     target = logits.argmax(1) if target is None else target
     (gradient,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), seen["map"])
-    return Explained(seen["map"].detach(), gradient, logits.detach(), target)
+    return Explained(seen["map"].detach(), gradient, logits.detach())
 
 
 def gradcam(activation, gradient):
@@ -246,9 +217,8 @@ def find_layer(model, split, owner):
     deepest = ["relu"] if isinstance(model, SimpleCNN) else ["layer4", "layer3", "layer2", "layer1"]
     for name in deepest:
         if hasattr(model, name):
-            with captured(getattr(model, name)) as seen:
-                model(split.x(slice(1)))
-            size = tuple(seen["map"].shape[2:])
+            one = explain(model, getattr(model, name), split.x(slice(1)))
+            size = tuple(one.activation.shape[2:])
             if max(size) >= 4:
                 return name, size
     die(f"{owner} has no map 4 pixels wide", "choose a convolutional net")
@@ -284,13 +254,8 @@ def upsample(maps, size):
 class Scores(NamedTuple):
     """One number per image, double (N,); NaN where the map is all zero or there is no digit."""
 
-    share: torch.Tensor  # of the heat that lies on digit pixels
-    area: torch.Tensor  # of the picture that digit pixels cover: the share of a uniform map
+    lift: torch.Tensor  # share of the heat on digit pixels over their share of the picture
     pointing: torch.Tensor  # is the hottest pixel on the digit; equally hot ones count in parts
-
-    @property
-    def lift(self):
-        return self.share / self.area
 
 
 def heat_scores(maps, gray):
@@ -304,9 +269,9 @@ def heat_scores(maps, gray):
         digit = gray[index] > 255 * DIGIT_PIXEL
         total, area = heat.sum((1, 2)), digit.double().mean((1, 2))
         hottest = (heat == heat.amax((1, 2), keepdim=True)).double()
-        share = (heat * digit).sum((1, 2)) / total
+        lift = (heat * digit).sum((1, 2)) / total / area
         pointing = (hottest * digit).sum((1, 2)) / hottest.sum((1, 2))
-        per_image = torch.stack([share, area, pointing])
+        per_image = torch.stack([lift, pointing])
         per_image[:, (total == 0) | (area == 0)] = torch.nan
         parts.append(per_image)
     return Scores(*torch.cat(parts, dim=1))
@@ -317,7 +282,7 @@ def summary(scores):
 
     `lift_with_empty` averages them, too, as lift 0: no heat lies on the digit.
     """
-    scored = ~scores.share.isnan()
+    scored = ~scores.lift.isnan()
     return {
         "n": len(scored),
         "zero_maps": int((~scored).sum()),
@@ -399,12 +364,11 @@ def painting_of(folder):
     meta = meta_of(folder)
     if meta.get("recipe") not in PAINTERS:
         return None
-    usual = zip(PALETTE, (255 * USUAL.means).round().tolist(), strict=True)
     try:
-        names, means = zip(*meta.get("palette", usual), strict=True)
+        names, means = zip(*meta["palette"], strict=True)
         means = torch.tensor(means).reshape(len(names), 3) / 255
         sigma2 = float(meta.get("sigma2") or 0)
-    except (TypeError, ValueError, RuntimeError):
+    except (KeyError, TypeError, ValueError, RuntimeError):
         return None
     if sigma2 < 0 or means.min() < 0 or means.max() > 1:
         return None
@@ -463,30 +427,18 @@ def counterfactuals(models, split, painting, seed):
 
 
 def flip_rates(on_colour, swapped, partner, labels, colours):
-    """(rates, background flip rate of each image (N,)), against the prediction on its own colour.
+    """How often another background changes the prediction, and how often another digit does.
 
-    Background: the other nine colours under the same digit; `follows` is the share predicted as
-    the class that owns the new colour, where that is not the label. Digit: the partner's digit on
-    the same background, where its label differs.
+    Background: the other nine colours under the same digit. Digit: the partner's digit on the same
+    background, where its label differs.
     """
     now = on_colour.gather(1, colours[:, None])  # (N,1)
-    palette = torch.arange(on_colour.shape[1])
-    other = palette != colours[:, None]  # (N,10)
-    foreign = other & (palette != labels[:, None])
-    changed = ((on_colour != now) & other).sum(1) / other.sum(1)
-    follows = ((on_colour == palette) & foreign).sum(1) / foreign.sum(1)
+    others = on_colour.shape[1] - 1  # on its own colour a prediction is `now`
+    changed = (on_colour != now).sum(1) / others
     differs = labels[partner] != labels
     by_digit = {str(d): mean(changed[labels == d]) for d in labels.unique().tolist()}
-    background = {"changed": rate(changed), "follows": rate(follows), "by_digit": by_digit}
     digit = {"changed": rate((swapped != now[:, 0])[differs])}
-    return {"background": background, "digit": digit}, changed
-
-
-def lift_flip_correlation(lift, changed):
-    """Do maps on the digit go with steady answers? Images without a lift do not count."""
-    scored = ~lift.isnan()
-    rho = spearman(lift[scored], changed[scored]).item()
-    return rho if math.isfinite(rho) else None
+    return {"background": {"changed": rate(changed), "by_digit": by_digit}, "digit": digit}
 
 
 def measure(subjects, split, painting, seed):
@@ -499,22 +451,17 @@ def measure(subjects, split, painting, seed):
     for k, (name, subject) in enumerate(subjects.items(), 1):
         progress(f"heat maps of {name}, model {k} of {len(subjects)}")
         heat = heat_of(subject, split)
-        scores, flips, correlation = heat_scores(heat.maps, gray), None, None
+        scores, flips = heat_scores(heat.maps, gray), None
         maps = summary(scores)
         if painting:
-            flips, changed = flip_rates(*answers[name], partner, labels, colours)
-            correlation = lift_flip_correlation(scores.lift, changed)
+            flips = flip_rates(*answers[name], partner, labels, colours)
             random = heat_scores(random_maps(subject, len(gray), seed), gray)
             maps |= told_apart(scores.lift, random.lift, heat.predicted, labels, colours)
         models[name] = {
-            "method": subject.checkpoint["args"].get("method"),
-            "seed": subject.checkpoint["args"].get("seed"),
             "trained": subject.checkpoint.get("trained", True),
-            "layer": subject.layer,
             "acc": rate(heat.predicted == labels),
             "maps": {"test_hard": maps},
             "flips": flips,
-            "lift_flip_correlation": correlation,
         }
     return models
 
@@ -527,26 +474,24 @@ def random_maps(subject, n, seed):
     return torch.rand(n, *subject.size, generator=stream(seed, "random maps"))
 
 
-def null_rows(name, subject, split, seed):
-    """Scores of noise, of a constant, of the digit itself, and of nets with random weights.
+def null_rows(subject, split, seed):
+    """Scores of noise, of the digit itself, and of nets with random weights.
 
     The ceiling is the digit's mask as coarse as the subject's maps. A smaller spot within the digit
     scores more, but no longer shows the digit.
     """
     gray = split.gray.cpu()
-    noise = random_maps(subject, len(gray), seed)
     mask = (gray > 255 * DIGIT_PIXEL).float()
     maps = {
-        "random_map": noise,
-        "uniform_map": torch.ones_like(noise),
+        "random_map": random_maps(subject, len(gray), seed),
         "ceiling": F.adaptive_avg_pool2d(mask, subject.size),
     }
     null = {}
     for row, heat in maps.items():
         null[row] = {"maps": {"test_hard": summary(heat_scores(heat, gray))}}  # as of a model
-    progress(f"null rows: {name} with random weights")
+    progress("null rows: random weights")
     part = split.take(slice(SANITY_IMAGES))
-    return {**null, "model": name, "cascade": cascade(subject, part, seed)}
+    return {**null, "cascade": cascade(subject, part, seed)}
 
 
 def cascade(subject, split, seed):
@@ -587,35 +532,11 @@ def random_net(checkpoint, gen):
 # ---- the pictures that the figures show
 
 
-def painted(split, choice, painting, seed):
-    """A Split of the pictures at [(index, colour), ...], all with one texture."""
-    some = split.take([i for i, _ in choice])
-    colours = torch.tensor([c for _, c in choice], device=split.labels.device)
-    each = [repaint(some.take([k]), colours[[k]], painting, seed) for k in range(len(choice))]
-    return some._replace(images=torch.cat([one.images for one in each]), colors=colours)
-
-
-def scene(title, shown, subjects, classes, colour_names=None):
-    """Pictures and what models make of them: tensors and strings fit for save_pt.
-
-    `classes`: their names; `colour_names` of the palette, None where there are no colours.
-    """
-    labels = shown.labels.cpu()
-    foreign = torch.ones_like(labels).bool()
-    below = [classes[label] for label in labels]
-    if colour_names:
-        colours = shown.colors.cpu()
-        foreign = colours != labels
-        below = [f"{label} on {colour_names[c]}" for label, c in zip(below, colours, strict=True)]
-    return {
-        "title": title,
-        "images": shown.images.cpu().contiguous(),
-        "gray": shown.gray.cpu(),
-        "labels": labels,
-        "foreign": foreign,
-        "below": below,
-        "models": {name: heat_of(s, shown)._asdict() for name, s in subjects.items()},
-    }
+def on_every_colour(one, painting, seed):
+    """A Split of one picture on every colour, all with one texture."""
+    colours = torch.arange(len(painting.names), device=one.labels.device)
+    images = torch.cat([repaint(one, c[None], painting, seed).images for c in colours])
+    return one.take([0] * len(colours))._replace(images=images, colors=colours)
 
 
 def rows_of(names):
@@ -636,58 +557,43 @@ def typical(by_digit):
     return int(sorted(by_digit, key=by_digit.get)[(len(by_digit) - 1) // 2])
 
 
-def scenes_of(subjects, split, painting, classes, seed, flips):
-    """{figure: scene} of the first model of each of the first two rows.
+def scene_of(subjects, split, painting, classes, seed, flips):
+    """{title: cells} of `pictures`: ten pictures, and below them the maps of a model a row.
 
-    Five digits, each on its own and on its foreign colour, and the first one of the digit that is
-    typical by `flips` on every colour.
+    The first picture of the digit that is typical by `flips` on every colour, or the first ten
+    where nothing can be repainted. Models are the first of each of the first two rows, a title
+    counts the colours that fooled it. Under a map: ✓ or a bold ✗, the predicted class and its
+    probability. `classes`: their names.
     """
     few = {name: subjects[name] for name in firsts_of(list(subjects))[:ROWS]}
     kind = TITLES[next(iter(few.values())).cam]
     if painting is None:
-        title = f"{kind}: the first pictures"
-        return {"examples": scene(title, split.take(slice(10)), few, classes)}
-    labels, colours = split.labels.tolist(), split.colors.tolist()
-    foreign = [i for i in range(len(labels)) if colours[i] != labels[i]]
-    foreign = foreign or [0]  # every digit has its own colour
-    five = sorted({labels[i]: i for i in reversed(foreign)}.values())[:5]
-    pairs = [(i, c) for i in five for c in (labels[i], colours[i])]
-    digit = typical(flips["background"]["by_digit"])
-    ten = [(labels.index(digit), c) for c in range(len(painting.names))]
-    first = f"{kind}: the first {classes[digit]} of test_hard (of median flip rate) on ten colours"
-    titles = {
-        "examples": (f"{kind}: digits on their own and on a foreign colour", pairs),
-        "ten_colours": (first, ten),
-    }
-    return {
-        name: scene(title, painted(split, choice, painting, seed), few, classes, painting.names)
-        for name, (title, choice) in titles.items()
-    }
+        title, shown = f"{kind}: the first pictures", split.take(slice(10))
+        below = [classes[label] for label in shown.labels]
+        foreign = torch.ones(len(below), dtype=torch.bool)
+    else:
+        digit = typical(flips["background"]["by_digit"])
+        called = classes[digit]
+        one = split.take([split.labels.tolist().index(digit)])
+        title = f"{kind}: the first {called} of test_hard (of median flip rate) on ten colours"
+        shown = on_every_colour(one, painting, seed)
+        below = [f"{called} on {colour}" for colour in painting.names]
+        foreign = shown.colors.cpu() != digit
+    images, gray, labels = shown.images.cpu(), shown.gray.cpu(), shown.labels.cpu()
+    scene = {title: [(image, text, {}) for image, text in zip(images, below, strict=True)]}
+    for name, subject in few.items():
+        heat = heat_of(subject, shown)
+        wrong, cells = heat.predicted != labels, []
+        for i, enlarged in enumerate(upsample(heat.maps, gray.shape[1:])):
+            mark, weight = ("✗", "bold") if wrong[i] else ("✓", "normal")
+            said = f"{mark} {classes[heat.predicted[i]]} ({heat.confidence[i]:.2f})"
+            cells.append((enlarged, said, {"outline": gray[i], "weight": weight}))
+        fooled = int((wrong & foreign).sum())
+        scene[f"{name}: fooled on {fooled} of {int(foreign.sum())}"] = cells
+    return scene
 
 
 # ---- figures
-
-
-def draw_scene(scene, classes):
-    """Pictures, then the maps of a model a row; its title counts the colours that fooled it.
-
-    Under a map: ✓ or a bold ✗, the predicted class and its probability.
-    """
-    gray, foreign = scene["gray"], scene["foreign"]
-    cells = [
-        (image, below, {}) for image, below in zip(scene["images"], scene["below"], strict=True)
-    ]
-    rows = [(scene["title"], cells)]
-    for name, seen in scene["models"].items():
-        wrong = seen["predicted"] != scene["labels"]
-        maps, cells = upsample(seen["maps"], gray.shape[1:]), []
-        for i, heat in enumerate(maps):
-            mark, weight = ("✗", "bold") if wrong[i] else ("✓", "normal")
-            said = f"{mark} {classes[seen['predicted'][i]]} ({seen['confidence'][i]:.2f})"
-            cells.append((heat, said, {"outline": gray[i], "weight": weight}))
-        fooled = int((wrong & foreign).sum())
-        rows.append((f"{name}: fooled on {fooled} of {int(foreign.sum())}", cells))
-    return pictures(rows)
 
 
 def draw_lift_flip(record):
@@ -718,14 +624,14 @@ def draw(path):
     record, beside = load_json(path, "delete it"), path.with_suffix(".pt")
     shown = load_pt(beside, "delete it") if beside.exists() else {}
     figures = {}
-    decomposed = "latents" in record.get("args", {})
+    decomposed = "latents" in record["args"]
+    kind = "_latents" if decomposed else ""
     if "repainting" in record:
+        kind = "_examples" if record["repainting"] else "_ten_colours"
         if record["repainting"] is None:
             figures["_lift_flip"] = draw_lift_flip(record)
-        classes = class_names(path.parent)
-        figures |= {f"_{name}": draw_scene(scene, classes) for name, scene in shown.items()}
-    elif shown:
-        figures["_latents" if decomposed else ""] = pictures(list(shown.items()))
+    if shown:
+        figures[kind] = pictures(list(shown.items()))
     if decomposed:
         figures["_channels"] = draw_channels(record)
         figures["_curves"] = draw_curves(record)  # the last one is pointed to
@@ -780,7 +686,7 @@ def look(args, device):
         check_fit(model_name, checkpoint, split, "test_hard")
         layer = find_layer(model, split, model_name)
         subjects[model_name] = Subject(model, checkpoint, *layer, args.cam)
-    guard(path, {**settings, "script": "gradcam.py"}, args.overwrite)
+    guard(path, settings, args.overwrite)
     kind, n = TITLES[args.cam], len(split.labels)
     print(f"{kind} of {len(subjects)} models on {n:,} pictures of test_hard", flush=True)
     first = args.models[0]
@@ -789,11 +695,11 @@ def look(args, device):
         "args": settings,
         "repainting": obstacle,
         "models": measure(subjects, split, painting, args.seed),
-        "null": null_rows(first, subjects[first], split, args.seed),
+        "null": null_rows(subjects[first], split, args.seed),
     }
     flips = record["models"][first]["flips"]
-    scenes = scenes_of(subjects, split, painting, classes, args.seed, flips)
-    written = write_down(args, device, began, record, scenes)
+    scene = scene_of(subjects, split, painting, classes, args.seed, flips)
+    written = write_down(args, device, began, record, scene)
     if obstacle:
         print(f"no flip rates: {obstacle}")
     say(record)
@@ -1203,23 +1109,27 @@ def find_digit(picture, size):
     return digit.mul(255).round().byte()
 
 
-def on_ten_colours(title, digits, models, painting, classes, seed):
-    """(rows of `pictures`, lines for the terminal): one digit on every colour, all answers.
+def on_ten_colours(path, models, painting, classes, seed):
+    """(rows of `pictures`, lines for the terminal): a drawn digit on every colour, all answers.
 
-    digits: {name: uint8 (H,W)}, of each model's size. An answer is a tile in the colour that the
-    class owns, with its name; grey for a class beyond the palette.
+    An answer is a tile in the colour that the class owns, with its name; grey for a class beyond
+    the palette.
     """
+    picture = read_picture(path)
     owned = [*painting.means.mul(255).round().byte(), torch.full((3,), 160, dtype=torch.uint8)]
     rows, said = [], []
-    for name, digit in digits.items():
+    for name, (model, checkpoint) in models.items():
+        digit = find_digit(picture, checkpoint["size"])
+        if digit is None:
+            die(f"--image {path} is empty, nothing differs from its border", "draw a digit")
         zero = torch.zeros(1, dtype=torch.int64)
         one = Split(zero, zero, zero, digit[None])  # its images are painted now
-        images = painted(one, [(0, c) for c in range(len(painting.names))], painting, seed).images
-        device = next(models[name][0].parameters()).device
-        logits = predict(models[name][0], images.to(device)).cpu()
+        images = on_every_colour(one, painting, seed).images
+        device = next(model.parameters()).device
+        logits = predict(model, images.to(device)).cpu()
         if not rows:
-            cells = zip(images, painting.names, strict=True)
-            rows.append((title, [(image, colour, {}) for image, colour in cells]))
+            cells = [(image, c, {}) for image, c in zip(images, painting.names, strict=True)]
+            rows.append((f"{path.name} on {len(cells)} colours", cells))
         cells, places = [], {}
         for probability, colour in zip(logits.softmax(1), painting.names, strict=True):
             answer, sure = int(probability.argmax()), float(probability.max())
@@ -1235,12 +1145,12 @@ def on_ten_colours(title, digits, models, painting, classes, seed):
     return rows, said
 
 
-def as_it_is(picture, models, classes):
+def as_it_is(path, models, classes):
     """(rows of `pictures`, lines for the terminal): predictions and heat maps on raw pixels.
 
     What the models' size leaves free beside a wide or tall picture gets the colour of its border.
     """
-    rows, said = [], []
+    picture, rows, said = read_picture(path), [], []
     for name, (model, checkpoint) in models.items():
         height, width = checkpoint["size"]
         scale = min(height / picture.shape[1], width / picture.shape[2])
@@ -1286,17 +1196,10 @@ def look_at_images(args, device):
     painting, classes = painting_of(args.dir) or USUAL, class_names(args.dir)
     found = {}
     for path in args.image:
-        picture = read_picture(path)
         if args.raw:
-            found[path] = as_it_is(picture, models, classes)
-            continue
-        digits = {}
-        for name, (_, checkpoint) in models.items():
-            digits[name] = find_digit(picture, checkpoint["size"])
-            if digits[name] is None:
-                die(f"--image {path} is empty, nothing differs from its border", "draw a digit")
-        title = f"{path.name} on {len(painting.names)} colours"
-        found[path] = on_ten_colours(title, digits, models, painting, classes, args.seed)
+            found[path] = as_it_is(path, models, classes)
+        else:
+            found[path] = on_ten_colours(path, models, painting, classes, args.seed)
     for path, (rows, said) in found.items():  # all or none
         drawn, content = path_of_figure(args.dir, path, "raw" if args.raw else "image")
         save_figure(pictures(rows), drawn, content)
@@ -1308,41 +1211,29 @@ def look_at_images(args, device):
 
 
 def make_page(args, device):
-    """DIR/demo.js from the query in DIR/demo.html."""
-    path = args.dir / "demo.html"
-    if not path.is_file():
-        die(f"{path} is missing", "copy results/demo.html there, and name your networks in it")
-    shown, opening = page_query(path.read_text(encoding="utf-8"), path)
-    path = write_page(args.dir, shown, opening, args.seed)
-    print(f"wrote {path}, {path.stat().st_size // 1000} kB\nopen  {args.dir / 'demo.html'}")
+    """DIR/demo.js: networks, sample digits, palette and numbers, as a comment in demo.html asks.
 
-
-def page_query(html, path):
-    """([(NAME, label, what it is)], (sample, colour) shown first) of the comment in the page.
-
-    The first network is the lazy one; the visitor's choice is between it and the one after `or`.
+    It holds "NAME: label: what it is" of each network; the places of the sample and the colour
+    shown first; and of the two networks between which a visitor chooses, the lazy one first.
+    Samples are the first four of each digit in test_hard. Weights and noise are little-endian
+    float32, digits uint8 (N,28,28), all of it in base64.
     """
-    found = re.search(r"<!-- networks\n(.*?)\nopening (\d+) (\d+) -->", html, re.S)
-    lines = found[1].splitlines() if found else []
-    if not lines or any(line.count(": ") < 2 for line in lines):
-        die(f"{path} names no networks", "git checkout results/demo.html shows how it does")
-    return [tuple(line.split(": ", 2)) for line in lines], (int(found[2]), int(found[3]))
-
-
-def write_page(folder, shown, opening=(0, 4), seed=42, rivals=(0, 2), per_digit=4):
-    """DIR/demo.js: networks, sample digits, palette and numbers of the page; returns its path.
-
-    `shown` holds (NAME, label, what it is); `rivals` are the two that a visitor chooses between,
-    the lazy one first. Samples are the first digits of test_hard. Weights and noise are
-    little-endian float32, digits uint8 (N,28,28), all of it in base64.
-    """
-    meta = load_json(folder / "meta.json", f"run: python make_data.py --dir {folder}")
+    page = args.dir / "demo.html"
+    if not page.is_file():
+        die(f"{page} is missing", "copy results/demo.html there, and name your networks in it")
+    query = r"<!-- networks\n(.*?)\nopening (\d+) (\d+), choice (\d+) (\d+) -->"
+    asked = re.search(query, page.read_text(encoding="utf-8"), re.S)
+    networks = asked[1].splitlines() if asked else []
+    if not networks or any(line.count(": ") < 2 for line in networks):
+        die(f"{page} names no networks", "git checkout results/demo.html shows how it does")
+    digit, colour, *rivals = map(int, asked.groups()[1:])
+    meta = load_json(args.dir / "meta.json", f"run: python make_data.py --dir {args.dir}")
     if meta.get("recipe") != "background":
-        die(f"{folder} holds the recipe {meta.get('recipe')}", "the page paints backgrounds only")
-    every = load_split(folder, "test_hard")
-    firsts = [(every.labels == d).nonzero()[:per_digit, 0] for d in every.labels.unique()]
+        die(f"{args.dir} holds the recipe {meta.get('recipe')}", "the page paints backgrounds only")
+    every = load_split(args.dir, "test_hard")
+    firsts = [(every.labels == d).nonzero()[:4, 0] for d in every.labels.unique()]
     samples = every.take(torch.cat(firsts))
-    noise = torch.randn(1, *samples.gray.shape[1:], generator=stream(seed, "texture"))
+    noise = torch.randn(1, *samples.gray.shape[1:], generator=stream(args.seed, "texture"))
     record = {
         "script": "gradcam.py",
         "schema": 1,
@@ -1351,14 +1242,14 @@ def write_page(folder, shown, opening=(0, 4), seed=42, rivals=(0, 2), per_digit=
         "noise": base64_of(noise),
         "digits": base64_of(samples.gray),
         "labels": samples.labels.tolist(),
-        "networks": [described(folder, *row) for row in shown],
-        "rivals": list(rivals),
-        "opening": dict(zip(("digit", "colour"), opening, strict=True)),
+        "networks": [described(args.dir, *line.split(": ", 2)) for line in networks],
+        "rivals": rivals,
+        "opening": {"digit": digit, "colour": colour},
     }
     text = json.dumps(record, indent=1, ensure_ascii=True, allow_nan=False)
-    path = folder / "demo.js"
+    path = args.dir / "demo.js"
     write(path, lambda file: file.write(f"window.DEMO = {text};\n".encode()))
-    return path
+    print(f"wrote {path}, {path.stat().st_size // 1000} kB\nopen  {page}")
 
 
 def base64_of(tensor):
@@ -1392,9 +1283,9 @@ def main(argv=None):
     if args.report:
         return report(args.dir)
     device = setup(args)
-    do = {MAPS: look, MAXIMISE: look_for, DECOMPOSE: take_apart}
-    do |= {IMAGE: look_at_images, PAGE: make_page}
-    do[mode_of(args)](args, device)
+    do = {"heat maps": look, "--maximise": look_for, "--decompose": take_apart}
+    do |= {"--image": look_at_images, "--page": make_page}
+    do[args.mode](args, device)
 
 
 if __name__ == "__main__":

@@ -414,22 +414,18 @@ def describe(splits, args):
     }
 
 
-def paintable(folder):
-    """Whether we may write here: we did before, or nothing of the kind is there."""
-    meta = folder / "meta.json"
-    if meta.exists():
-        return load_json(meta, "mend or rename it").get("script") == "make_data.py"
-    files = *(f"{name}.pt" for name in SPLITS), "figures/samples.png"
-    return not any((folder / file).exists() for file in files)
-
-
 def check_folder(args):
     """Stop before another world or somebody's own data is replaced."""
-    if not (args.overwrite or paintable(args.dir)):
+    if args.overwrite:
+        return
+    meta = args.dir / "meta.json"
+    ours = meta.exists() and load_json(meta, "mend or rename it").get("script") == "make_data.py"
+    files = "meta.json", "figures/samples.png", *(f"{name}.pt" for name in SPLITS)
+    if not ours and any((args.dir / file).exists() for file in files):
         what = f"{args.dir} holds data that make_data.py did not paint"
         die(what, "choose another --dir, or give --overwrite to replace them")
     if not args.report:
-        guard(args.dir / "meta.json", settings(args), args.overwrite)
+        guard(meta, settings(args), overwrite=False)
 
 
 def save_world(splits, meta, folder):

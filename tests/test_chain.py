@@ -120,7 +120,7 @@ def steps():
                 steps.append((script, args, args.dir / args.name))
             elif script == "gradcam.py":
                 args = gradcam.get_args(words)
-                no_record = args.page or args.image
+                no_record = args.mode in ("--page", "--image")
                 path = None if no_record else args.dir / gradcam.result_name(args)
                 steps.append((script, args, path))
             elif script == "attack.py":

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import ROOT, made_up_digits, write_world
 
 import common
-from gradcam import write_page
+import gradcam
 
 LABELS = ("Lazy", "Cured", "Hard to fool")
 NETS = ("baseline_s42", "jitter_s42", "at_balanced_s42")
@@ -38,8 +38,11 @@ def folder(tmp_path_factory):
     for name in NETS:
         shutil.copy(ROOT / "results" / f"{name}.pt", folder)
         shutil.copy(ROOT / "results" / f"{name}.json", folder)
-    write_page(folder, SHOWN, rivals=(0, 1))
-    shutil.copy(ROOT / "results" / "demo.html", folder)
+    named = "\n".join(map(": ".join, SHOWN))
+    query = f"<!-- networks\n{named}\nopening 0 4, choice 0 1 -->"
+    html = re.sub(r"<!-- networks\n.*?-->", query, HTML, count=1, flags=re.DOTALL)
+    (folder / "demo.html").write_text(html, encoding="utf-8")
+    gradcam.make_page(gradcam.get_args(["--page", "--dir", str(folder)]), "cpu")
     return folder
 
 

@@ -670,27 +670,36 @@ def compared(other):
     return entry
 
 
-@pytest.mark.parametrize("images, criterion", PAIRS)
-@pytest.mark.parametrize("row", ["jitter", "grl", "combined"])
-def test_it_is_easier_to_fool_than_the_lazy_network(row, images, criterion):
-    found = compared(row)[images][criterion]
-    assert found["min_eps"]["high"] < 0 and found["needs_less"]["low"] > 0.5
+SUBSETS, CRITERIA = ("all", "both_right", "easiest"), ("argmax", "margin", "confidence")
+
+
+def below_zero(entry, subsets=SUBSETS):
+    """The measures by which a row needs less than the plain network, all of its interval."""
+    assert entry["seeds"] == 3
+    ends = {(s, c): entry[s][c]["min_eps"] for s in subsets for c in CRITERIA}
+    assert not any(interval["low"] > 0 for interval in ends.values())
+    return {key for key, interval in ends.items() if interval["high"] < 0}
+
+
+@pytest.mark.parametrize("row", ["jitter", "combined"])
+def test_what_contains_jitter_is_easier_to_fool_than_the_lazy_network_by_every_measure(row):
+    assert len(below_zero(compared(row))) == 9
+    for images, criterion in PAIRS:
+        assert compared(row)[images][criterion]["needs_less"]["low"] > 0.5
+
+
+@pytest.mark.parametrize("row", ["told_nothing_width4", "grl", "oracle"])
+def test_at_width_4_the_others_are_easier_to_fool_on_the_easiest_pictures_only(row):
+    assert len(below_zero(compared(row), ["easiest"])) == 3
+    assert len(below_zero(compared(row), ["all", "both_right"])) <= 3
 
 
 def test_at_width_16_jitter_needs_less_by_every_measure_told_nothing_and_the_oracle_by_hardly_any():
     found = load("attack_7to3_same")["compared"]
-    below, hold = {}, {}
-    for row, entry in found.items():
-        assert entry["reference"] == "plain" and entry["seeds"] == 3
-        ends = {
-            (images, criterion): entry[images][criterion]["min_eps"]
-            for images in ("all", "both_right", "easiest")
-            for criterion in ("argmax", "confidence", "margin")
-        }
-        below[row] = {key for key, interval in ends.items() if interval["high"] < 0}
-        hold[row] = {key for key, interval in ends.items() if interval["low"] > 0}
-    assert len(below["told_kind"]) == 9 and below["oracle_same"] == set() == hold["oracle_same"]
-    assert below["told_nothing"] == {("easiest", "confidence")} and not hold["told_nothing"]
+    assert {entry["reference"] for entry in found.values()} == {"plain"}
+    assert len(below_zero(found["told_kind"])) == 9 and not below_zero(found["oracle_same"])
+    few = {("easiest", "confidence"), ("easiest", "margin")}
+    assert below_zero(found["told_nothing"]) == few
 
 
 def test_a_change_without_a_shift_of_colour_is_as_cheap_as_any_and_one_shift_seldom_works():
@@ -702,12 +711,6 @@ def test_a_change_without_a_shift_of_colour_is_as_cheap_as_any_and_one_shift_sel
         cost = {change: found["min_eps"]["median"] for change, found in half.items()}
         assert cost["any"] <= cost["fine"] < 1.05 * cost["any"] and cost["flat"] > 0.2
         assert half["flat"]["success"]["rate"] <= 0.1 and half["any"]["success"]["n"] == 50
-
-
-def test_the_oracle_needs_less_too_by_argmax_only_just():
-    for images, criterion in PAIRS:
-        assert compared("oracle")[images][criterion]["min_eps"]["high"] < 0
-    assert compared("oracle")["both_right"]["argmax"]["min_eps"]["high"] > -0.002
 
 
 def test_7_to_3_is_no_special_case():

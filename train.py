@@ -2157,7 +2157,8 @@ def draw_epochs(query, rows, folder):
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel(query.words.get("ylabel", "accuracy, mean and range of seeds"))
-    axes[0, -1].legend(fontsize=8, loc="best")
+    named = axes[0, -1].get_legend_handles_labels()
+    fig.legend(*named, fontsize=8, loc="outside lower center", ncols=3)  # a corner is rarely free
     return fig
 
 

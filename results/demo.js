@@ -150,6 +150,6 @@ window.DEMO = {
  ],
  "opening": {
   "digit": 23,
-  "colour": 4
+  "colour": 5
  }
 };

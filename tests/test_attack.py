@@ -561,6 +561,20 @@ def test_the_worst_case_by_hand(monkeypatch, six):
     assert so_far == [4, 4, 3, 3, 2] and runs == [9, 9]
 
 
+def test_a_restart_is_another_start(monkeypatch, six):
+    """Neither a second run of an attack nor another attack draws what has been drawn before."""
+    seeds = []
+
+    def attack_(model, x, y, eps, steps, gen):
+        seeds.append(gen.initial_seed())
+        return attack.Attacked(x, torch.zeros_like(y), None)
+
+    monkeypatch.setattr(attack, "ATTACKS", dict.fromkeys(attack.ATTACKS, attack_))
+    effort = dict.fromkeys(attack.ATTACKS, 9)
+    attack.worst_case(*six, 0.1, effort, restarts=3, seed=1)
+    assert len(seeds) == 9 == len(set(seeds))  # of five attacks two three times
+
+
 def test_who_falls_in_a_small_ball_falls_in_a_large_one(monkeypatch, six):
     by_eps = {0.1: {1}, 0.2: {2}}
     hits = lambda eps, steps: by_eps.get(round(eps, 3), ())  # noqa: E731

@@ -252,6 +252,14 @@ def test_it_says_how_far_it_is_and_changed_code_alone_makes_steps_run_again(sand
         assert len(sandbox.runs("cures")) == 7
 
 
+def test_what_looks_at_models_runs_again_once_training_has_changed(sandbox):
+    once = sandbox.runs("lazy")
+    (sandbox.folder / "train.py").write_text("x = 2\n")
+    again = [line for line in once if not line.startswith("make_data.py")]
+    assert sorted(sandbox.runs("lazy")) == sorted(again)
+    assert {line.split()[0] for line in again} == {"train.py", "gradcam.py", "attack.py"}
+
+
 MINE = """class Mine(Baseline):
     def loss(self, model, batch, gen):
         return super().loss(model, batch, gen)
@@ -281,7 +289,8 @@ def test_compare_shows_ones_own_method_beside_ours(sandbox):
     assert (done.returncode, done.stderr) == (0, "")
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip(" `") for line in table[2:]] == [*gains]
-    assert "| +0.300 (+0.300 to +0.300) | -0.200 (-0.200 to -0.200) |" in table[-1]
+    gains = [f"{gain:+.3f} ({gain:+.3f} to {gain:+.3f})" for gain in (0.3, -0.2, -0.1)]
+    assert f"| {' | '.join(gains)} |" in table[-1]  # to baseline, jitter, told nothing
     assert table[-1].endswith("| 44.000 ± 1.581 (5) |")
     ran = (sandbox.folder / "ran").read_text().splitlines()
     steps = [line for line in ran if "--report" not in line]

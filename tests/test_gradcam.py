@@ -484,6 +484,14 @@ def test_others_are_drawn_until_they_vary_as_much():
     assert len(g.as_strong(torch.tensor([], dtype=torch.int64), pool, strength, gen)) == 0
 
 
+def test_a_gain_has_the_interval_of_a_mean_of_pictures():
+    hits = {"val": torch.tensor([1.0, 1, 1, 0]).double()}
+    found = g.scores(hits, gain={"val": torch.tensor([0.0, 0, 0, 0]).double()})
+    assert found["val"] == 0.75  # sd 0.5 of four
+    by_hand = {"value": 0.75, "low": 0.75 - 1.96 * 0.25, "high": 0.75 + 1.96 * 0.25}
+    assert found["gain"]["val"] == pytest.approx(by_hand)
+
+
 def test_what_a_channel_is_about():
     digit, colour = torch.arange(100) // 10, torch.arange(100) % 10
     maps = [colour, digit, digit + 2 * colour, torch.zeros(100)]
@@ -621,6 +629,25 @@ def test_maximise_keeps_the_first_picture_of_every_class(world, undrawn, call):
     assert len(first) == 2 and saved(world) == first, "the same command, the same bytes"
 
 
+def test_what_is_taken_apart_is_scored_on_pictures_that_fitted_nothing(
+    world, undrawn, call, monkeypatch
+):
+    """Even ones fit the erasers, odd ones score: test_hard holds the same digits in their order."""
+    seen = {}
+
+    def keep(model, splits, seed, real=g.decomposed):
+        seen.update(splits)
+        return real(model, splits, seed)
+
+    monkeypatch.setattr(g, "decomposed", keep)
+    call("gradcam.py --decompose --models baseline_s42")
+    every, hard = (common.load_split(world, name) for name in ("test_unbiased", "test_hard"))
+    wanted = {"fit": (every, 0), "odd": (every, 1), "test_hard": (hard, 1)}
+    for name, (split, first) in wanted.items():
+        assert torch.equal(seen[name].images, split.images[first::2])
+        assert torch.equal(seen[name].colors, split.colors[first::2])
+
+
 def test_the_keys_of_what_is_taken_apart(world, undrawn, call):
     call("gradcam.py --decompose")
     record = measured(world, "gradcam_decompose")
@@ -704,6 +731,12 @@ def draw_seven(path, paper=255, ink=0, size=(280, 280), **how):
     ImageDraw.Draw(image).line([(60, 50), (190, 50), (110, 240)], fill=ink, width=20)
     image.save(path, **how)
     return image
+
+
+def test_the_paper_is_the_colour_of_most_of_the_border():
+    picture = torch.full((3, 20, 20), 0.9)
+    picture[:, 4:16, 4:16] = picture[:, :, 0] = 0.1  # a digit, and the dark edge of the sheet
+    assert torch.equal(g.paper_of(picture), torch.full((3, 1, 1), 0.9))
 
 
 def test_a_drawn_digit_is_framed_as_mnist_does(tmp_path):

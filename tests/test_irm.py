@@ -30,6 +30,10 @@ def test_the_penalty_is_the_slope_of_each_risk_by_a_scale_of_its_logits():
     assert torch.isclose(late, expected, rtol=1e-5)
     early = method.loss(model, batch_of(torch.zeros(4, 1), Y, progress=0.2), None)
     assert torch.isclose(early, loss + torch.stack(slopes).square().mean(), rtol=1e-5)
+    model, method = irm("irm", [0, 1, 0, 1], "--l2 0.5")
+    heavy = method.loss(model, batch_of(torch.zeros(4, 1), Y, progress=0.2), None)
+    squares = torch.cat([p.flatten() for p in model.parameters()]).square().sum()
+    assert torch.isclose(heavy, early + 0.5 * squares, rtol=1e-5)
 
 
 def test_vrex_asks_for_equal_risks():

@@ -263,6 +263,20 @@ def test_dfr_weighs_groups_alike_and_so_has_no_use_for_colour():
     assert gap.tolist() == pytest.approx([math.log(4), -math.log(4)], abs=0.1)
 
 
+def test_dfr_gives_a_pair_that_is_missing_no_share(monkeypatch):
+    """Pairs of 6, 2 and 1 images: the weight of three images each, whatever the fourth pair is."""
+    data, net, seen = split_of([0] * 6 + [1] * 3, [0] * 6 + [0] * 2 + [1]), TwoFeatures(), []
+
+    def fit_layer(z, target, classes):
+        seen.append(target)
+        return torch.zeros(classes, z.shape[1]), torch.zeros(classes)
+
+    monkeypatch.setattr(train, "fit_layer", fit_layer)
+    method_of("dfr", net, {"train": data}).finish(net, data)
+    weights = [[0.5, 0]] * 6 + [[0, 1.5]] * 2 + [[0, 3.0]]
+    assert torch.allclose(seen[0].float(), torch.tensor(weights))
+
+
 def grl_losses(grl, net, batch, given_colour, given_digit):
     """The digit's and the colour's cross-entropy, written out."""
     with train.InputOf(net.fc) as features:

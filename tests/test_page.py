@@ -85,6 +85,12 @@ def test_committed_data_is_of_the_committed_networks():
         assert (net["right"], net["of"]) == (score["acc"], score["n"])
 
 
+def test_a_page_that_is_made_says_the_scores_on_test_hard(folder):
+    for net in demo(folder)["networks"]:
+        score = common.load_json(folder / f"{net['name']}.json", "")["final"]["test_hard"]
+        assert (net["right"], net["of"]) == (score["acc"], score["n"])
+
+
 # ---- (a) the arithmetic
 
 

@@ -125,6 +125,10 @@ def test_a_difference_is_over_the_seeds_of_both_with_a_t_interval(tmp_path, ask)
     found = ask(f"rows jitter\n{gain}", later)
     assert found[2][0] == "`jitter` (1 of 4 did not train)"
     assert found[2][1].startswith("+0.150 (")
+    other = tmp_path / "other"  # nor does one on the other side
+    put(other, *(record(f"jitter_s{s}", hard) for s, hard in mine.items()))
+    put(other, *(record(f"baseline_s{s}", hard, trained=s != 43) for s, hard in theirs.items()))
+    assert ask(f"rows jitter\n{gain}", other)[2][1].startswith("+0.150 (")
 
 
 def test_a_difference_in_another_world_is_to_that_worlds_row(tmp_path, ask):

@@ -310,6 +310,7 @@ def test_robgan_by_the_command_line(tiny, call, mistake, tmp_path, unprobed):
     said = common.predict(judge, test.images).argmax(1)
     right = (said == test.labels).double().mean().item()
     assert measured["real"]["agreement"] == right and measured["collapsed"]["diversity"] == 0
+    assert measured["collapsed"]["nearest"] < 0.1 < measured["real"]["nearest"]  # of test_unbiased
     saved = common.load_pt(world / "gan_s42.pt", "")
     kept = train.Generator(10, (28, 28), 3)
     kept.load_state_dict({name: value.float() for name, value in saved["generator"].items()})

@@ -363,6 +363,22 @@ def test_the_worst_group_is_the_one_with_the_lowest_accuracy():
     assert (other_kind["conflicting"], other_kind["follows_colour"]) == (None, None)
 
 
+@pytest.mark.parametrize(
+    "confusion, learned",  # rows are labels, columns answers
+    [
+        ([[6, 4], [4, 6]], True),  # guessing and a tenth
+        ([[6, 4], [5, 5]], False),
+        ([[18, 0], [2, 0]], False),  # right on nine in ten, by one answer
+        ([[17, 1], [2, 0]], False),
+        ([[17, 0], [1, 2]], True),  # nine answers in ten are one
+        ([[13, 6], [0, 1]], True),  # of labels 19 in 20
+    ],
+)
+def test_a_net_has_learned_if_it_beats_guessing_by_more_than_one_answer(confusion, learned):
+    right, n = sum(row[k] for k, row in enumerate(confusion)), sum(map(sum, confusion))
+    assert train.trained({"acc": right / n, "confusion": confusion}) == learned
+
+
 def test_a_net_gives_answers_and_penultimate_features(net):
     split = split_of([0] * 2100)
     with torch.no_grad():

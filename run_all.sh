@@ -136,12 +136,12 @@ small() {  # COMMAND for QUICK: fewer images and queries
 level() { echo "----"; }  # what follows reads what came before
 list() { for stage in "$@"; do ($stage); level; done; }
 
-# ---- the stages; minutes on two cores of a recent server
+# ---- the stages; minutes on two slow cores (a recent server needs less than half)
 
 SAME="--width 16 --crop 2 --schedule onecycle --lr 0.005"  # one budget for every world
 NOTHING="--method balance --infer-groups --resample 0.2"  # 0.2 was chosen once, on val of worlds painted with another seed
 
-lazy() {  # 9 min
+lazy() {  # 25 min
   run make_data.py --dir $R  # samples.png
   run make_data.py --dir $R/unbiased --corr 0.1  # the oracle's world
   level
@@ -153,7 +153,7 @@ lazy() {  # 9 min
   run gradcam.py --dir $R --cam hirescam
 }
 
-evidence() {  # 9 min: what a sceptic asks for
+evidence() {  # 30 min: what a sceptic asks for
   local few="$(models 3 baseline jitter) grl_s42 combined_s42 unbiased/oracle_s42"
   each 1 train.py --dir $R --method baseline --shuffle-labels  # a null model for the heat maps
   each 3 train.py --dir $R --name told_nothing_width4 $NOTHING --crop 1
@@ -168,13 +168,13 @@ evidence() {  # 9 min: what a sceptic asks for
   run attack.py --dir $R --name check_n200 --check --n 200  # fails if an attack cannot be trusted
 }
 
-cures() {  # 12 min: the other rows of the headline table
+cures() {  # 20 min: the other rows of the headline table
   each 1 train.py --dir $R --method lntl  # slow: its heads look at every pixel
   for m in lff groupdro jtt biasbal; do each 3 train.py --dir $R --method $m; done
   for told in "" --infer-groups; do each 3 train.py --dir $R --method dfr $told; done  # the last layer anew
 }
 
-groups() {  # told nothing: a first net names the colours
+groups() {  # 75 min: told nothing: a first net names the colours
   for c in $(some 3 6 8); do run make_data.py --dir $R/corr_$c --corr 0.$c; done  # weaker shortcuts
   level
   each 3 train.py --dir $R --method balance  # told the colours
@@ -214,7 +214,7 @@ alike() {  # WORLD: and what knows more
   each 3 train.py --dir $R/$unbiased --name oracle_same $SAME
 }
 
-biased() {  # Biased-MNIST, beside its published table
+biased() {  # 30 min: Biased-MNIST, beside its published table
   for c in $(some 999 997 995 99); do run make_data.py --dir $R/flat_$c --recipe flat --corr 0.$c; done
   level
   for c in $(some 999 997 995 99); do
@@ -223,7 +223,7 @@ biased() {  # Biased-MNIST, beside its published table
   done
 }
 
-coloured() {  # Coloured MNIST, beside its published table
+coloured() {  # 55 min: Coloured MNIST, beside its published table
   for c in $(some 995 99 98 95); do run make_data.py --dir $R/cmnist_$c --recipe cmnist --corr 0.$c; done
   level
   for c in $(some 995 99 98 95); do
@@ -237,7 +237,7 @@ coloured() {  # Coloured MNIST, beside its published table
   done
 }
 
-shortcuts() {  # a shortcut that is not colour, and two at once
+shortcuts() {  # 60 min: a shortcut that is not colour, and two at once
   for w in stripes both; do
     run make_data.py --dir $R/$w --recipe $w
     run make_data.py --dir $R/${w}_unbiased --recipe $w --corr 0.1
@@ -251,7 +251,7 @@ shortcuts() {  # a shortcut that is not colour, and two at once
   beside 1 1 stripes_995
 }
 
-environments() {  # Coloured MNIST of invariant risk minimisation, beside its published table
+environments() {  # 20 min: Coloured MNIST of invariant risk minimisation, beside its published table
   run make_data.py --dir $R/irm --recipe irm
   run make_data.py --dir $R/irm_unbiased --recipe irm --corr 0.5
   level
@@ -265,7 +265,7 @@ environments() {  # Coloured MNIST of invariant risk minimisation, beside its pu
   each 1 train.py --dir $R/irm_unbiased --name baseline $net
 }
 
-ablations() {  # 25 min: which part of the cure does the work, and how much is budget or size
+ablations() {  # 75 min: which part of the cure does the work, and how much is budget or size
   for m in jitter baseline; do each 3 train.py --dir $R --method $m --width 16; done
   each 3 train.py --dir $R/unbiased --name oracle_width16 --width 16
   each 3 train.py --dir $R --method baseline --epochs 30
@@ -281,7 +281,7 @@ ablations() {  # 25 min: which part of the cure does the work, and how much is b
   each 3 train.py --dir $R/unbiased --name oracle_lr0.01_onecycle --lr 0.01 --schedule onecycle
 }
 
-lntl() {  # 12 min: Learning Not to Learn, beside its published table
+lntl() {  # about 30 min: Learning Not to Learn, beside its published table
   for v in $(some 050 045 040 035 030 025 020); do run make_data.py --dir $R/lntl_$v --recipe digit --sigma2 0.$v; done
   level
   net="--width 16 --lr 0.01 --schedule onecycle --epochs 5" hiding="--method lntl --entropy 20 --model saturatedcnn"
@@ -297,7 +297,7 @@ lntl() {  # 12 min: Learning Not to Learn, beside its published table
   each 1 train.py --dir $R/lntl_020 --name baseline_saturatedcnn --model saturatedcnn $net
 }
 
-robust() {  # 60 min: adversarial training: the published problem, a ResNet, and what it does to a shortcut
+robust() {  # about 160 min: adversarial training: the published problem, a ResNet, and what it does to a shortcut
   run make_data.py --dir $R/mnist --recipe gray
   run make_data.py --dir $R/mnist_27000 --recipe gray --limit 30000  # a ResNet-50 takes its time
   level
@@ -336,7 +336,7 @@ robust() {  # 60 min: adversarial training: the published problem, a ResNet, and
   [ $QUICK = 1 ] || run attack.py --dir $R --check --name at_check --n 100 --models at_balanced_s42
 }
 
-robgan() {  # 29 min: a generator beside adversarial training, the same net and number of steps in all rows
+robgan() {  # about 75 min: a generator beside adversarial training, the same net and number of steps in all rows
   run make_data.py --dir $R/mnist --recipe gray
   run make_data.py --dir $R/mnist_2000 --recipe gray --limit 2222  # here additional data should matter most
   level
@@ -361,7 +361,7 @@ robgan() {  # 29 min: a generator beside adversarial training, the same net and 
   run attack.py --dir $R/mnist $how --name robgan_2000 --models $(models 3 ../mnist_2000/{robgan_without,generated_0.{3,5,7}})
 }
 
-page() {  # 2 min: what demo.html shows beside networks of lazy and robust
+page() {  # 3 min: what demo.html shows beside networks of lazy and robust
   run make_data.py --dir $R
   run make_data.py --dir $R/unbiased --corr 0.1
   level
@@ -374,7 +374,7 @@ page() {  # 2 min: what demo.html shows beside networks of lazy and robust
   run gradcam.py --dir $R --image results/drawn_4.png --models {baseline_epochs1,baseline,told_nothing_width4_onecycle}_s42  # README's first picture
 }
 
-compare() {  # 8 min: your own beside what knows nothing, the kind of bias, and nothing again; five seeds
+compare() {  # 20 min: your own beside what knows nothing, the kind of bias, and nothing again; five seeds
   run make_data.py --dir $R
   level
   for own in "${OWN[@]}" "--method baseline" "--method jitter" "--name told_nothing_width4 $NOTHING --crop 1"; do

@@ -755,6 +755,16 @@ def test_compare_pairs_by_seed_and_image(monkeypatch):
     assert attack.compare({"a_s1": entry("a", 1), "b_s2": entry("b", 2)}, 7, 0) == {}
 
 
+def test_both_right_leaves_out_what_one_of_the_two_misreads(monkeypatch):
+    """Of four pictures a misreads the last and b the second; b needs less on the first two."""
+    monkeypatch.setattr(attack, "RESAMPLES", 20)
+    models = {"a_s1": entry("a", 1), "b_s1": entry("b", 1, -0.05, clean=(7, 1, 7, 7))}
+    models["b_s2"], models["a_s2"] = entry("b", 2, clean=(7, 7, 7, 7)), entry("a", 2)
+    found = attack.compare(models, src=7, seed=0)["b"]
+    assert found["both_right"]["argmax"]["n"] == 2 + 3 and found["all"]["argmax"]["n"] == 8
+    assert found["both_right"]["argmax"]["needs_less"]["value"] == 0.25  # of 1 in 2, 0 in 3
+
+
 def test_the_easiest_of_each_are_as_many_and_need_not_be_the_same(monkeypatch):
     """Of a's 0.1, 0.2, 0.5 and b's 0.25, 0.3, which reads two pictures: 0.25 against 0.1."""
     monkeypatch.setattr(attack, "RESAMPLES", 20)

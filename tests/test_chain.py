@@ -146,6 +146,14 @@ def test_no_step_overwrites_another_and_quick_gives_the_same_names(steps):
         assert f"results/{name}" in names["0"] and f"results/quick/{name}" in names["1"]
 
 
+def test_the_committed_worlds_are_painted_as_the_steps_paint_them(steps):
+    make_data = importlib.import_module("make_data")
+    for script, args, _ in steps["0"]:
+        if script == "make_data.py":
+            meta = json.loads((ROOT / args.dir / "meta.json").read_text())
+            assert meta["args"] == make_data.settings(args), args.dir
+
+
 @pytest.mark.parametrize("quick", ["0", "1"])
 def test_every_model_that_a_step_reads_was_trained_by_a_step_before(steps, quick):
     there = set()

@@ -262,6 +262,13 @@ def test_the_cascade_randomises_from_the_output_down_and_keeps_the_explained_cla
         assert len(step["lift"]) == g.SANITY_DRAWS
 
 
+def test_the_cascade_counts_maps_without_a_rank_in_every_draw():
+    subject = a_subject()
+    nn.init.zeros_(subject.model.fc.weight)  # its maps are empty, whatever the other one's are
+    steps = g.cascade(subject, a_split(6), seed=0)
+    assert {step["without"] for step in steps.values()} == {6 * g.SANITY_DRAWS}
+
+
 def test_the_null_rows_score_noise_and_a_constant():
     random = g.null_rows(a_subject(), a_split(200), seed=1)["random_map"]["maps"]["test_hard"]
     uniform = g.summary(g.heat_scores(torch.ones(200, 7, 7), a_split(200).gray))
@@ -482,6 +489,20 @@ def test_others_are_drawn_until_they_vary_as_much():
     assert len(set(found)) == 4 and set(found) <= {1, 2, 3, 4, 5}
     assert len(g.as_strong(torch.tensor([0, 0]), pool, strength, gen)) == 5  # all that there are
     assert len(g.as_strong(torch.tensor([], dtype=torch.int64), pool, strength, gen)) == 0
+
+
+def test_others_live_and_do_not_say_colour(monkeypatch):
+    """Four latents: one says the colour, one the digit, one nothing, and one is dead."""
+    one_each = lambda x, gen: (lambda z: z.clamp(min=0), torch.eye(4))  # noqa: E731
+    monkeypatch.setattr(g, "fit_dictionary", one_each)
+    pools = []
+    monkeypatch.setattr(g, "as_strong", lambda k, pool, *rest: pools.append(pool.tolist()) or k)
+    digit, colour, gen = torch.arange(100) % 10, torch.arange(100) // 10, common.stream(0, "n")
+    columns = colour, digit, torch.rand(100, generator=gen), torch.zeros(100)
+    z = dict.fromkeys(("train", "fit", "odd", "test_hard", "val"), torch.stack(columns, 1).float())
+    fit = common.Split(None, digit, colour, None)
+    g.taken_apart(lambda change: {}, z, fit, gen)
+    assert len(pools) == len(g.TAKEN) * g.DRAWS and all(pool == [1, 2] for pool in pools)
 
 
 def test_a_gain_has_the_interval_of_a_mean_of_pictures():

@@ -172,6 +172,15 @@ def test_jitter_classifies_the_copy_and_ties_it_to_the_image(
     assert distance > 1e-4 and loss == pytest.approx(nll + weight * distance, rel=1e-5)
 
 
+def test_jitter_asks_the_copy_for_what_the_image_says_and_not_the_reverse(net):
+    """KL is lopsided, which a fresh net hides: here the image is sure and its copy undecided."""
+    args = method_of("jitter", net, None, "--alpha 3 --no-fade").args
+    p, batch = 1 / (1 + math.exp(-3)), batch_of(torch.zeros(1, 3, 8, 8), [0])
+    loss = train.jitter_loss(torch.tensor([[3.0, 0.0]]), torch.zeros(1, 2), batch, args).item()
+    distance = p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))
+    assert loss == pytest.approx(math.log(2) + 3 * distance)
+
+
 def test_mix_equals_the_same_mixture_one_channel_at_a_time():
     x, gen = torch.rand(5, 3, 6, 7), common.stream(3, "j")
     out = train.mix(x, 0.2, common.stream(3, "j"))

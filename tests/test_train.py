@@ -349,6 +349,14 @@ def test_with_two_shortcuts_it_counts_where_only_one_of_them_conflicts():
     ]
 
 
+def test_where_both_shortcuts_conflict_neither_is_counted_as_the_only_one():
+    """Digit 0 in all four pictures: both own it, colour conflicts, stripes conflict, both do."""
+    split = split_of([0] * 4, [0, 1, 0, 1])._replace(second=torch.tensor([0, 0, 1, 1]))
+    for predicted, first, second in (([0, 0, 1, 1], 1, 0), ([0, 1, 0, 0], 0, 1)):
+        s = train.score(torch.tensor(predicted), split)
+        assert (s["only_first_conflicts"], s["only_second_conflicts"]) == (first, second)
+
+
 def test_the_worst_group_is_the_one_with_the_lowest_accuracy():
     split = split_of([3, 3, 3, 1, 1], [7, 7, 7, 1, 1])
     s = train.score(torch.tensor([3, 0, 0, 1, 0]), split)

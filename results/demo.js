@@ -145,7 +145,7 @@ window.DEMO = {
   }
  ],
  "rivals": [
-  0,
+  1,
   2
  ],
  "opening": {
